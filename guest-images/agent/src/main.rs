@@ -1,0 +1,3 @@
+//! The workload that runs inside the minimal guest.
+
+fn main() {}

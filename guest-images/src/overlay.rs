@@ -1,0 +1,1 @@
+//! A VM's disk: what differs from the base disk, sparse and crash-consistent.

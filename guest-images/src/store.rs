@@ -1,0 +1,1 @@
+//! The directory in which a cloudlet keeps its bases.

@@ -1,0 +1,16 @@
+//! The handoff engine: moves a VM it sees only through [`SourceVm`] and [`TargetVm`].
+//!
+//! ```text
+//! harvest -> read -> classify -> compress -> seal ==link==> open -> decompress -> resolve -> apply
+//! ```
+//!
+//! Goals: nothing runs unverified, one owner at any instant, cost follows change, every queue and
+//! wait bounded. Non-goals: KVM, files of a VM, sockets (a [`Transport`] is given).
+
+pub mod chunks;
+pub mod link;
+pub mod vm;
+
+pub use chunks::{ChunkId, ChunkSet, Geometry, Space};
+pub use link::{Clock, Connect, Transport};
+pub use vm::{Offer, Refusal, SourceVm, TargetHost, TargetVm};

@@ -1,0 +1,33 @@
+//! The engine's view of a link and of time.
+
+use std::{io, time::Duration};
+
+/// A reliable, ordered byte stream to the peer, as two halves used by two threads.
+pub trait Transport: Send {
+    /// The half that sends.
+    type Tx: io::Write + Send;
+    /// The half that receives. A read returns `TimedOut` or `WouldBlock` after at most
+    /// [`READ_TICK`] without data, so that its owner can look at clocks and cancellation.
+    type Rx: io::Read + Send;
+
+    /// Splits the link. Dropping either half closes the link for the peer.
+    fn split(self) -> io::Result<(Self::Tx, Self::Rx)>;
+}
+
+/// The longest a receiving half may block.
+pub const READ_TICK: Duration = Duration::from_millis(100);
+
+/// Makes links to one peer; called again when a link broke.
+pub trait Connect {
+    /// The links it makes.
+    type Link: Transport;
+
+    /// Connects within `timeout`.
+    fn connect(&mut self, timeout: Duration) -> io::Result<Self::Link>;
+}
+
+/// Monotonic time. The engine has no other.
+pub trait Clock: Send + Sync {
+    /// Time since an arbitrary origin.
+    fn now(&self) -> Duration;
+}

@@ -1,0 +1,131 @@
+//! The two seams through which the engine sees a VM.
+
+use guest_images::{BaseId, Chunk};
+use serde::{Deserialize, Serialize};
+
+use crate::chunks::{ChunkId, ChunkSet, Geometry};
+
+/// An error of a VM or host, as text for a person: the engine's decision is always the same
+/// (abort the handoff, keep the guest where it is), so it carries what, where and the way out.
+pub type VmError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A running VM that can be sent away.
+///
+/// Contract of the whole: until [`SourceVm::pause`] the guest runs; after it nothing of the guest
+/// runs until [`SourceVm::resume`]. The union of `start_tracking` and all `harvest` results holds
+/// every chunk that differs from the base, and every change after a chunk was harvested makes a
+/// later harvest return it again (a read that races with a guest write is repaired by that).
+pub trait SourceVm {
+    /// How large the VM's spaces are. Does not change.
+    fn geometry(&self) -> Geometry;
+
+    /// Starts dirty tracking, then returns every chunk that may differ from the state in which the
+    /// target begins: RAM all zero, disk equal to the base disk.
+    fn start_tracking(&mut self) -> Result<ChunkSet, VmError>;
+
+    /// Chunks changed since the last harvest: KVM's dirty log, the VMM's own writes to guest
+    /// memory, and disk writes. Clears what it returns. After [`SourceVm::pause`] devices have
+    /// drained, so that one more harvest is complete.
+    fn harvest(&mut self) -> Result<ChunkSet, VmError>;
+
+    /// Ends dirty tracking after an abort. Dirty bits not harvested are dropped: the next
+    /// [`SourceVm::start_tracking`] starts afresh.
+    fn stop_tracking(&mut self) -> Result<(), VmError>;
+
+    /// Copies one chunk's present content.
+    fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError>;
+
+    /// Stops vCPUs, drains devices. Returns when nothing of the guest can change.
+    fn pause(&mut self) -> Result<(), VmError>;
+
+    /// The paused machine's state but RAM and disk: vCPUs, interrupt controllers, clock, devices.
+    /// Opaque to the engine. Saving may raise interrupts into state and write guest memory, so the
+    /// engine harvests after it.
+    fn save_state(&mut self) -> Result<Vec<u8>, VmError>;
+
+    /// Lets a paused guest go on, here.
+    fn resume(&mut self) -> Result<(), VmError>;
+}
+
+/// What the source offers before any data moves. The target must check all of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// The VM's name.
+    pub vm_name: String,
+    /// The base both must hold.
+    pub base: BaseId,
+    /// Sizes of RAM and disk.
+    pub geometry: Geometry,
+    /// Chunks that may differ from base, by the source's count: what the target must have room for.
+    pub changed_disk_chunks: u64,
+    /// vCPUs, CPU features and devices, encoded by the VMM; compared before data moves.
+    pub machine: Vec<u8>,
+}
+
+/// Why a target will not take a VM: told to the peer, which keeps its guest running.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// Protocol versions do not overlap.
+    #[error("the peer speaks protocol {theirs}, this side {ours}: update the older one")]
+    Version {
+        /// Version of the side that refuses.
+        ours: u32,
+        /// Version it was offered.
+        theirs: u32,
+    },
+    /// The base is not in the target's store.
+    #[error("the peer does not hold base {0}: import it there with `howdah base import`")]
+    UnknownBase(BaseId),
+    /// Not enough room.
+    #[error("the peer has {available_bytes} bytes free for {what} and needs {needed_bytes}")]
+    NoSpace {
+        /// Disk or memory.
+        what: String,
+        /// Bytes needed.
+        needed_bytes: u64,
+        /// Bytes there.
+        available_bytes: u64,
+    },
+    /// The target's CPU or devices cannot carry this machine.
+    #[error("the peer cannot run this machine: {0}")]
+    Machine(String),
+    /// The target already runs or holds a VM of this name, or a newer epoch of it.
+    #[error("the peer will not take this VM: {0}")]
+    Conflict(String),
+    /// Anything else.
+    #[error("the peer refused: {0}")]
+    Other(String),
+}
+
+/// What makes a [`TargetVm`] out of an offer, or says why not.
+pub trait TargetHost {
+    /// The VM it makes.
+    type Vm: TargetVm;
+
+    /// Checks the offer and reserves all that is needed: memory, disk, devices.
+    fn prepare(&mut self, offer: &Offer) -> Result<Self::Vm, Refusal>;
+}
+
+/// A VM that is being received: RAM zero, disk equal to base, until chunks are written.
+pub trait TargetVm {
+    /// Writes one chunk.
+    fn write_chunk(&mut self, id: ChunkId, chunk: &Chunk) -> Result<(), VmError>;
+
+    /// Makes one chunk equal to the base again: zero in RAM, the base disk's content on disk.
+    fn reset_chunk(&mut self, id: ChunkId) -> Result<(), VmError>;
+
+    /// Copies one chunk's present content.
+    fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError>;
+
+    /// Builds the machine from the state that [`SourceVm::save_state`] gave. Nothing runs yet.
+    fn load_state(&mut self, state: &[u8]) -> Result<(), VmError>;
+
+    /// Makes everything written to the disk durable.
+    fn make_disk_durable(&mut self) -> Result<(), VmError>;
+
+    /// Starts the guest: called once, only after ownership is durable.
+    fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Drops all that was received. Called when the handoff is aborted or declined.
+    fn discard(&mut self);
+}

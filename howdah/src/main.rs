@@ -1,0 +1,3 @@
+//! howdah: agile VM handoff between cloudlets.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The lab: hosts with KVM, shaped links, scenarios and faults.
+
+fn main() {}

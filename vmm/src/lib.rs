@@ -1,0 +1,1 @@
+//! One virtual machine on KVM. Knows nothing of networks or peers.
