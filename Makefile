@@ -1,0 +1,46 @@
+# Verbs only; each says what it does. `make demo` and `make test` are the two to know.
+
+RELEASE := target/release
+IMAGES  := target/images
+LAB     := $(RELEASE)/lab
+
+.PHONY: help demo test handoff-test unit lint deny setup build kernel images clean
+
+help: ## list the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: build images ## watch a running Debian-kernel guest move from cloudlet A to cloudlet B over 10 Mbps
+	$(LAB) run --narrate tests/scenarios/demo.toml
+
+test: lint unit handoff-test ## all that CI runs: format, clippy, docs, unit and property tests, handoff-test
+
+handoff-test: build images ## every scenario of tests/scenarios/handoff on real guests; results in target/lab/handoff-test.json
+	$(LAB) run --report target/lab/handoff-test.json tests/scenarios/handoff/*.toml
+
+unit: setup ## unit and property tests
+	cargo test --workspace
+
+lint: setup ## format, clippy, docs: warnings are errors
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
+
+deny: ## licences, sources and bans of every dependency (advisories too, where the database can be fetched)
+	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	cargo deny check bans licenses sources
+
+setup: ## install the Debian packages that the lab and the images need, or say which are missing
+	@scripts/setup
+
+build: setup ## the binaries, optimised
+	cargo build --release --workspace
+
+images: setup build ## kernels from Debian and the minimal guest image
+	kernel/fetch
+	guest-images/recipes/build minimal $(IMAGES)/minimal
+
+kernel: setup ## build the small guest kernel from Debian's linux-source; nothing else needs it
+	kernel/build
+
+clean: ## remove everything that was built
+	rm -rf target
