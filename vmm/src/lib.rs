@@ -1,1 +1,5 @@
 //! One virtual machine on KVM. Knows nothing of networks or peers.
+
+pub mod devices;
+pub mod layout;
+pub mod memory;

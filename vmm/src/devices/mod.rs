@@ -1,0 +1,1 @@
+//! Devices: the buses, legacy ports, and virtio over MMIO.

@@ -1,0 +1,198 @@
+//! Guest RAM: anonymous private memory, one region below the device window and one above 4 GiB.
+//!
+//! A chunk's index counts RAM only; its guest-physical address skips the window. Every write
+//! through `vm-memory` marks its page in the region's bitmap, which is how the VMM's own writes
+//! (devices, the boot loader) become part of the dirty set.
+
+use std::io;
+
+use guest_images::{CHUNK_SIZE, Chunk};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    MemoryRegionAddress,
+    bitmap::{AtomicBitmap, Bitmap},
+    mmap::FromRangesError,
+};
+
+use crate::layout::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, MMIO_WINDOW_END, MMIO_WINDOW_START};
+
+/// Guest RAM. Cloning it shares the same memory.
+pub type GuestRam = GuestMemoryMmap<AtomicBitmap>;
+
+/// What can go wrong with guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size asked for cannot be given.
+    #[error(
+        "guest memory of {0} bytes: must be a multiple of {CHUNK_SIZE}, from {MIN_MEMORY_BYTES} to {MAX_MEMORY_BYTES}"
+    )]
+    Size(u64),
+    /// The host will not map that much.
+    #[error("cannot map {bytes} bytes of guest memory: {source}")]
+    Map {
+        /// Bytes asked for.
+        bytes: u64,
+        /// Why.
+        source: FromRangesError,
+    },
+    /// A chunk index outside RAM.
+    #[error("RAM chunk {index} is outside the guest's {chunks} chunks")]
+    NoSuchChunk {
+        /// The index.
+        index: u64,
+        /// How many there are.
+        chunks: u64,
+    },
+    /// RAM given for a machine is not what the machine needs.
+    #[error("guest memory has regions {found:x?} where the machine needs {expected:x?}")]
+    WrongRegions {
+        /// What was given: first address and length of each region.
+        found: Vec<(u64, u64)>,
+        /// What is needed.
+        expected: Vec<(u64, u64)>,
+    },
+    /// An access failed.
+    #[error("access to guest memory failed: {0}")]
+    Access(#[from] GuestMemoryError),
+    /// The kernel would not drop a page.
+    #[error("cannot drop a guest page: {0}")]
+    Drop(#[source] io::Error),
+}
+
+/// The regions of a guest with `memory_bytes` of RAM, as (first address, length).
+pub fn regions(memory_bytes: u64) -> Result<Vec<(GuestAddress, usize)>, MemoryError> {
+    let fits = (MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&memory_bytes);
+    if !fits || !memory_bytes.is_multiple_of(CHUNK_SIZE as u64) {
+        return Err(MemoryError::Size(memory_bytes));
+    }
+    let low = memory_bytes.min(MMIO_WINDOW_START);
+    let mut regions = vec![(GuestAddress(0), low as usize)];
+    if memory_bytes > low {
+        regions.push((GuestAddress(MMIO_WINDOW_END), (memory_bytes - low) as usize));
+    }
+    Ok(regions)
+}
+
+/// Maps RAM for a guest: all zero, nothing of it present yet.
+pub fn allocate(memory_bytes: u64) -> Result<GuestRam, MemoryError> {
+    let regions = regions(memory_bytes)?;
+    // Anonymous, MAP_PRIVATE and MAP_NORESERVE: what vm-memory maps when no file is given.
+    GuestRam::from_ranges(&regions)
+        .map_err(|source| MemoryError::Map { bytes: memory_bytes, source })
+}
+
+/// Checks that `ram` has exactly the regions of a guest with `memory_bytes`.
+pub fn check(ram: &GuestRam, memory_bytes: u64) -> Result<(), MemoryError> {
+    let found: Vec<(u64, u64)> = ram.iter().map(|r| (r.start_addr().0, r.len())).collect();
+    let expected: Vec<(u64, u64)> =
+        regions(memory_bytes)?.into_iter().map(|(start, len)| (start.0, len as u64)).collect();
+    if found == expected { Ok(()) } else { Err(MemoryError::WrongRegions { found, expected }) }
+}
+
+/// Bytes of RAM.
+pub fn size_bytes(ram: &GuestRam) -> u64 {
+    ram.iter().map(|region| region.len()).sum()
+}
+
+/// How many chunks RAM has.
+pub fn chunk_count(ram: &GuestRam) -> u64 {
+    size_bytes(ram) / CHUNK_SIZE as u64
+}
+
+/// The guest-physical address of a RAM chunk.
+pub fn chunk_address(ram: &GuestRam, index: u64) -> Result<GuestAddress, MemoryError> {
+    let chunks = chunk_count(ram);
+    if index >= chunks {
+        return Err(MemoryError::NoSuchChunk { index, chunks });
+    }
+    let offset = index * CHUNK_SIZE as u64;
+    let hole = if offset < MMIO_WINDOW_START { 0 } else { MMIO_WINDOW_END - MMIO_WINDOW_START };
+    Ok(GuestAddress(offset + hole))
+}
+
+/// The RAM chunk that holds a guest-physical address, or `None` where there is no RAM.
+pub fn chunk_at(ram: &GuestRam, address: GuestAddress) -> Option<u64> {
+    ram.find_region(address)?;
+    let hole = if address.0 < MMIO_WINDOW_END { 0 } else { MMIO_WINDOW_END - MMIO_WINDOW_START };
+    Some((address.0 - hole) / CHUNK_SIZE as u64)
+}
+
+/// Copies a chunk out of RAM. The guest may be writing: the copy is then a mix that a later
+/// harvest repairs.
+pub fn read_chunk(ram: &GuestRam, index: u64, into: &mut Chunk) -> Result<(), MemoryError> {
+    let address = chunk_address(ram, index)?;
+    Ok(ram.read_slice(into, address)?)
+}
+
+/// Copies a chunk into RAM and marks it dirty.
+pub fn write_chunk(ram: &GuestRam, index: u64, chunk: &Chunk) -> Result<(), MemoryError> {
+    let address = chunk_address(ram, index)?;
+    Ok(ram.write_slice(chunk, address)?)
+}
+
+/// Makes a chunk zero by giving its page back to the host.
+pub fn drop_chunk(ram: &GuestRam, index: u64) -> Result<(), MemoryError> {
+    let address = chunk_address(ram, index)?;
+    let slice = ram.get_slice(address, CHUNK_SIZE)?;
+    // SAFETY: the slice lies inside a private anonymous mapping that `ram` keeps alive, and is a
+    // whole page of it: regions begin and end on pages. Dropping it only makes it read as zero.
+    let failed = unsafe {
+        libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), CHUNK_SIZE, libc::MADV_DONTNEED)
+    } != 0;
+    if failed {
+        return Err(MemoryError::Drop(io::Error::last_os_error()));
+    }
+    slice.bitmap().mark_dirty(0, CHUNK_SIZE);
+    Ok(())
+}
+
+/// Host address of a region's first byte, as KVM wants it.
+pub fn host_address(region: &<GuestRam as GuestMemoryBackend>::R) -> Result<u64, MemoryError> {
+    Ok(region.get_host_address(MemoryRegionAddress(0))? as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn high_memory_begins_after_the_window() {
+        let ram = allocate(5 * GIB).unwrap();
+        assert_eq!(size_bytes(&ram), 5 * GIB);
+        let last_low = MMIO_WINDOW_START / 4096 - 1;
+        assert_eq!(chunk_address(&ram, last_low).unwrap().0, MMIO_WINDOW_START - 4096);
+        assert_eq!(chunk_address(&ram, last_low + 1).unwrap().0, MMIO_WINDOW_END);
+        assert!(chunk_address(&ram, chunk_count(&ram)).is_err());
+        for index in [0, 1, last_low, last_low + 1, chunk_count(&ram) - 1] {
+            let address = chunk_address(&ram, index).unwrap();
+            assert_eq!(chunk_at(&ram, GuestAddress(address.0 + 4095)), Some(index));
+        }
+        assert_eq!(chunk_at(&ram, GuestAddress(MMIO_WINDOW_START)), None);
+        assert!(check(&ram, 5 * GIB).is_ok());
+        assert!(matches!(check(&ram, 4 * GIB), Err(MemoryError::WrongRegions { .. })));
+    }
+
+    #[test]
+    fn sizes_that_cannot_be() {
+        for bytes in [0, MIN_MEMORY_BYTES - 4096, MIN_MEMORY_BYTES + 1, u64::MAX & !4095] {
+            assert!(matches!(allocate(bytes), Err(MemoryError::Size(b)) if b == bytes));
+        }
+    }
+
+    #[test]
+    fn chunks_in_and_out() {
+        let ram = allocate(MIN_MEMORY_BYTES).unwrap();
+        let mut chunk = [7; CHUNK_SIZE];
+        write_chunk(&ram, 5, &chunk).unwrap();
+        assert!(ram.iter().next().unwrap().get_mmap().bitmap().is_bit_set(5));
+        chunk.fill(0);
+        read_chunk(&ram, 5, &mut chunk).unwrap();
+        assert_eq!(chunk, [7; CHUNK_SIZE]);
+        drop_chunk(&ram, 5).unwrap();
+        read_chunk(&ram, 5, &mut chunk).unwrap();
+        assert_eq!(chunk, [0; CHUNK_SIZE]);
+        assert!(write_chunk(&ram, chunk_count(&ram), &chunk).is_err());
+    }
+}
