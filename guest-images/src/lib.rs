@@ -4,13 +4,27 @@
 //! the root of every part, and a chunk index that finds a part's chunk by its hash. Bases live in
 //! a [`store::Store`]; a VM's disk is an [`overlay::Overlay`] over its base's disk.
 //!
+//! ```text
+//! Store ── get ──> Base ── manifest, parts, read(Place), lookup(ChunkHash) -> Place
+//!                   ▲
+//!                   └── Overlay: one VM's disk = base | data | zero, chunk by chunk
+//! ```
+//!
 //! Goals: content addressed and verifiable; nothing here grows with the size of a disk except
-//! mapped files. Non-goals: networks, KVM, who owns a VM.
+//! mapped files and one byte a chunk of a running VM's overlay. Non-goals: networks, KVM, who owns
+//! a VM. The bytes on disk are described in `docs/formats.md`.
 
 pub mod base;
 pub mod chunk;
+pub mod index;
+pub mod manifest;
 pub mod overlay;
 pub mod store;
 
-pub use base::{Base, BaseId, Part, Place};
+mod files;
+
+pub use base::{Base, BaseError, BaseId, Part, Place};
 pub use chunk::{CHUNK_SIZE, Chunk, ChunkHash};
+pub use manifest::{Manifest, PartInfo, PartRoot};
+pub use overlay::{ChunkState, Overlay, OverlayError};
+pub use store::{ImportSpec, Store, StoreError};

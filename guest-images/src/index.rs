@@ -1,0 +1,266 @@
+//! The chunk index: a sorted, mapped file that finds a chunk of a base by its hash.
+//!
+//! It is derived from the parts, not part of the base's identity: a damaged one costs dedup hits
+//! and is told by [`Store::verify`](crate::store::Store::verify), it never makes a wrong disk.
+
+use std::{
+    fs::File,
+    io::{self, BufWriter, Write},
+    path::Path,
+};
+
+use memmap2::Mmap;
+
+use crate::{
+    base::{Part, Place},
+    chunk::ChunkHash,
+    manifest::{Manifest, PartRoot},
+};
+
+/// The version of the index format.
+pub const INDEX_VERSION: u32 = 1;
+
+const MAGIC: &[u8; 8] = b"HOWDIDX\0";
+/// Bytes of the header; entries follow.
+const HEADER_BYTES: usize = 192;
+/// Where the header's checksum is, over all bytes before it.
+const CHECKSUM_AT: usize = HEADER_BYTES - 32;
+/// A hash and a place.
+const ENTRY_BYTES: usize = 40;
+/// A place is a part in the top byte and a chunk number in the rest.
+const PART_SHIFT: u32 = 56;
+
+/// The roots that an index belongs to. An absent part has a root of zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartRoots([[u8; 32]; 3]);
+
+impl PartRoots {
+    /// The roots in a manifest.
+    pub fn of(manifest: &Manifest) -> Self {
+        let root = |part| manifest.part(part).map_or(PartRoot([0; 32]), |info| info.root);
+        Self(Part::ALL.map(|part| root(part).0))
+    }
+}
+
+/// Why an index is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum IndexError {
+    /// It cannot be read.
+    #[error("reading the index: {0}")]
+    Io(#[from] io::Error),
+    /// It is not an index.
+    #[error("not a chunk index")]
+    Magic,
+    /// Another version's.
+    #[error("chunk index version {0}; this build reads version {INDEX_VERSION}")]
+    Version(u32),
+    /// The header is damaged.
+    #[error("the index header is damaged")]
+    Header,
+    /// It was built from other parts.
+    #[error("the index was built for other parts than the manifest names")]
+    Foreign,
+    /// The file's length does not fit its count.
+    #[error("the index has {found} bytes; its {entries} entries need {expected}")]
+    Length {
+        /// Bytes the file has.
+        found: u64,
+        /// Entries that the header announces.
+        entries: u64,
+        /// Bytes it should have.
+        expected: u64,
+    },
+}
+
+/// One chunk: its hash and the first place that holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Entry {
+    hash: ChunkHash,
+    packed_place: u64,
+}
+
+impl Entry {
+    /// An entry; `place` must be inside a part, which is far below 2^56 chunks.
+    pub(crate) fn new(hash: ChunkHash, place: Place) -> Self {
+        let packed_place = u64::from(place.part as u8) << PART_SHIFT | place.index;
+        Self { hash, packed_place }
+    }
+
+    /// The place, unless the bytes name no part.
+    pub(crate) fn place(&self) -> Option<Place> {
+        unpack_place(self.packed_place)
+    }
+
+    fn to_bytes(self) -> [u8; ENTRY_BYTES] {
+        let mut bytes = [0; ENTRY_BYTES];
+        bytes[..32].copy_from_slice(&self.hash.0);
+        bytes[32..].copy_from_slice(&self.packed_place.to_le_bytes());
+        bytes
+    }
+}
+
+fn unpack_place(packed: u64) -> Option<Place> {
+    let part = Part::try_from((packed >> PART_SHIFT) as u8).ok()?;
+    Some(Place { part, index: packed & ((1 << PART_SHIFT) - 1) })
+}
+
+/// Sorts entries and drops all but the first place of each hash: disk before kernel before
+/// initramfs, low chunk numbers before high ones.
+pub(crate) fn sort(entries: &mut Vec<Entry>) {
+    entries.sort_unstable();
+    entries.dedup_by_key(|entry| entry.hash);
+}
+
+/// Writes an index of sorted entries. The caller makes the file durable.
+pub(crate) fn write(file: &File, roots: &PartRoots, entries: &[Entry]) -> io::Result<()> {
+    let mut checksum = blake3::Hasher::new();
+    entries.iter().for_each(|entry| {
+        checksum.update(&entry.to_bytes());
+    });
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    out.write_all(&header(roots, entries.len() as u64, checksum.finalize().as_bytes()))?;
+    for entry in entries {
+        out.write_all(&entry.to_bytes())?;
+    }
+    out.flush()
+}
+
+fn header(roots: &PartRoots, entries: u64, entries_checksum: &[u8; 32]) -> [u8; HEADER_BYTES] {
+    let mut bytes = [0; HEADER_BYTES];
+    bytes[..8].copy_from_slice(MAGIC);
+    bytes[8..12].copy_from_slice(&INDEX_VERSION.to_le_bytes());
+    bytes[12..16].copy_from_slice(&(ENTRY_BYTES as u32).to_le_bytes());
+    bytes[16..24].copy_from_slice(&entries.to_le_bytes());
+    for (slot, root) in bytes[24..120].chunks_exact_mut(32).zip(&roots.0) {
+        slot.copy_from_slice(root);
+    }
+    bytes[120..152].copy_from_slice(entries_checksum);
+    // 152..160 stay zero.
+    let checksum = blake3::hash(&bytes[..CHECKSUM_AT]);
+    bytes[CHECKSUM_AT..].copy_from_slice(checksum.as_bytes());
+    bytes
+}
+
+/// An open index: mapped, so that it costs no memory of ours however large the base is.
+#[derive(Debug)]
+pub struct Index {
+    map: Mmap,
+    entries: u64,
+}
+
+impl Index {
+    /// Opens an index and checks that it is whole and belongs to parts with these roots. The
+    /// entries themselves are looked at when they are searched.
+    pub fn open(path: &Path, roots: &PartRoots) -> Result<Self, IndexError> {
+        let file = File::open(path)?;
+        // SAFETY: the map is private to this value and only read. Files of a store are written
+        // once, under another name, and never changed or truncated after that: a store removes
+        // them by unlinking, which leaves a map intact. (Someone with the store's permissions who
+        // truncates one all the same makes the reader fault: that is outside what we defend.)
+        let map = unsafe { Mmap::map(&file)? };
+        let index = Self { entries: check_header(&map, roots)?, map };
+        // Lookups jump about: reading ahead would only fill the page cache.
+        let _ = index.map.advise(memmap2::Advice::Random);
+        Ok(index)
+    }
+
+    /// How many distinct chunks it holds.
+    pub fn len(&self) -> u64 {
+        self.entries
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.entries == 0
+    }
+
+    /// The place recorded for `hash`. The caller checks that it is inside its part.
+    pub(crate) fn find(&self, hash: &ChunkHash) -> Option<Place> {
+        /// After so many guesses the hashes are not evenly spread, or damaged: halve from there.
+        const GUESSES: u32 = 6;
+        let key = prefix(&hash.0);
+        let (mut low, mut low_key) = (0, 0);
+        let (mut high, mut high_key) = (self.entries, u64::MAX);
+        let mut step = 0;
+        // Invariant: low_key <= key <= high_key, by the comparisons below, in any order of entries.
+        while low < high {
+            let middle = if step < GUESSES {
+                let share = u128::from(key - low_key) * u128::from(high - low)
+                    / (u128::from(high_key - low_key) + 1);
+                low + share as u64
+            } else {
+                low + (high - low) / 2
+            };
+            step += 1;
+            let (found, packed_place) = self.entry(middle)?;
+            match found.cmp(&hash.0) {
+                std::cmp::Ordering::Equal => return unpack_place(packed_place),
+                std::cmp::Ordering::Less => (low, low_key) = (middle + 1, prefix(found)),
+                std::cmp::Ordering::Greater => (high, high_key) = (middle, prefix(found)),
+            }
+        }
+        None
+    }
+
+    /// Entry number `number`: its hash and packed place.
+    fn entry(&self, number: u64) -> Option<(&[u8; 32], u64)> {
+        let at =
+            HEADER_BYTES.checked_add(usize::try_from(number).ok()?.checked_mul(ENTRY_BYTES)?)?;
+        let bytes: &[u8; ENTRY_BYTES] = self.map.get(at..)?.first_chunk()?;
+        let (hash, place) = bytes.split_first_chunk::<32>()?;
+        Some((hash, u64::from_le_bytes(*place.first_chunk()?)))
+    }
+
+    /// Whether the entries are the bytes that were written; reads the whole file.
+    pub(crate) fn entries_intact(&self) -> bool {
+        let entries = self.map.get(HEADER_BYTES..).unwrap_or_default();
+        self.map.get(120..152) == Some(blake3::hash(entries).as_bytes().as_slice())
+    }
+
+    /// The number of the first entry that differs from `expected`, if any does.
+    pub(crate) fn first_difference(&self, expected: &[Entry]) -> Option<u64> {
+        let longest = self.entries.max(expected.len() as u64);
+        (0..longest).find(|&number| {
+            let wanted = expected.get(number as usize).map(|e| (e.hash.0, e.packed_place));
+            self.entry(number).map(|(hash, place)| (*hash, place)) != wanted
+        })
+    }
+}
+
+/// The first bytes of a hash as a number that sorts like the hash.
+fn prefix(hash: &[u8; 32]) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = *hash;
+    u64::from_be_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// Checks a header against the file's length and the roots; returns the number of entries.
+fn check_header(map: &[u8], roots: &PartRoots) -> Result<u64, IndexError> {
+    let (header_bytes, _) = map.split_first_chunk::<HEADER_BYTES>().ok_or(IndexError::Magic)?;
+    let word = |at: usize| {
+        let mut word = [0; 8];
+        word.copy_from_slice(&header_bytes[at..at + 8]);
+        u64::from_le_bytes(word)
+    };
+    if header_bytes[..8] != MAGIC[..] {
+        return Err(IndexError::Magic);
+    }
+    let version = word(8) as u32;
+    if version != INDEX_VERSION {
+        return Err(IndexError::Version(version));
+    }
+    if blake3::hash(&header_bytes[..CHECKSUM_AT]).as_bytes() != &header_bytes[CHECKSUM_AT..] {
+        return Err(IndexError::Header);
+    }
+    let (entries, mut checksum) = (word(16), [0; 32]);
+    checksum.copy_from_slice(&header_bytes[120..152]);
+    // Every other byte of a header is determined by these.
+    if *header_bytes != header(roots, entries, &checksum) {
+        return Err(IndexError::Foreign);
+    }
+    let found = map.len() as u64;
+    let expected = entries.saturating_mul(ENTRY_BYTES as u64).saturating_add(HEADER_BYTES as u64);
+    if found != expected {
+        return Err(IndexError::Length { found, entries, expected });
+    }
+    Ok(entries)
+}
