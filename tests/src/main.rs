@@ -1,3 +1,48 @@
 //! The lab: hosts with KVM, shaped links, scenarios and faults.
+//!
+//! `lab exec` boots a machine in which KVM works and runs one command in it; `lab run` runs
+//! scenarios: two cloudlets joined by a shaped link, guests handed off between them, faults, and
+//! checks of what must stay true. The same program is the machine's first process and, inside, the
+//! runner of scenarios. `docs/lab.md` tells how to use it.
 
-fn main() {}
+mod exec;
+mod inside;
+mod machine;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Hosts with KVM, shaped links, scenarios and faults.
+#[derive(Parser)]
+#[command(name = "lab", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Boot a lab host, run a command in it as root, and return its exit status.
+    Exec(exec::ExecArgs),
+}
+
+/// The lab itself failed, as opposed to the command it ran.
+const LAB_FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        inside::init::main();
+    }
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Verb::Exec(args) => exec::exec(&args),
+    };
+    match result {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(LAB_FAILED)),
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::from(LAB_FAILED)
+        }
+    }
+}
