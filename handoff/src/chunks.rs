@@ -30,6 +30,21 @@ pub struct Geometry {
     pub disk_chunks: u64,
 }
 
+impl Geometry {
+    /// How many chunks `space` has.
+    pub fn space_len(&self, space: Space) -> u64 {
+        match space {
+            Space::Ram => self.ram_chunks,
+            Space::Disk => self.disk_chunks,
+        }
+    }
+
+    /// Whether there is such a chunk.
+    pub fn contains(&self, id: ChunkId) -> bool {
+        id.index < self.space_len(id.space)
+    }
+}
+
 /// A set of chunks: one bit each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkSet {
@@ -52,10 +67,17 @@ impl ChunkSet {
 
     /// How many chunks `space` has in this set's geometry.
     pub fn space_len(&self, space: Space) -> u64 {
-        match space {
-            Space::Ram => self.geometry.ram_chunks,
-            Space::Disk => self.geometry.disk_chunks,
-        }
+        self.geometry.space_len(space)
+    }
+
+    /// 64 chunks at once: bit b is chunk `word * 64 + b`. Zero outside the geometry.
+    pub fn word(&self, space: Space, word: u64) -> u64 {
+        usize::try_from(word).ok().and_then(|w| self.words(space).get(w)).copied().unwrap_or(0)
+    }
+
+    /// How many words of 64 chunks `space` has.
+    pub fn word_count(&self, space: Space) -> u64 {
+        self.words(space).len() as u64
     }
 
     fn words(&self, space: Space) -> &[u64] {

@@ -7,10 +7,16 @@
 //! Goals: nothing runs unverified, one owner at any instant, cost follows change, every queue and
 //! wait bounded. Non-goals: KVM, files of a VM, sockets (a [`Transport`] is given).
 
+pub mod base_view;
 pub mod chunks;
 pub mod link;
+pub mod order;
+pub mod root;
+pub mod stage;
 pub mod vm;
 
+pub use base_view::BaseView;
 pub use chunks::{ChunkId, ChunkSet, Geometry, Space};
 pub use link::{Clock, Connect, Transport};
+pub use root::{StateRoot, StateTable};
 pub use vm::{Offer, Refusal, SourceVm, TargetHost, TargetVm};

@@ -1,0 +1,164 @@
+//! Compression of a batch as one.
+
+use std::io;
+
+use super::pack::MAX_BATCH_BYTES;
+
+/// The zstd level of every batch.
+pub const ZSTD_LEVEL: i32 = 6;
+
+/// How a payload is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Codec {
+    /// As it is: chosen where compression does not shrink it.
+    Raw = 0,
+    /// One zstd frame.
+    Zstd = 1,
+}
+
+impl Codec {
+    /// The codec with this number on the wire.
+    pub fn from_u8(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::Raw),
+            1 => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
+
+/// A compressed body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// How it is encoded.
+    pub codec: Codec,
+    /// Bytes of the body.
+    pub raw_len: u32,
+    /// The encoded body.
+    pub payload: Vec<u8>,
+}
+
+/// The body could not be compressed.
+#[derive(Debug, thiserror::Error)]
+pub enum CompressError {
+    /// More than one batch.
+    #[error("{len} bytes are more than the {MAX_BATCH_BYTES} that one segment carries")]
+    TooLarge {
+        /// Its size.
+        len: usize,
+    },
+    /// The codec failed.
+    #[error("zstd could not compress {len} bytes: {source}")]
+    Codec {
+        /// Bytes given to it.
+        len: usize,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+/// Compresses batch after batch with one context.
+pub struct Compressor {
+    zstd: zstd::bulk::Compressor<'static>,
+}
+
+impl Compressor {
+    /// A compressor at [`ZSTD_LEVEL`].
+    pub fn new() -> io::Result<Self> {
+        Self::with_level(ZSTD_LEVEL)
+    }
+
+    /// A compressor at another level: to measure, and for a policy to come.
+    pub fn with_level(level: i32) -> io::Result<Self> {
+        let mut zstd = zstd::bulk::Compressor::new(level)?;
+        // The segment carries length and hash of what is in the frame.
+        zstd.include_contentsize(false)?;
+        zstd.include_checksum(false)?;
+        Ok(Self { zstd })
+    }
+
+    /// Compresses a body, or keeps it as it is where that is shorter.
+    pub fn compress(&mut self, body: &[u8]) -> Result<Packed, CompressError> {
+        let len = body.len();
+        let raw_len = u32::try_from(len).ok().filter(|_| len <= MAX_BATCH_BYTES);
+        let raw_len = raw_len.ok_or(CompressError::TooLarge { len })?;
+        let payload =
+            self.zstd.compress(body).map_err(|source| CompressError::Codec { len, source })?;
+        Ok(if payload.len() < len {
+            Packed { codec: Codec::Zstd, raw_len, payload }
+        } else {
+            Packed { codec: Codec::Raw, raw_len, payload: body.to_vec() }
+        })
+    }
+}
+
+/// Why a payload does not hold the body it claims.
+#[derive(Debug, thiserror::Error)]
+pub enum DecompressError {
+    /// A length that no body has.
+    #[error("a body of {raw_len} bytes is larger than the {MAX_BATCH_BYTES} allowed")]
+    TooLarge {
+        /// The length claimed.
+        raw_len: u32,
+    },
+    /// Another length than it claims.
+    #[error("a payload that claims {raw_len} bytes holds {actual}")]
+    Length {
+        /// The length claimed.
+        raw_len: u32,
+        /// The length found.
+        actual: usize,
+    },
+    /// Not a zstd frame, or one that holds more than it claims.
+    #[error("zstd could not decompress {payload_len} bytes into the {raw_len} claimed: {source}")]
+    Codec {
+        /// Bytes of payload.
+        payload_len: usize,
+        /// The length claimed.
+        raw_len: u32,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+/// Decompresses payload after payload with one context and one buffer of bounded size.
+pub struct Decompressor {
+    zstd: zstd::bulk::Decompressor<'static>,
+    body: Vec<u8>,
+}
+
+impl Decompressor {
+    /// A decompressor.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { zstd: zstd::bulk::Decompressor::new()?, body: Vec::new() })
+    }
+
+    /// The body that a payload holds: exactly `raw_len` bytes, at most [`MAX_BATCH_BYTES`].
+    pub fn decompress<'a>(
+        &'a mut self,
+        codec: Codec,
+        raw_len: u32,
+        payload: &'a [u8],
+    ) -> Result<&'a [u8], DecompressError> {
+        let len = raw_len as usize;
+        if len > MAX_BATCH_BYTES {
+            return Err(DecompressError::TooLarge { raw_len });
+        }
+        let body = match codec {
+            Codec::Raw => payload,
+            Codec::Zstd => {
+                self.body.resize(len, 0);
+                let into = self.body.as_mut_slice();
+                let actual = self.zstd.decompress_to_buffer(payload, into).map_err(|source| {
+                    DecompressError::Codec { payload_len: payload.len(), raw_len, source }
+                })?;
+                self.body.get(..actual).unwrap_or_default()
+            }
+        };
+        if body.len() != len {
+            return Err(DecompressError::Length { raw_len, actual: body.len() });
+        }
+        Ok(body)
+    }
+}

@@ -1,0 +1,27 @@
+//! The stages between a chunk read at the source and a chunk written at the target.
+//!
+//! ```text
+//!            source                                  target
+//! classify   Classifier  chunk -> Op                 Resolver  step -> chunk written, hashed
+//! pack       BatchBuilder ops -> body                Batch     body -> steps
+//! compress   Compressor  body -> payload             Decompressor  payload -> body
+//! seal       Sealer      payload -> Segment          Opener    Segment -> payload
+//! ```
+//!
+//! Each module holds one stage forward and in reverse, so that a stage is added or removed in one
+//! place. None does I/O but to read the base; none has a thread or a clock of its own.
+
+pub mod classify;
+pub mod compress;
+pub mod pack;
+mod pack_codec;
+pub mod resolve;
+pub mod seal;
+pub mod stats;
+
+pub use classify::{Classifier, ClassifyError, Op, StageOptions};
+pub use compress::{Codec, Compressor, DecompressError, Decompressor, Packed};
+pub use pack::{Batch, BatchBuilder, BatchError, BatchFull, BatchLimits, RawBatch, Step, What};
+pub use resolve::{Applied, ResolveError, Resolver};
+pub use seal::{OpenError, Opener, Sealer, Segment, SegmentError, SegmentKind};
+pub use stats::{Class, ClassStats, Stats};

@@ -1,0 +1,250 @@
+//! The first stage in reverse: makes chunks out of a batch and keeps account of what it wrote.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    io,
+    sync::Arc,
+};
+
+use guest_images::{CHUNK_SIZE, Chunk, ChunkHash, Place, chunk::ZERO_CHUNK};
+
+use super::{
+    pack::{Batch, BatchError, Step, What},
+    stats::Class,
+};
+use crate::{
+    base_view::{BaseView, is_base_state},
+    chunks::{ChunkId, Geometry},
+    root::{GROUP_CHUNKS, GroupKey, StateRoot, StateTable, group_of},
+    vm::{TargetVm, VmError},
+};
+
+/// Why a batch was not applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// It is not a batch. Nothing was written.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// It speaks of a chunk that the guest has not. Nothing was written.
+    #[error("the batch speaks of {id:?}, outside the guest's {geometry:?}")]
+    Outside {
+        /// The chunk.
+        id: ChunkId,
+        /// What there is.
+        geometry: Geometry,
+    },
+    /// It refers to a place that the base has not. Nothing was written.
+    #[error("the batch refers to {place:?} for {id:?}, but that part has {chunks} chunks")]
+    NoSuchPlace {
+        /// The chunk.
+        id: ChunkId,
+        /// What it refers to.
+        place: Place,
+        /// Chunks in that part.
+        chunks: u64,
+    },
+    /// It refers to a chunk that was never sent or equals its base by now.
+    #[error("the batch takes {id:?} from {source_id:?}, which was not received")]
+    NotReceived {
+        /// The chunk.
+        id: ChunkId,
+        /// What it refers to.
+        source_id: ChunkId,
+    },
+    /// A chunk received before is not what was written.
+    #[error("{source_id:?} holds {found} where {written} was written: memory or disk is not sound")]
+    Altered {
+        /// The chunk.
+        source_id: ChunkId,
+        /// The hash of what was written.
+        written: ChunkHash,
+        /// The hash of what is there.
+        found: ChunkHash,
+    },
+    /// The base could not be read.
+    #[error("cannot read the base for {id:?}: {source}")]
+    Base {
+        /// The chunk.
+        id: ChunkId,
+        /// What the read said.
+        source: io::Error,
+    },
+    /// The VM could not read or write.
+    #[error("cannot apply {id:?} to the VM: {source}")]
+    Vm {
+        /// The chunk.
+        id: ChunkId,
+        /// What the VM said.
+        source: VmError,
+    },
+}
+
+/// What a batch did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Chunks written, of all classes.
+    pub chunks: u64,
+    /// Chunks written of each class, by its number.
+    pub classes: [u64; Class::ALL.len()],
+    /// Chunks left alone because a newer generation of them is in place.
+    pub stale: u64,
+}
+
+/// The newest generation of each chunk received, in groups like those of the state table. Kept
+/// apart from it because a chunk that went back to its base state still has a generation.
+#[derive(Default)]
+struct Generations {
+    groups: BTreeMap<GroupKey, Box<[u32; GROUP_CHUNKS as usize]>>,
+}
+
+impl Generations {
+    /// Takes note of a generation; `false` if a newer one was noted.
+    fn advance(&mut self, id: ChunkId, generation: u32) -> bool {
+        let (key, slot) = group_of(id);
+        let group = match self.groups.entry(key) {
+            Entry::Occupied(group) => group.into_mut(),
+            Entry::Vacant(vacant) => vacant.insert(Box::new([0; GROUP_CHUNKS as usize])),
+        };
+        let newest = generation >= group[slot];
+        if newest {
+            group[slot] = generation;
+        }
+        newest
+    }
+}
+
+/// Applies batches to a VM and keeps the table of what it holds.
+///
+/// After an error the VM and the table no longer go together: the handoff must be aborted.
+pub struct Resolver {
+    base: Arc<dyn BaseView>,
+    table: StateTable,
+    generations: Generations,
+    zero: ChunkHash,
+}
+
+impl Resolver {
+    /// For a VM that begins as `base`: RAM zero, disk equal to the base's.
+    pub fn new(base: Arc<dyn BaseView>, geometry: Geometry) -> Self {
+        Self {
+            table: StateTable::new(base.id(), geometry),
+            base,
+            generations: Generations::default(),
+            zero: ChunkHash::of(ZERO_CHUNK),
+        }
+    }
+
+    /// Applies one batch. All of it is checked before any of it is written.
+    pub fn apply(&mut self, vm: &mut dyn TargetVm, body: &[u8]) -> Result<Applied, ResolveError> {
+        let batch = Batch::parse(body)?;
+        for step in batch.steps() {
+            self.check(&step)?;
+        }
+        let mut applied = Applied::default();
+        for step in batch.steps() {
+            if self.generations.advance(step.id, batch.generation()) {
+                let class = self.take(vm, &step)?;
+                applied.chunks += 1;
+                applied.classes[class as usize] += 1;
+            } else {
+                applied.stale += 1;
+            }
+        }
+        Ok(applied)
+    }
+
+    fn check(&self, step: &Step<'_>) -> Result<(), ResolveError> {
+        let geometry = self.table.geometry();
+        let source_id = match step.what {
+            What::FromSeen(source_id) => source_id,
+            _ => step.id,
+        };
+        for id in [step.id, source_id] {
+            if !geometry.contains(id) {
+                return Err(ResolveError::Outside { id, geometry });
+            }
+        }
+        match step.what {
+            What::FromBase(place) if !self.base.holds(place) => Err(ResolveError::NoSuchPlace {
+                id: step.id,
+                place,
+                chunks: self.base.part_chunks(place.part),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn take(&mut self, vm: &mut dyn TargetVm, step: &Step<'_>) -> Result<Class, ResolveError> {
+        let id = step.id;
+        let mut copy = [0; CHUNK_SIZE];
+        match step.what {
+            What::Reset => {
+                vm.reset_chunk(id).map_err(|source| ResolveError::Vm { id, source })?;
+                self.table.clear(id);
+                Ok(Class::Reset)
+            }
+            What::Zero => self.write(vm, id, ZERO_CHUNK, self.zero).map(|()| Class::Zero),
+            What::FromBase(place) => {
+                self.base
+                    .read(place, &mut copy)
+                    .map_err(|source| ResolveError::Base { id, source })?;
+                self.write(vm, id, &copy, ChunkHash::of(&copy)).map(|()| Class::Base)
+            }
+            What::FromSeen(source_id) => {
+                let hash = self.read_received(vm, id, source_id, &mut copy)?;
+                self.write(vm, id, &copy, hash).map(|()| Class::Seen)
+            }
+            What::Data(chunk) => {
+                self.write(vm, id, chunk, ChunkHash::of(chunk)).map(|()| Class::Data)
+            }
+        }
+    }
+
+    /// Copies a chunk received before and checks that it is still what was written.
+    fn read_received(
+        &self,
+        vm: &mut dyn TargetVm,
+        id: ChunkId,
+        source_id: ChunkId,
+        into: &mut Chunk,
+    ) -> Result<ChunkHash, ResolveError> {
+        let written =
+            self.table.get(source_id).ok_or(ResolveError::NotReceived { id, source_id })?;
+        vm.read_chunk(source_id, into)
+            .map_err(|source| ResolveError::Vm { id: source_id, source })?;
+        let found = ChunkHash::of(into);
+        if found != written {
+            return Err(ResolveError::Altered { source_id, written, found });
+        }
+        Ok(found)
+    }
+
+    /// Writes a chunk and enters it in the table by what it holds, not by how it came.
+    fn write(
+        &mut self,
+        vm: &mut dyn TargetVm,
+        id: ChunkId,
+        chunk: &Chunk,
+        hash: ChunkHash,
+    ) -> Result<(), ResolveError> {
+        vm.write_chunk(id, chunk).map_err(|source| ResolveError::Vm { id, source })?;
+        let is_base = is_base_state(&*self.base, id, chunk)
+            .map_err(|source| ResolveError::Base { id, source })?;
+        if is_base {
+            self.table.clear(id);
+        } else {
+            self.table.set(id, hash);
+        }
+        Ok(())
+    }
+
+    /// The root of what the VM holds.
+    pub fn root(&mut self) -> StateRoot {
+        self.table.root()
+    }
+
+    /// The table behind [`Resolver::root`].
+    pub fn table(&self) -> &StateTable {
+        &self.table
+    }
+}
