@@ -1,0 +1,102 @@
+//! What the agent's threads know about themselves, shared with whoever asks.
+
+use std::fs;
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::{Findings, Reading};
+
+/// Who this guest is: unchanged for as long as its RAM is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// The kernel's boot id: another one means that the guest was booted again.
+    pub(crate) boot_id: String,
+    /// Made at start and held only in RAM: another one means that RAM was not carried over.
+    pub(crate) nonce: [u8; 16],
+}
+
+impl Identity {
+    /// Reads the boot id and draws a nonce.
+    pub(crate) fn establish() -> io::Result<Self> {
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let mut nonce = [0; 16];
+        fs::File::open("/dev/urandom")?.read_exact(&mut nonce)?;
+        Ok(Self { boot_id, nonce })
+    }
+}
+
+/// Counters that the agent's threads publish and the probe answers carry.
+#[derive(Debug)]
+pub(crate) struct Vitals {
+    pub(crate) identity: Identity,
+    /// Grows at every tick, in RAM only.
+    pub(crate) counter: AtomicU64,
+    pub(crate) clock: Findings,
+    /// The last record known to be on the disk; 0 for none.
+    pub(crate) durable_seq: AtomicU64,
+    pub(crate) write_errors: AtomicU64,
+    pub(crate) ram_errors: AtomicU64,
+    pub(crate) ram_pages: AtomicU64,
+    pub(crate) pages_dirtied: AtomicU64,
+    pub(crate) pages_verified: AtomicU64,
+    started: Reading,
+}
+
+/// The vital signs at one moment, as they go over the wire.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Snapshot {
+    pub(crate) boot_id: String,
+    pub(crate) nonce: String,
+    pub(crate) counter: u64,
+    pub(crate) durable_seq: u64,
+    pub(crate) realtime_ns: i64,
+    pub(crate) monotonic_ns: i64,
+    pub(crate) clock_violations: u64,
+    pub(crate) longest_tick_gap_ns: u64,
+    pub(crate) write_errors: u64,
+    pub(crate) ram_errors: u64,
+    pub(crate) ram_pages: u64,
+    pub(crate) pages_dirtied: u64,
+    pub(crate) pages_verified: u64,
+    pub(crate) uptime_ns: i64,
+}
+
+impl Vitals {
+    pub(crate) fn new(identity: Identity) -> Self {
+        Self {
+            identity,
+            counter: AtomicU64::new(0),
+            clock: Findings::default(),
+            durable_seq: AtomicU64::new(0),
+            write_errors: AtomicU64::new(0),
+            ram_errors: AtomicU64::new(0),
+            ram_pages: AtomicU64::new(0),
+            pages_dirtied: AtomicU64::new(0),
+            pages_verified: AtomicU64::new(0),
+            started: Reading::now(),
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let now = Reading::now();
+        let get = |value: &AtomicU64| value.load(Ordering::Acquire);
+        Snapshot {
+            boot_id: self.identity.boot_id.clone(),
+            nonce: hex::encode(self.identity.nonce),
+            counter: get(&self.counter),
+            durable_seq: get(&self.durable_seq),
+            realtime_ns: now.realtime_ns,
+            monotonic_ns: now.monotonic_ns,
+            clock_violations: get(&self.clock.violations),
+            longest_tick_gap_ns: get(&self.clock.longest_gap_ns),
+            write_errors: get(&self.write_errors),
+            ram_errors: get(&self.ram_errors),
+            ram_pages: get(&self.ram_pages),
+            pages_dirtied: get(&self.pages_dirtied),
+            pages_verified: get(&self.pages_verified),
+            uptime_ns: now.monotonic_ns - self.started.monotonic_ns,
+        }
+    }
+}
