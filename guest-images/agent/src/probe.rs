@@ -31,10 +31,10 @@ pub(crate) struct Answer {
 pub(crate) fn serve(socket: &UdpSocket, vitals: &Vitals) -> ! {
     loop {
         // Errors here come from the network (an unreachable asker): the next request may be fine.
-        if let Err(error) = answer_one(socket, vitals) {
-            if error.kind() != io::ErrorKind::ConnectionRefused {
-                std::thread::sleep(std::time::Duration::from_millis(10));
-            }
+        if let Err(error) = answer_one(socket, vitals)
+            && error.kind() != io::ErrorKind::ConnectionRefused
+        {
+            std::thread::sleep(std::time::Duration::from_millis(10));
         }
     }
 }
