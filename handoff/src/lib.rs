@@ -11,6 +11,7 @@ pub mod base_view;
 pub mod chunks;
 pub mod link;
 pub mod order;
+pub mod ownership;
 pub mod root;
 pub mod stage;
 pub mod vm;

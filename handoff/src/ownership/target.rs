@@ -1,0 +1,249 @@
+//! The target's half: a function from record and event to a [`Step`].
+//!
+//! Before [`Event::Prepare`] the target holds nothing durable: a crash forgets the copy, and the
+//! source goes on. What the record was before (none, or an old one of the same VM) stays.
+
+use super::{
+    Guest, OwnershipError, Question, Record, State, StateRoot, Step, Tenure,
+    Verdict, record::bounded_text,
+};
+
+/// What happens to a target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Everything is in memory and on disk, durable and verified.
+    Prepare {
+        /// The handoff and the epoch it gives.
+        offered: Question,
+        /// Where it comes from.
+        peer: String,
+        /// The root that was verified.
+        root: StateRoot,
+    },
+    /// The source committed.
+    Commit(Question),
+    /// The guest runs here now.
+    Started,
+    /// This side cannot or will not run the guest.
+    Decline {
+        /// The handoff and the epoch it would give.
+        offered: Question,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// The source aborted.
+    Aborted(Question),
+    /// The source has let go.
+    Released(Question),
+    /// Nothing was heard for long while waiting.
+    Silence,
+    /// The source answered a question about the handoff this record waits on.
+    Answer(Verdict),
+    /// The process starts again: RAM is lost.
+    Restart,
+    /// After a restart, the peer could not be asked within the bound.
+    Unreachable,
+    /// An operator asserts that the source is down, and takes the VM.
+    Takeover {
+        /// Why; recorded.
+        reason: String,
+    },
+}
+
+/// What a target says.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Say {
+    /// Everything is in place, durable and verified.
+    Prepared(Question, StateRoot),
+    /// It will never run here in that epoch.
+    Declined(Question, String),
+    /// It runs or has run here.
+    Resumed(Question),
+    /// How does the handoff stand?
+    Ask(Question),
+}
+
+/// Why a VM that is offered may not be received over what is recorded here.
+pub fn admit(record: Option<&Record>, offered: Question) -> Result<(), String> {
+    let Some(record) = record else { return Ok(()) };
+    let newer = record.vm == offered.vm && record.epoch >= offered.epoch;
+    match &record.state {
+        State::Owner(_) | State::HandingOff { .. } => Err(format!("it runs here: {record}")),
+        State::Committed { .. } => Err(format!("it is in doubt here: {record}")),
+        State::Prepared { handoff, .. } if *handoff != offered.handoff => {
+            Err(format!("another handoff of it is not over: {record}"))
+        }
+        State::Declined { handoff, .. } if *handoff == offered.handoff => {
+            Err(format!("this handoff was declined: {record}"))
+        }
+        // A source that went back to its own epoch after an abort offers the same one again.
+        State::Declined { .. } | State::Prepared { .. } => Ok(()),
+        State::Released { .. } if newer => Err(format!("a newer one is known here: {record}")),
+        State::Released { .. } => Ok(()),
+    }
+}
+
+/// The target's transition function, over the record of this VM if there is one. An event that is
+/// late or not meant for this record changes nothing.
+pub fn step(record: Option<&Record>, event: Event) -> Result<Step<Say>, OwnershipError> {
+    match event {
+        Event::Prepare { offered, peer, root } => Ok(prepare(record, offered, peer, root)),
+        Event::Decline { offered, reason } => Ok(decline(record, offered, reason)),
+        Event::Commit(offered) => Ok(commit(record, offered)),
+        event => match record {
+            None => Ok(Step::nothing()),
+            Some(record) => settled(record, event),
+        },
+    }
+}
+
+fn prepare(
+    record: Option<&Record>,
+    offered: Question,
+    peer: String,
+    root: StateRoot,
+) -> Step<Say> {
+    let said = Some(Say::Prepared(offered, root));
+    match record {
+        // Said again after a broken link: the word is on disk already.
+        Some(Record { state: State::Prepared { handoff, root: held, .. }, .. })
+            if *handoff == offered.handoff && *held == root =>
+        {
+            Step { say: said, ..Step::nothing() }
+        }
+        _ if admit(record, offered).is_err() => Step::nothing(),
+        _ => {
+            let state =
+                State::Prepared { handoff: offered.handoff, peer: bounded_text(peer), root };
+            let write = Some(Record { vm: offered.vm, epoch: offered.epoch, state });
+            Step { write, say: said, guest: Guest::Leave }
+        }
+    }
+}
+
+fn decline(record: Option<&Record>, offered: Question, reason: String) -> Step<Say> {
+    let refuse = || declined(offered, bounded_text(&reason));
+    match record.map(|r| (&r.state, r.handoff() == Some(offered.handoff))) {
+        None | Some((State::Prepared { .. }, true)) => refuse(),
+        Some((State::Declined { reason, .. }, true)) => {
+            Step::saying(Say::Declined(offered, reason.clone()))
+        }
+        Some((State::Released { .. } | State::Declined { .. }, _)) => refuse(),
+        // An owner cannot decline any more, and another VM's handoff is none of this one's.
+        Some(_) => Step::nothing(),
+    }
+}
+
+fn declined(offered: Question, reason: String) -> Step<Say> {
+    let state = State::Declined { handoff: offered.handoff, reason: reason.clone() };
+    Step {
+        write: Some(Record { vm: offered.vm, epoch: offered.epoch, state }),
+        say: Some(Say::Declined(offered, reason)),
+        guest: Guest::Drop,
+    }
+}
+
+fn commit(record: Option<&Record>, offered: Question) -> Step<Say> {
+    let Some(record) = record.filter(|r| r.vm == offered.vm) else { return Step::nothing() };
+    match &record.state {
+        State::Prepared { handoff, peer, .. }
+            if *handoff == offered.handoff && record.epoch == offered.epoch =>
+        {
+            let tenure = Tenure::Unconfirmed { handoff: *handoff, peer: peer.clone() };
+            let write = Some(record.with(record.epoch, State::Owner(tenure)));
+            Step { write, say: None, guest: Guest::Run }
+        }
+        State::Declined { handoff, reason } if *handoff == offered.handoff => {
+            Step::saying(Say::Declined(offered, reason.clone()))
+        }
+        _ => match super::answer(Some(record), offered) {
+            Verdict::Owner | Verdict::Superseded { .. } => Step::saying(Say::Resumed(offered)),
+            _ => Step::nothing(),
+        },
+    }
+}
+
+/// The handoff that this record waits on, as the source knows it.
+pub fn question(record: &Record) -> Option<Question> {
+    match &record.state {
+        State::Prepared { handoff, .. } | State::Owner(Tenure::Unconfirmed { handoff, .. }) => {
+            Some(Question { vm: record.vm, handoff: *handoff, epoch: record.epoch })
+        }
+        _ => None,
+    }
+}
+
+fn settled(record: &Record, event: Event) -> Result<Step<Say>, OwnershipError> {
+    let Some(asked) = question(record) else {
+        return match event {
+            Event::Restart if record.may_run() => {
+                Ok(Step { guest: Guest::Run, ..Step::nothing() })
+            }
+            Event::Takeover { .. } => Err(OwnershipError::NoTakeover { why: record.to_string() }),
+            _ => Ok(Step::nothing()),
+        };
+    };
+    if matches!(record.state, State::Prepared { .. }) {
+        return prepared(record, asked, event);
+    }
+    unconfirmed(record, asked, event)
+}
+
+fn prepared(record: &Record, asked: Question, event: Event) -> Result<Step<Say>, OwnershipError> {
+    let give_up = |why: &str| Ok(declined(asked, why.into()));
+    match event {
+        Event::Aborted(which) if which.handoff == asked.handoff => give_up("the source aborted"),
+        Event::Answer(Verdict::Aborted) => give_up("the source aborted"),
+        Event::Answer(Verdict::Superseded { epoch }) => {
+            give_up(&format!("the VM has moved on to epoch {epoch}"))
+        }
+        Event::Answer(Verdict::Committed) => Ok(commit(Some(record), asked)),
+        // The verified copy was in memory only.
+        Event::Restart => give_up("the receiver stopped before it was told to run the guest"),
+        Event::Silence => Ok(Step::saying(Say::Ask(asked))),
+        Event::Takeover { reason } => {
+            let tenure = Tenure::TakenOver { reason: bounded_text(reason) };
+            let write = Some(record.with(record.epoch.next()?, State::Owner(tenure)));
+            Ok(Step { write, say: None, guest: Guest::Run })
+        }
+        _ => Ok(Step::nothing()),
+    }
+}
+
+fn unconfirmed(
+    record: &Record,
+    asked: Question,
+    event: Event,
+) -> Result<Step<Say>, OwnershipError> {
+    let confirmed = |guest| Step {
+        write: Some(record.with(record.epoch, State::Owner(Tenure::Settled))),
+        say: None,
+        guest,
+    };
+    match event {
+        Event::Started => Ok(Step::saying(Say::Resumed(asked))),
+        Event::Released(which) if which == asked => Ok(confirmed(Guest::Leave)),
+        // Only the disk is left; before the guest boots from it, the source is asked whether an
+        // operator took the VM back meanwhile.
+        Event::Restart | Event::Silence => Ok(Step::saying(Say::Ask(asked))),
+        Event::Answer(Verdict::Superseded { epoch }) => {
+            let state = State::Released { handoff: asked.handoff, peer: peer_of(record) };
+            let write = Some(record.with(epoch, state));
+            Ok(Step { write, say: None, guest: Guest::Drop })
+        }
+        Event::Answer(Verdict::Released) => Ok(confirmed(Guest::Run)),
+        Event::Answer(_) | Event::Unreachable => {
+            Ok(Step { guest: Guest::Run, ..Step::nothing() })
+        }
+        Event::Takeover { .. } => Err(OwnershipError::NoTakeover { why: record.to_string() }),
+        _ => Ok(Step::nothing()),
+    }
+}
+
+fn peer_of(record: &Record) -> String {
+    match &record.state {
+        State::Owner(Tenure::Unconfirmed { peer, .. }) => peer.clone(),
+        _ => String::new(),
+    }
+}
+
