@@ -9,15 +9,19 @@
 
 pub mod base_view;
 pub mod chunks;
+pub mod engine;
 pub mod link;
 pub mod order;
 pub mod ownership;
+pub mod report;
 pub mod root;
+pub mod source;
 pub mod stage;
 pub mod vm;
+pub mod wire;
 
 pub use base_view::BaseView;
 pub use chunks::{ChunkId, ChunkSet, Geometry, Space};
-pub use link::{Clock, Connect, Transport};
+pub use link::{Clock, Connect, LinkGauge, LinkReading, Transport};
 pub use root::{StateRoot, StateTable};
 pub use vm::{Offer, Refusal, SourceVm, TargetHost, TargetVm};

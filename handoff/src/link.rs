@@ -10,8 +10,32 @@ pub trait Transport: Send {
     /// [`READ_TICK`] without data, so that its owner can look at clocks and cancellation.
     type Rx: io::Read + Send;
 
+    /// What measures the link, if the transport can.
+    fn gauge(&self) -> Option<Box<dyn LinkGauge>> {
+        None
+    }
+
     /// Splits the link. Dropping either half closes the link for the peer.
     fn split(self) -> io::Result<(Self::Tx, Self::Rx)>;
+}
+
+/// Measures a link while both halves are in use elsewhere.
+pub trait LinkGauge: Send {
+    /// A reading, or `None` once the link is gone.
+    fn read(&self) -> Option<LinkReading>;
+}
+
+/// What a transport knows of its link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkReading {
+    /// The smoothed round-trip time.
+    pub rtt: Duration,
+    /// The smallest round-trip time seen.
+    pub min_rtt: Duration,
+    /// Payload bytes that the peer's transport has acknowledged.
+    pub delivered_bytes: u64,
+    /// Bytes handed to the transport and not acknowledged.
+    pub unacked_bytes: u64,
 }
 
 /// The longest a receiving half may block.

@@ -43,6 +43,11 @@ pub trait SourceVm {
     /// engine harvests after it.
     fn save_state(&mut self) -> Result<Vec<u8>, VmError>;
 
+    /// BLAKE3 over all RAM, then all disk, in chunk order, read from the paused guest and not from
+    /// what the engine noted. Asked for only when a handoff is audited. The order makes it equal to
+    /// [`TargetVm::full_hash`] of an equal guest.
+    fn full_hash(&mut self) -> Result<[u8; 32], VmError>;
+
     /// Lets a paused guest go on, here.
     fn resume(&mut self) -> Result<(), VmError>;
 }
@@ -122,6 +127,9 @@ pub trait TargetVm {
 
     /// Makes everything written to the disk durable.
     fn make_disk_durable(&mut self) -> Result<(), VmError>;
+
+    /// BLAKE3 over all RAM, then all disk, in chunk order, as [`SourceVm::full_hash`] has it.
+    fn full_hash(&mut self) -> Result<[u8; 32], VmError>;
 
     /// Starts the guest: called once, only after ownership is durable.
     fn resume(&mut self) -> Result<(), VmError>;

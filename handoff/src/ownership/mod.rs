@@ -23,7 +23,9 @@ pub mod target;
 
 pub use answer::{Question, Verdict, answer};
 pub use journal::{Journal, JournalError};
-pub use record::{Epoch, HandoffId, MAX_TEXT_BYTES, Record, State, StateRoot, Tenure, VmId, bounded_text};
+pub use record::{Epoch, HandoffId, MAX_TEXT_BYTES, Record, State, Tenure, VmId, bounded_text};
+
+use crate::root::StateRoot;
 
 /// What a machine asks of its driver, in this order: write, say, act.
 #[derive(Clone, Debug, PartialEq, Eq)]

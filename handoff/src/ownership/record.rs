@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::root::StateRoot;
+
 /// The longest text a record or a frame carries; longer text is cut when it is made.
 pub const MAX_TEXT_BYTES: usize = 1024;
 
@@ -35,11 +37,6 @@ bytes_id! {
     /// One handoff, from its first Hello to its end. Never used twice.
     HandoffId, 16
 }
-bytes_id! {
-    /// The root of a VM's whole state, as both sides compute it from the stream.
-    StateRoot, 32
-}
-
 impl VmId {
     /// A fresh random identity.
     pub fn random() -> Self {

@@ -1,9 +1,10 @@
 //! The source's half: a function from record and event to a [`Step`].
 
 use super::{
-    Epoch, Guest, HandoffId, OwnershipError, Question, Record, State, StateRoot, Step, Tenure,
+    Epoch, Guest, HandoffId, OwnershipError, Question, Record, State, Step, Tenure,
     Verdict, record::bounded_text,
 };
+use crate::root::StateRoot;
 
 /// What happens to a source.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,9 +4,10 @@
 //! source goes on. What the record was before (none, or an old one of the same VM) stays.
 
 use super::{
-    Guest, OwnershipError, Question, Record, State, StateRoot, Step, Tenure,
+    Guest, OwnershipError, Question, Record, State, Step, Tenure,
     Verdict, record::bounded_text,
 };
+use crate::root::StateRoot;
 
 /// What happens to a target.
 #[derive(Clone, Debug, PartialEq, Eq)]

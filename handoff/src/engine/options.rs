@@ -1,0 +1,234 @@
+//! What the drivers are told, and how they end.
+
+use std::time::Duration;
+
+use crate::{
+    Refusal,
+    ownership::{JournalError, OwnershipError, Record},
+    report::Report,
+    vm::VmError,
+    wire::Versions,
+};
+
+/// Bounds on every wait. The defaults suit a wide-area link of a few Mbps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// To make a link.
+    pub connect: Duration,
+    /// From a link to the peer's first frame.
+    pub greeting: Duration,
+    /// A link on which nothing was heard for so long is given up.
+    pub silence: Duration,
+    /// How often the source says something, so that silence means a broken link.
+    pub ping_every: Duration,
+    /// How long a broken link may stay broken before the handoff is aborted. After it, the guest
+    /// runs again on the source at once.
+    pub relink_grace: Duration,
+    /// From Prepare sent until Prepared; disk and verification at the target fall into it.
+    pub prepare: Duration,
+    /// After Committed, how long the source keeps trying before it reports
+    /// [`SendOutcome::InDoubt`].
+    pub commit: Duration,
+    /// How long a target keeps a prepared copy whose source is silent before it declines.
+    pub hold_prepared: Duration,
+    /// How long a target waits for Released after the guest runs.
+    pub release: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let s = Duration::from_secs;
+        Self {
+            connect: s(5),
+            greeting: s(10),
+            silence: s(10),
+            ping_every: s(1),
+            relink_grace: s(10),
+            prepare: s(120),
+            commit: s(60),
+            hold_prepared: s(600),
+            release: s(5),
+        }
+    }
+}
+
+/// How to send.
+#[derive(Clone, Debug)]
+pub struct SendOptions {
+    /// The VM's name, as the target will know it.
+    pub vm_name: String,
+    /// Where to, for the ownership record: after a crash the peer is asked there.
+    pub peer: String,
+    /// [`crate::Offer::machine`].
+    pub machine: Vec<u8>,
+    /// Protocol versions offered.
+    pub versions: Versions,
+    /// Whether both sides hash all RAM and disk at cutover. Costs downtime.
+    pub audit: bool,
+    /// Bounds on waits.
+    pub limits: Limits,
+}
+
+impl SendOptions {
+    /// The defaults for a VM and a peer.
+    pub fn new(vm_name: impl Into<String>, peer: impl Into<String>, machine: Vec<u8>) -> Self {
+        Self {
+            vm_name: vm_name.into(),
+            peer: peer.into(),
+            machine,
+            versions: Versions::OURS,
+            audit: false,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// How a handoff ended at the source.
+#[derive(Debug)]
+#[must_use]
+pub enum SendOutcome {
+    /// The guest runs at the peer; the paused copy here may be deleted.
+    Moved(Report),
+    /// The guest goes on running here.
+    KeptHere {
+        /// Why.
+        reason: KeptReason,
+        /// What was done until then.
+        report: Report,
+    },
+    /// Committed, but the peer did not confirm in time: the guest stays paused here and may run
+    /// there. Keep the VM and call [`super::send_resume`] when the peer can be reached.
+    InDoubt {
+        /// What was done until then.
+        report: Report,
+    },
+}
+
+/// Why the guest stayed.
+#[derive(Debug, thiserror::Error)]
+pub enum KeptReason {
+    /// The user cancelled.
+    #[error("cancelled")]
+    Cancelled,
+    /// The target did not take it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The target took it back: it could not verify or run the guest.
+    #[error("the peer declined: {0}")]
+    Declined(String),
+    /// The target gave up while receiving.
+    #[error("the peer gave up: {0}")]
+    PeerAborted(String),
+    /// No link, or a link that broke and did not come back.
+    #[error("{0}")]
+    Link(String),
+    /// The peer does not follow the protocol.
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(String),
+    /// A wait ran out.
+    #[error("{what} took longer than {limit:?}")]
+    TimedOut {
+        /// What was waited for.
+        what: &'static str,
+        /// The bound.
+        limit: Duration,
+    },
+    /// The VM or its base could not be read.
+    #[error("{doing}: {source}")]
+    Vm {
+        /// What was being done.
+        doing: &'static str,
+        /// What the VM said.
+        source: VmError,
+    },
+    /// The states of the two sides differ.
+    #[error(transparent)]
+    Ownership(OwnershipError),
+    /// The decision could not be made durable.
+    #[error(transparent)]
+    Journal(JournalError),
+}
+
+/// What leaves the guest in a state that a person must look at, or keeps a handoff from beginning.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The VM is not here to be handed off. Nothing happened.
+    #[error(transparent)]
+    NotHere(#[from] OwnershipError),
+    /// There is no ownership record. Nothing happened.
+    #[error("this VM has no ownership record: it cannot be handed off")]
+    NoRecord,
+    /// The record could not be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The handoff failed and the guest could not be set running again.
+    #[error("the handoff failed ({reason}), and then the guest could not be resumed here: {source}")]
+    NotResumed {
+        /// Why the handoff failed.
+        reason: String,
+        /// Why the guest does not run.
+        source: VmError,
+    },
+}
+
+/// How to receive.
+#[derive(Clone, Debug)]
+pub struct ReceiveOptions {
+    /// Where the VM comes from, for the ownership record and messages.
+    pub peer: String,
+    /// Protocol versions accepted.
+    pub versions: Versions,
+    /// Bounds on waits.
+    pub limits: Limits,
+    /// How many bytes of segments the source may have on their way.
+    pub window_bytes: u64,
+}
+
+impl ReceiveOptions {
+    /// The defaults for a peer.
+    pub fn new(peer: impl Into<String>) -> Self {
+        let peer = peer.into();
+        let window_bytes = crate::source::DEFAULT_WINDOW_BYTES;
+        Self { peer, versions: Versions::OURS, limits: Limits::default(), window_bytes }
+    }
+}
+
+/// A guest that arrived and runs here.
+#[derive(Debug)]
+pub struct Received<Vm> {
+    /// The VM, running.
+    pub vm: Vm,
+    /// The ownership record, as it is on disk.
+    pub record: Record,
+    /// Whether the source confirmed that it let go.
+    pub released: bool,
+    /// Hash of all RAM and disk at cutover, if the source asked for it.
+    pub full_hash: Option<[u8; 32]>,
+    /// Bytes received and sent on all links of this handoff.
+    pub bytes_received: u64,
+    /// Bytes sent on all links of this handoff.
+    pub bytes_sent: u64,
+}
+
+/// Why no guest arrived. In each case nothing runs here.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// This side did not take the offer.
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    /// The source aborted.
+    #[error("the source aborted: {0}")]
+    Aborted(String),
+    /// This side declined, durably.
+    #[error("declined: {0}")]
+    Declined(String),
+    /// The link broke and did not come back in time.
+    #[error("the link was lost and did not come back: {0}")]
+    Link(String),
+    /// The record could not be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// This side owns the guest, but could not start it. It can be booted from its disk.
+    #[error("the guest is here but could not be started: {0}; boot it from its disk")]
+    NotStarted(VmError),
+}

@@ -1,0 +1,260 @@
+//! Frames to bytes and back.
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{
+    Frame, HEADER_BYTES, Hello, MAGIC, MAX_CONTROL_BYTES, MAX_HELLO_BYTES, MAX_SEGMENT_BYTES,
+    Versions, frame::HelloBody,
+};
+use crate::{
+    ownership::MAX_TEXT_BYTES,
+    stage::{Segment, SegmentError},
+};
+
+/// Why bytes from the peer are not a frame.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A type byte that this version does not know.
+    #[error("unknown frame type {0:#04x}")]
+    UnknownType(u8),
+    /// A length beyond what the type allows.
+    #[error("frame type {kind:#04x} of {length} bytes, at most {limit} are allowed")]
+    TooLong {
+        /// The type byte.
+        kind: u8,
+        /// The length it claims.
+        length: u64,
+        /// The limit.
+        limit: usize,
+    },
+    /// The first frame is something else than a Hello of this protocol.
+    #[error("not a howdah peer: the link begins with {0:02x?}")]
+    Magic([u8; 8]),
+    /// A Segment frame whose body is none.
+    #[error("malformed Segment frame: {0}")]
+    Segment(#[from] SegmentError),
+    /// The body ends too early, holds values that cannot be, or goes on after its end.
+    #[error("malformed {name} frame: {what}")]
+    Malformed {
+        /// The message.
+        name: &'static str,
+        /// What is wrong.
+        what: &'static str,
+    },
+}
+
+impl WireError {
+    fn malformed(name: &'static str, what: &'static str) -> Self {
+        Self::Malformed { name, what }
+    }
+}
+
+mod kind {
+    pub(super) const HELLO: u8 = 0x01;
+    pub(super) const WELCOME: u8 = 0x02;
+    pub(super) const REFUSE: u8 = 0x03;
+    pub(super) const SEGMENT: u8 = 0x10;
+    pub(super) const ACK: u8 = 0x11;
+    pub(super) const PREPARE: u8 = 0x20;
+    pub(super) const PREPARED: u8 = 0x21;
+    pub(super) const DECLINED: u8 = 0x22;
+    pub(super) const COMMIT: u8 = 0x23;
+    pub(super) const RESUMED: u8 = 0x24;
+    pub(super) const RELEASED: u8 = 0x25;
+    pub(super) const ABORT: u8 = 0x26;
+    pub(super) const PING: u8 = 0x30;
+    pub(super) const PONG: u8 = 0x31;
+    pub(super) const QUERY: u8 = 0x32;
+    pub(super) const STATUS: u8 = 0x33;
+}
+
+/// The longest body that a frame of this type may have.
+fn limit(kind: u8) -> Result<usize, WireError> {
+    match kind {
+        kind::HELLO => Ok(MAX_HELLO_BYTES),
+        kind::SEGMENT => Ok(MAX_SEGMENT_BYTES),
+        kind::WELCOME
+        | kind::REFUSE
+        | kind::ACK
+        | kind::PREPARE..=kind::ABORT
+        | kind::PING..=kind::STATUS => Ok(MAX_CONTROL_BYTES),
+        unknown => Err(WireError::UnknownType(unknown)),
+    }
+}
+
+/// Appends the frame's bytes to `out`.
+///
+/// A frame that breaks a limit of its own type cannot be sent: an error, and `out` is unchanged.
+pub fn encode(frame: &Frame, out: &mut Vec<u8>) -> Result<(), WireError> {
+    let start = out.len();
+    out.extend_from_slice(&[0; HEADER_BYTES]);
+    let done = encode_body(frame, out).and_then(|kind| {
+        let length = out.len() - start - HEADER_BYTES;
+        let limit = limit(kind)?;
+        match u32::try_from(length) {
+            Ok(short) if length <= limit => {
+                out[start..start + 4].copy_from_slice(&short.to_le_bytes());
+                out[start + 4] = kind;
+                Ok(())
+            }
+            _ => Err(WireError::TooLong { kind, length: length as u64, limit }),
+        }
+    });
+    if done.is_err() {
+        out.truncate(start);
+    }
+    done
+}
+
+fn encode_body(frame: &Frame, out: &mut Vec<u8>) -> Result<u8, WireError> {
+    fn put<T: Serialize>(
+        out: &mut Vec<u8>,
+        name: &'static str,
+        kind: u8,
+        value: &T,
+    ) -> Result<u8, WireError> {
+        postcard::to_io(value, &mut *out)
+            .map_err(|_| WireError::malformed(name, "cannot be encoded"))?;
+        Ok(kind)
+    }
+    let name = frame.name();
+    match frame {
+        Frame::Hello(hello) => {
+            out.extend_from_slice(&MAGIC);
+            out.extend_from_slice(&hello.versions.min.to_le_bytes());
+            out.extend_from_slice(&hello.versions.max.to_le_bytes());
+            let (handoff, offer) = (hello.handoff, hello.offer.clone());
+            let body = HelloBody { handoff, offer, intent: hello.intent, audit: hello.audit };
+            put(out, name, kind::HELLO, &body)
+        }
+        Frame::Welcome(m) => put(out, name, kind::WELCOME, m),
+        Frame::Refuse(m) => put(out, name, kind::REFUSE, m),
+        Frame::Segment(m) => {
+            m.encode_into(out);
+            Ok(kind::SEGMENT)
+        }
+        Frame::Ack(m) => put(out, name, kind::ACK, m),
+        Frame::Prepare(m) => put(out, name, kind::PREPARE, m),
+        Frame::Prepared { handoff, root, full_hash } => {
+            put(out, name, kind::PREPARED, &(handoff, root, full_hash))
+        }
+        Frame::Declined { handoff, reason } => put(out, name, kind::DECLINED, &(handoff, reason)),
+        Frame::Commit(m) => put(out, name, kind::COMMIT, m),
+        Frame::Resumed(m) => put(out, name, kind::RESUMED, m),
+        Frame::Released(m) => put(out, name, kind::RELEASED, m),
+        Frame::Abort { handoff, reason } => put(out, name, kind::ABORT, &(handoff, reason)),
+        Frame::Ping(m) => put(out, name, kind::PING, m),
+        Frame::Pong(m) => put(out, name, kind::PONG, m),
+        Frame::Query(m) => put(out, name, kind::QUERY, m),
+        Frame::Status { question, verdict } => put(out, name, kind::STATUS, &(question, verdict)),
+    }
+}
+
+fn take<T: DeserializeOwned>(name: &'static str, body: &[u8]) -> Result<T, WireError> {
+    match postcard::take_from_bytes(body) {
+        Ok((value, [])) => Ok(value),
+        Ok(_) => Err(WireError::malformed(name, "bytes after its end")),
+        Err(_) => Err(WireError::malformed(name, "cannot be read")),
+    }
+}
+
+fn short(name: &'static str, text: String) -> Result<String, WireError> {
+    if text.len() > MAX_TEXT_BYTES {
+        return Err(WireError::malformed(name, "its text is too long"));
+    }
+    Ok(text)
+}
+
+/// Reads one frame's body. Every byte must belong to it.
+pub fn decode_body(kind: u8, body: &[u8]) -> Result<Frame, WireError> {
+    let limit = limit(kind)?;
+    if body.len() > limit {
+        return Err(WireError::TooLong { kind, length: body.len() as u64, limit });
+    }
+    Ok(match kind {
+        kind::HELLO => Frame::Hello(Box::new(decode_hello(body)?)),
+        kind::WELCOME => Frame::Welcome(take("Welcome", body)?),
+        kind::REFUSE => Frame::Refuse(take("Refuse", body)?),
+        kind::SEGMENT => Frame::Segment(Segment::decode(body)?),
+        kind::ACK => Frame::Ack(take("Ack", body)?),
+        kind::PREPARE => Frame::Prepare(take("Prepare", body)?),
+        kind::PREPARED => {
+            let (handoff, root, full_hash) = take("Prepared", body)?;
+            Frame::Prepared { handoff, root, full_hash }
+        }
+        kind::DECLINED => {
+            let (handoff, reason) = take("Declined", body)?;
+            Frame::Declined { handoff, reason: short("Declined", reason)? }
+        }
+        kind::COMMIT => Frame::Commit(take("Commit", body)?),
+        kind::RESUMED => Frame::Resumed(take("Resumed", body)?),
+        kind::RELEASED => Frame::Released(take("Released", body)?),
+        kind::ABORT => {
+            let (handoff, reason) = take("Abort", body)?;
+            Frame::Abort { handoff, reason: short("Abort", reason)? }
+        }
+        kind::PING => Frame::Ping(take("Ping", body)?),
+        kind::PONG => Frame::Pong(take("Pong", body)?),
+        kind::QUERY => Frame::Query(take("Query", body)?),
+        kind::STATUS => {
+            let (question, verdict) = take("Status", body)?;
+            Frame::Status { question, verdict }
+        }
+        unknown => return Err(WireError::UnknownType(unknown)),
+    })
+}
+
+fn decode_hello(body: &[u8]) -> Result<Hello, WireError> {
+    let cut = || WireError::malformed("Hello", "cut off");
+    let (magic, rest) = body.split_first_chunk::<8>().ok_or_else(cut)?;
+    if *magic != MAGIC {
+        return Err(WireError::Magic(*magic));
+    }
+    let (min, rest) = rest.split_first_chunk::<4>().ok_or_else(cut)?;
+    let (max, rest) = rest.split_first_chunk::<4>().ok_or_else(cut)?;
+    let versions = Versions { min: u32::from_le_bytes(*min), max: u32::from_le_bytes(*max) };
+    let HelloBody { handoff, offer, intent, audit } = take("Hello", rest)?;
+    Ok(Hello { versions, handoff, offer, intent, audit })
+}
+
+/// Cuts a stream of bytes into frames. Holds at most one frame that is not complete.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+impl Decoder {
+    /// Adds bytes as they came.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        if self.start > 0 {
+            self.buffer.drain(..self.start);
+            self.start = 0;
+        }
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next whole frame, or `None` until more bytes came. A length that its type does not
+    /// allow is an error as soon as the header is there.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, WireError> {
+        let unread = self.buffer.get(self.start..).unwrap_or_default();
+        let Some((header, rest)) = unread.split_first_chunk::<HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let [a, b, c, d, kind] = *header;
+        let length = u32::from_le_bytes([a, b, c, d]);
+        let limit = limit(kind)?;
+        if length as usize > limit {
+            return Err(WireError::TooLong { kind, length: length.into(), limit });
+        }
+        let Some(body) = rest.get(..length as usize) else { return Ok(None) };
+        let frame = decode_body(kind, body)?;
+        self.start += HEADER_BYTES + length as usize;
+        Ok(Some(frame))
+    }
+
+    /// Whether bytes of an incomplete frame are held: the stream ended in the middle of one.
+    pub fn is_mid_frame(&self) -> bool {
+        self.start < self.buffer.len()
+    }
+}

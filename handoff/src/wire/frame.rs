@@ -1,0 +1,219 @@
+//! The messages.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Offer, Refusal,
+    ownership::{Epoch, HandoffId, Question, Verdict},
+    root::StateRoot,
+    stage::Segment,
+};
+
+/// The oldest protocol version that this program speaks.
+pub const VERSION_MIN: u32 = 1;
+/// The newest protocol version that this program speaks.
+pub const VERSION_MAX: u32 = 1;
+
+/// A range of protocol versions, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Versions {
+    /// The oldest.
+    pub min: u32,
+    /// The newest.
+    pub max: u32,
+}
+
+impl Versions {
+    /// What this program speaks.
+    pub const OURS: Self = Self { min: VERSION_MIN, max: VERSION_MAX };
+
+    /// The newest version that both speak.
+    pub fn agree(self, theirs: Self) -> Result<u32, Refusal> {
+        let newest = self.max.min(theirs.max);
+        if newest < self.min.max(theirs.min) {
+            return Err(Refusal::Version { ours: self.max, theirs: theirs.max });
+        }
+        Ok(newest)
+    }
+}
+
+/// One message.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Frame {
+    /// Source: the first frame of every link.
+    Hello(Box<Hello>),
+    /// Target: the handoff is taken, or goes on.
+    Welcome(Welcome),
+    /// Target: the handoff is not taken. Nothing of it remains.
+    Refuse(Refusal),
+    /// Source: chunks, or the machine's state.
+    Segment(Segment),
+    /// Target: how far segments are applied.
+    Ack(Ack),
+    /// Source: this was all; verify it.
+    Prepare(Prepare),
+    /// Target: verified, in place, durable.
+    Prepared {
+        /// The handoff and its epoch.
+        handoff: Question,
+        /// The root that the target computed.
+        root: StateRoot,
+        /// Hash of all RAM and disk, if it was asked for.
+        full_hash: Option<[u8; 32]>,
+    },
+    /// Target: durably declined.
+    Declined {
+        /// The handoff and its epoch.
+        handoff: Question,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Source: the epoch is the target's.
+    Commit(Commit),
+    /// Target: the guest runs or has run here.
+    Resumed(Resumed),
+    /// Source: it has let go.
+    Released(Question),
+    /// Either: the handoff is over without a commit.
+    Abort {
+        /// The handoff and its epoch.
+        handoff: Question,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Either: are you there?
+    Ping(u64),
+    /// Either: the answer, with the number of the question.
+    Pong(u64),
+    /// Either: how does this handoff stand?
+    Query(Question),
+    /// Either: the answer.
+    Status {
+        /// What was asked.
+        question: Question,
+        /// What the record says.
+        verdict: Verdict,
+    },
+}
+
+/// The first frame: who, what and since when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Versions that the source speaks. At a fixed place in all versions.
+    pub versions: Versions,
+    /// The handoff and the epoch that it gives to the target.
+    pub handoff: Question,
+    /// What is offered.
+    pub offer: Offer,
+    /// Why this link was made.
+    pub intent: Intent,
+    /// Whether both sides hash all RAM and disk at cutover, for tests and audits.
+    pub audit: bool,
+}
+
+/// Why a link was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Intent {
+    /// A handoff begins.
+    New,
+    /// The link of a running handoff broke; it goes on here.
+    Resume,
+    /// Only to learn, or to say again, how a handoff ended.
+    Settle,
+}
+
+/// The target takes the handoff, or goes on with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The version both speak from now on.
+    pub version: u32,
+    /// The last segment applied; zero if none.
+    pub applied_up_to: u64,
+    /// How many bytes of segments may be on their way unacknowledged.
+    pub window_bytes: u64,
+}
+
+/// How far segments are applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    /// The last segment applied.
+    pub applied_up_to: u64,
+}
+
+/// All was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The handoff and its epoch.
+    pub handoff: Question,
+    /// The number of the last segment.
+    pub last_seq: u64,
+    /// The root that the source computed.
+    pub root: StateRoot,
+    /// Hash of all RAM and disk, if auditing.
+    pub full_hash: Option<[u8; 32]>,
+}
+
+/// The epoch is the target's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The handoff and its epoch.
+    pub handoff: Question,
+}
+
+/// The guest runs or has run at the target. Times are the target's own, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// The handoff and its epoch.
+    pub handoff: Question,
+    /// From the Prepare frame to Prepared durable.
+    pub prepare_us: u64,
+    /// From the Commit frame to the ownership record durable.
+    pub commit_us: u64,
+    /// From there until the guest ran.
+    pub resume_us: u64,
+}
+
+/// The part of a Hello that depends on the version.
+#[derive(Serialize, Deserialize)]
+pub(super) struct HelloBody {
+    pub(super) handoff: Question,
+    pub(super) offer: Offer,
+    pub(super) intent: Intent,
+    pub(super) audit: bool,
+}
+
+impl Frame {
+    /// The name of the message, for errors and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "Hello",
+            Self::Welcome(_) => "Welcome",
+            Self::Refuse(_) => "Refuse",
+            Self::Segment(_) => "Segment",
+            Self::Ack(_) => "Ack",
+            Self::Prepare(_) => "Prepare",
+            Self::Prepared { .. } => "Prepared",
+            Self::Declined { .. } => "Declined",
+            Self::Commit(_) => "Commit",
+            Self::Resumed(_) => "Resumed",
+            Self::Released(_) => "Released",
+            Self::Abort { .. } => "Abort",
+            Self::Ping(_) => "Ping",
+            Self::Pong(_) => "Pong",
+            Self::Query(_) => "Query",
+            Self::Status { .. } => "Status",
+        }
+    }
+}
+
+impl Hello {
+    /// The handoff, for logs.
+    pub fn id(&self) -> HandoffId {
+        self.handoff.handoff
+    }
+
+    /// The epoch that the handoff gives to the target.
+    pub fn epoch(&self) -> Epoch {
+        self.handoff.epoch
+    }
+}
