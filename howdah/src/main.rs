@@ -1,3 +1,69 @@
 //! howdah: agile VM handoff between cloudlets.
+//!
+//! ```text
+//! howdah vm run A ──────► process of A ◄── control.sock ── howdah handoff A peer:port
+//!                              │ link
+//! howdah receive ─ accepts ─► process of A at the peer (a child that outlives the listener)
+//! ```
+//!
+//! One process runs one VM (ADR 0007). Commands talk to it through a Unix socket in the VM's
+//! directory. Errors are one line that names the thing and the way out.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::{
+    cli::{Cli, Command},
+    home::Home,
+    output::Output,
+};
+
+mod cli;
+mod commands;
+mod console;
+mod control;
+mod failure;
+mod home;
+mod lock;
+mod logging;
+mod mac;
+mod output;
+mod vmproc;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return wrong_usage(&error),
+    };
+    let output = Output::new(cli.json);
+    logging::start(cli.verbose);
+    match run(cli, output) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let failure = failure::describe(&error);
+            output.failure(&failure);
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
+    let home = Home::new(&cli.home)?;
+    match cli.command {
+        Command::Base(command) => commands::base::run(command, &home, output),
+        _ => anyhow::bail!("not yet"),
+    }
+}
+
+fn wrong_usage(error: &clap::Error) -> ExitCode {
+    if cli::is_help(error) {
+        // Help that nobody reads (a closed pipe) is no failure.
+        let _ = error.print();
+        return ExitCode::from(error.exit_code().try_into().unwrap_or(2));
+    }
+    let json = std::env::args_os().any(|word| word == "--json");
+    let failure = cli::usage_failure(error);
+    Output::new(json).failure(&failure);
+    ExitCode::from(failure.exit as u8)
+}

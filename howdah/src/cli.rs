@@ -1,0 +1,332 @@
+//! What can be typed: the grammar of the command line, and one line for what cannot.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{
+    Args, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+
+use crate::{
+    failure::{Exit, Failure, one_line},
+    home::VmName,
+    mac::Mac,
+};
+
+/// Where bases and VMs are kept unless said otherwise.
+const DEFAULT_HOME: &str = "/var/lib/howdah";
+
+/// Moves running Linux VMs between cloudlets, fast.
+///
+/// A VM is created from a base (a disk image with its kernel) that cloudlets hold beforehand. A
+/// handoff sends what differs from the base, and the guest goes on at the peer: same memory, same
+/// disk, no reboot.
+#[derive(Debug, Parser)]
+#[command(
+    name = "howdah",
+    version,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 not possible in this state, \
+5 this host cannot, 6 damaged data, 7 not moved (the guest goes on here), 8 in doubt (committed, retried), 9 cancelled."
+)]
+pub(crate) struct Cli {
+    /// Directory that holds this cloudlet's bases and VMs
+    #[arg(long, global = true, env = "HOWDAH_HOME", default_value = DEFAULT_HOME, value_name = "DIR")]
+    pub(crate) home: PathBuf,
+
+    /// Print one JSON document on stdout instead of text
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// Log more to stderr (a VM's own process: to its vm.log); twice for even more
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Manage bases: what VMs start from, and what peers need not be sent
+    #[command(subcommand)]
+    Base(BaseCommand),
+    /// Manage the VMs of this cloudlet
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Wait for VMs that peers hand off to this cloudlet
+    Receive(ReceiveArgs),
+    /// Hand a running VM off to a peer
+    ///
+    /// The guest runs until the last moment and goes on at the peer. Ctrl-C gives the handoff up as
+    /// long as it is not committed; the guest then goes on here.
+    Handoff(HandoffArgs),
+    /// The process of one VM (started by other commands)
+    #[command(hide = true)]
+    VmProcess(VmProcessArgs),
+    /// The process that receives one VM (started by `receive`)
+    #[command(hide = true)]
+    ReceiveProcess(ReceiveProcessArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BaseCommand {
+    /// Import a disk image with its kernel
+    Import(BaseImportArgs),
+    /// Build a base from a recipe, and import it
+    Build(BaseBuildArgs),
+    /// List bases
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Read all of a base and compare it with its manifest
+    Verify {
+        /// Name or id of the base
+        name: String,
+    },
+    /// Remove a base that no VM uses
+    Rm {
+        /// Name or id of the base
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BaseImportArgs {
+    /// Name to give it; a name that exists moves to the new base
+    pub(crate) name: String,
+    /// Raw disk image
+    #[arg(long, value_name = "FILE")]
+    pub(crate) disk: PathBuf,
+    /// Kernel: a bzImage or an ELF image
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// Initramfs
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initramfs: Option<PathBuf>,
+    /// Kernel command line that boots the disk
+    #[arg(long, default_value = "console=ttyS0 root=/dev/vda rw", value_name = "TEXT")]
+    pub(crate) cmdline: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BaseBuildArgs {
+    /// A recipe's directory, or its name below --recipes
+    pub(crate) recipe: String,
+    /// Name to give the base [default: the recipe's]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Directory of recipes
+    #[arg(long, env = "HOWDAH_RECIPES", value_name = "DIR")]
+    pub(crate) recipes: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Create a VM from a base and run it, or start a stopped one again
+    ///
+    /// A VM that was handed off is not started; the message says where it went. In the foreground
+    /// the serial console is on stdout and Ctrl-C stops the VM.
+    Run(VmRunArgs),
+    /// List VMs
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Show all that is known of a VM
+    Inspect(VmArg),
+    /// Attach to the serial console; Ctrl-] leaves
+    Console(VmArg),
+    /// Stop the vCPUs, keep everything
+    Pause(VmArg),
+    /// Let a paused VM go on
+    Resume(VmArg),
+    /// Flush the disk and end the VM
+    ///
+    /// The guest is not asked to shut down (there is no power button yet): it sees a power cut
+    /// after its last flush. Shut it down from inside to be gentle.
+    Stop {
+        #[command(flatten)]
+        vm: VmArg,
+        /// End it even while a handoff is under way
+        #[arg(long)]
+        force: bool,
+    },
+    /// Remove a stopped VM with its disk
+    Rm(VmArg),
+    /// Write the disk of a stopped or paused VM, flattened, to a raw image
+    ExportDisk {
+        #[command(flatten)]
+        vm: VmArg,
+        /// File to write
+        file: PathBuf,
+    },
+    /// Take a VM whose peer is gone for good, although it may have run there
+    ///
+    /// Only for when the peer cannot be asked any more: should it come back, it finds the higher
+    /// epoch and stays down, and what the guest did there is lost. The VM boots from its disk.
+    Takeover {
+        #[command(flatten)]
+        vm: VmArg,
+        /// Why; kept in the VM's ownership record
+        #[arg(long)]
+        reason: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmArg {
+    /// Name of the VM
+    pub(crate) name: VmName,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmRunArgs {
+    /// Name of the VM
+    pub(crate) name: VmName,
+    /// Base to create it from: name or id
+    #[arg(long)]
+    pub(crate) base: Option<String>,
+    /// Guest memory [default: 512]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(16..=1 << 20), value_name = "MIB")]
+    pub(crate) memory_mib: Option<u64>,
+    /// Virtual CPUs [default: 1]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub(crate) vcpus: Option<u8>,
+    /// TAP device of this host for the guest's network
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) tap: Option<String>,
+    /// MAC address of the guest [default: made from its name]
+    #[arg(long)]
+    pub(crate) mac: Option<Mac>,
+    /// Text to append to the base's kernel command line
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) append: Option<String>,
+    /// Run it in the background; return when the guest runs
+    #[arg(long)]
+    pub(crate) detach: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArgs {
+    /// Address and port to listen on
+    ///
+    /// Links are neither encrypted nor authenticated yet: listen on loopback or inside a trusted
+    /// network only.
+    #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDR:PORT")]
+    pub(crate) listen: SocketAddr,
+    /// TAP device of this host for the received guest's network
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) tap: Option<String>,
+    /// End when one VM was received or refused
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Disk space that must stay free after a VM was received
+    #[arg(long, default_value_t = 64, value_name = "MIB")]
+    pub(crate) min_free_mib: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HandoffArgs {
+    /// Name of the VM
+    pub(crate) vm: VmName,
+    /// Where a peer listens: HOST:PORT
+    #[arg(required_unless_present = "cancel", value_name = "PEER")]
+    pub(crate) peer: Option<String>,
+    /// Compare hashes of all of RAM and disk at cutover (adds to the downtime)
+    #[arg(long)]
+    pub(crate) audit: bool,
+    /// Aim for this downtime [default: for the least total time]
+    #[arg(long, value_name = "MS")]
+    pub(crate) downtime_ms: Option<u64>,
+    /// Give up the handoff of this VM that is under way
+    #[arg(long, conflicts_with_all = ["peer", "audit", "downtime_ms"])]
+    pub(crate) cancel: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmProcessArgs {
+    /// Name of the VM
+    pub(crate) name: VmName,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveProcessArgs {
+    /// Name of the VM
+    pub(crate) name: VmName,
+    /// TAP device
+    #[arg(long)]
+    pub(crate) tap: Option<String>,
+    /// Free disk space to keep
+    #[arg(long)]
+    pub(crate) min_free_mib: u64,
+}
+
+/// Puts what clap says about a wrong command line into one line with a way out.
+pub(crate) fn usage_failure(error: &clap::Error) -> Failure {
+    let rendered = error.render().to_string();
+    let what = rendered.split("\n\n").next().unwrap_or_default();
+    let what = what.strip_prefix("error: ").unwrap_or(what);
+    let tip = rendered.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+    let command = command_of(error).unwrap_or_else(|| "howdah".into());
+    let tip = tip.map(|tip| format!("{tip}; ")).unwrap_or_default();
+    let message = one_line(&format!("{what}; {tip}`{command} --help` shows what there is"));
+    Failure { exit: Exit::Usage, message }
+}
+
+/// Whether clap only wants to show help or the version.
+pub(crate) fn is_help(error: &clap::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp
+            | ErrorKind::DisplayVersion
+            | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+    )
+}
+
+/// The subcommand that the wrong words belong to: the plain words of its usage line.
+fn command_of(error: &clap::Error) -> Option<String> {
+    let usage = error.context().find_map(|(kind, value)| match (kind, value) {
+        (ContextKind::Usage, ContextValue::StyledStr(usage)) => Some(usage.to_string()),
+        _ => None,
+    })?;
+    let words = usage.trim().trim_start_matches("Usage:").split_whitespace();
+    let plain: Vec<_> =
+        words.take_while(|w| w.starts_with(|c: char| c.is_ascii_lowercase())).collect();
+    (!plain.is_empty()).then(|| plain.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn failure(words: &str) -> String {
+        let error = Cli::try_parse_from(words.split(' ')).unwrap_err();
+        assert!(!is_help(&error));
+        usage_failure(&error).message
+    }
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_words_get_one_line_with_a_way_out() {
+        assert_eq!(
+            failure("howdah base import a --kernel k"),
+            "the following required arguments were not provided: --disk <FILE>; \
+             `howdah base import --help` shows what there is"
+        );
+        let typo = failure("howdah vm ls --jsn");
+        assert!(typo.contains("--jsn") && typo.contains("'--json'"), "{typo}");
+        let name = failure("howdah vm stop ../etc");
+        assert!(name.contains("../etc") && name.contains("starts with a letter"), "{name}");
+    }
+
+    #[test]
+    fn cancel_needs_no_peer() {
+        Cli::try_parse_from(["howdah", "handoff", "a", "--cancel"]).unwrap();
+        Cli::try_parse_from(["howdah", "handoff", "a", "b:1", "--cancel"]).unwrap_err();
+        assert!(failure("howdah handoff a").contains("PEER"));
+    }
+}

@@ -1,0 +1,269 @@
+//! `howdah base`: import, build, list, verify, remove.
+
+use std::{
+    fs,
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use guest_images::store::{ImportSpec, Progress, Store};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::{
+    cli::{BaseBuildArgs, BaseCommand, BaseImportArgs},
+    failure::{Exit, Failure},
+    home::Home,
+    output::{Output, bytes, table},
+};
+
+/// No command line of a recipe is longer: the kernel's own limit is below it.
+const MAX_CMDLINE_BYTES: u64 = 4096;
+
+/// Runs a `howdah base` command.
+pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::Result<()> {
+    match command {
+        BaseCommand::Import(args) => {
+            let BaseImportArgs { name, disk, kernel, initramfs, cmdline } = args;
+            import(&ImportSpec { name, disk, kernel, initramfs, cmdline }, home, output)
+        }
+        BaseCommand::Build(args) => build(args, home, output),
+        BaseCommand::Ls => list(home, output),
+        BaseCommand::Verify { name } => verify(&name, home, output),
+        BaseCommand::Rm { name } => remove(&name, home, output),
+    }
+}
+
+/// Opens the store of a home.
+pub(crate) fn store(home: &Home) -> Result<Store, Failure> {
+    Store::open(&home.store()).map_err(|e| Failure::plain(Exit::Failed, "store", e))
+}
+
+#[derive(Serialize)]
+struct Imported {
+    name: String,
+    id: String,
+}
+
+fn import(spec: &ImportSpec, home: &Home, output: Output) -> anyhow::Result<()> {
+    for (what, path) in [
+        ("disk", Some(&spec.disk)),
+        ("kernel", Some(&spec.kernel)),
+        ("initramfs", spec.initramfs.as_ref()),
+    ] {
+        let Some(path) = path else { continue };
+        let found =
+            fs::metadata(path).map_err(|e| Failure::file(&format!("{what} image"), path, &e))?;
+        if !found.is_file() {
+            let what = format!("{what} image {}", path.display());
+            return Err(Failure::new(
+                Exit::Usage,
+                what,
+                "not a regular file",
+                "name an image file",
+            )
+            .into());
+        }
+    }
+    let id = with_bar(output, "importing", |progress| {
+        store(home)?.import(spec, progress).map_err(store_failure)
+    })?;
+    let imported = Imported { name: spec.name.clone(), id: id.to_string() };
+    output.result(&imported, |i| format!("base {} is {}", i.name, i.id));
+    Ok(())
+}
+
+fn build(args: BaseBuildArgs, home: &Home, output: Output) -> anyhow::Result<()> {
+    let recipe = find_recipe(&args)?;
+    let name = match (args.name, recipe.file_name().and_then(|n| n.to_str())) {
+        (Some(name), _) => name,
+        (None, Some(name)) => name.to_owned(),
+        (None, None) => anyhow::bail!(Failure::new(
+            Exit::Usage,
+            format!("recipe {}", recipe.display()),
+            "it has no name",
+            "give one with --name"
+        )),
+    };
+    let staging = Staging::new(home)?;
+    let script = recipe.join("build");
+    output.note(&format!("building base {name} with {}", script.display()));
+    // The script's words go to stderr: stdout is for the result.
+    let status = Command::new(&script)
+        .arg(&staging.0)
+        .stdin(Stdio::null())
+        .stdout(std::io::stderr())
+        .status()
+        .map_err(|e| Failure::file("run", &script, &e))?;
+    if !status.success() {
+        let what = format!("recipe {}", script.display());
+        return Err(Failure::new(Exit::Failed, what, status, "its messages above say why").into());
+    }
+    let part = |file: &str| staging.0.join(file);
+    let initramfs = Some(part("initramfs")).filter(|path| path.exists());
+    let cmdline = read_cmdline(&part("cmdline"))?;
+    let spec =
+        ImportSpec { name, disk: part("disk.raw"), kernel: part("kernel"), initramfs, cmdline };
+    import(&spec, home, output)
+}
+
+/// A recipe is a directory with an executable `build`: at a path, or by its name in a directory of
+/// recipes (said, or that of the source tree this runs in).
+fn find_recipe(args: &BaseBuildArgs) -> Result<PathBuf, Failure> {
+    let mut places = vec![PathBuf::from(&args.recipe)];
+    match &args.recipes {
+        Some(dir) => places.push(dir.join(&args.recipe)),
+        None => {
+            let below = Path::new("guest-images/recipes").join(&args.recipe);
+            let from = [std::env::current_dir().ok(), std::env::current_exe().ok()];
+            let above = from.iter().flatten().flat_map(|path| path.ancestors());
+            places.extend(above.map(|dir| dir.join(&below)));
+        }
+    }
+    let found = places.iter().find(|dir| dir.join("build").is_file());
+    let found = found.map(|dir| fs::canonicalize(dir).unwrap_or_else(|_| dir.clone()));
+    found.ok_or_else(|| {
+        Failure::new(
+            Exit::NotFound,
+            format!("recipe {}", args.recipe),
+            "no directory of that name holds a `build` script",
+            "give its path, or the directory of recipes with --recipes",
+        )
+    })
+}
+
+fn read_cmdline(path: &Path) -> Result<String, Failure> {
+    use std::io::Read;
+    let failed = |e: std::io::Error| Failure::file("read", path, &e);
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(failed)?;
+    file.take(MAX_CMDLINE_BYTES).read_to_string(&mut text).map_err(failed)?;
+    Ok(text.trim().to_owned())
+}
+
+/// A directory for a recipe's output, removed whatever comes.
+struct Staging(PathBuf);
+
+impl Staging {
+    fn new(home: &Home) -> Result<Self, Failure> {
+        // In the home, because images are large and /tmp may be memory.
+        let path = home.root().join(format!("build.{}", std::process::id()));
+        fs::create_dir_all(&path).map_err(|e| Failure::file("create", &path, &e))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[derive(Serialize)]
+struct BaseLine {
+    id: String,
+    names: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+fn list(home: &Home, output: Output) -> anyhow::Result<()> {
+    let listed = store(home)?.list().map_err(store_failure)?;
+    let lines: Vec<BaseLine> = listed
+        .into_iter()
+        .map(|listed| BaseLine {
+            id: listed.id.to_string(),
+            names: listed.names,
+            disk_bytes: listed.base.as_ref().ok().map(|base| base.disk_bytes()),
+            error: listed.base.err().map(|e| e.to_string()),
+        })
+        .collect();
+    output.result(&lines, |lines| {
+        let rows: Vec<_> = lines
+            .iter()
+            .map(|line| {
+                let state = match (&line.error, line.disk_bytes) {
+                    (Some(error), _) => crate::failure::one_line(error),
+                    (None, disk) => disk.map(bytes).unwrap_or_default(),
+                };
+                let names = if line.names.is_empty() { "-".into() } else { line.names.join(",") };
+                [names, line.id.chars().take(16).collect(), state]
+            })
+            .collect();
+        if rows.is_empty() {
+            return "no bases; `howdah base import` or `howdah base build` makes one".into();
+        }
+        table(["NAME", "ID", "DISK"], &rows)
+    });
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct Verified {
+    id: String,
+}
+
+fn verify(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
+    let id = with_bar(output, "verifying", |progress| {
+        let store = store(home)?;
+        let id = store.get(name).map_err(store_failure)?.id();
+        let _ = progress; //V
+        Ok(id)
+    })?;
+    output.result(&Verified { id: id.to_string() }, |v| format!("base {} is whole", v.id));
+    Ok(())
+}
+
+fn remove(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
+    let store = store(home)?;
+    let id = store.get(name).map_err(store_failure)?.id().to_string();
+    for dir in home.vms()? {
+        // A VM whose configuration cannot be read may use it: then it stays.
+        if dir.record()?.is_some() && dir.config()?.base == id {
+            let what = format!("base {name}");
+            let why = format!("VM {} is made from it", dir.name());
+            return Err(Failure::new(
+                Exit::Conflict,
+                what,
+                why,
+                format!("`howdah vm rm {}` first", dir.name()),
+            )
+            .into());
+        }
+    }
+    //R
+    output.result(&Verified { id }, |v| format!("removed base {}", v.id));
+    Ok(())
+}
+
+/// Whatever a store says names the thing and the way out itself.
+fn store_failure(error: guest_images::store::StoreError) -> Failure {
+    Failure::plain(Exit::Failed, "base", error)
+}
+
+/// Shows progress on a terminal, nothing elsewhere.
+fn with_bar<T>(
+    output: Output,
+    what: &'static str,
+    work: impl FnOnce(&mut dyn FnMut(Progress)) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let shown = !output.is_json() && std::io::stderr().is_terminal();
+    let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    if let Ok(style) = ProgressStyle::with_template(
+        "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}",
+    ) {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let done = work(&mut |progress| {
+        bar.set_message(format!("{what} {}", progress.part));
+        bar.set_length(progress.total_bytes);
+        bar.set_position(progress.done_bytes);
+    });
+    bar.finish_and_clear();
+    done
+}

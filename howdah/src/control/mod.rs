@@ -1,0 +1,212 @@
+//! How commands talk to a VM's process: JSON lines over a Unix socket in the VM's directory.
+//!
+//! ```text
+//! client                                   VM process
+//! {"version":1,"do":"handoff",...}  ──►
+//!                                   ◄──    {"progress":{...}}     any number, may be dropped
+//!                                   ◄──    {"moved":{...}} or {"failed":{...}}
+//! ```
+//!
+//! One request a connection. A file descriptor (an incoming link) travels with the first byte of
+//! the request it belongs to. After `attached` the connection carries the raw serial console.
+//! Who may open the socket is decided by the directory's mode.
+
+pub(crate) mod channel;
+pub(crate) mod client;
+pub(crate) mod server;
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+
+/// Version of these messages. Both ends are this binary, but an upgrade may happen between.
+pub(crate) const VERSION: u32 = 1;
+
+/// What a client asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Envelope {
+    /// [`VERSION`] of the client.
+    pub(crate) version: u32,
+    /// The request.
+    #[serde(flatten)]
+    pub(crate) request: Request,
+}
+
+/// A request to a VM's process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub(crate) enum Request {
+    /// How is the VM?
+    Status,
+    /// Stop its vCPUs and drain its devices.
+    Pause,
+    /// Let it go on.
+    Resume,
+    /// Flush its disk and end the process.
+    Stop {
+        /// Even while a handoff is not decided.
+        force: bool,
+    },
+    /// Attach to the serial console.
+    Console,
+    /// Send it to a peer.
+    Handoff(HandoffRequest),
+    /// Give up a handoff that is not committed.
+    CancelHandoff,
+    /// Write the paused VM's disk, flattened, to a file.
+    ExportDisk {
+        /// An absolute path.
+        path: String,
+    },
+    /// A link of the handoff that this process receives; its socket comes along.
+    AdoptLink {
+        /// The handoff, in hex.
+        handoff: String,
+        /// What was already read from the link, in hex.
+        hello: String,
+    },
+}
+
+/// How to hand a VM off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HandoffRequest {
+    /// Where to, `HOST:PORT`.
+    pub(crate) peer: String,
+    /// Hash all of RAM and disk on both sides at cutover and compare.
+    pub(crate) audit: bool,
+    /// The downtime to aim for, instead of the least total time.
+    pub(crate) downtime_ms: Option<u64>,
+}
+
+/// What a VM's process answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Reply {
+    /// Done as asked.
+    Done,
+    /// The answer to [`Request::Status`].
+    Status(Status),
+    /// From here on the connection carries the console.
+    Attached,
+    /// A handoff goes on.
+    Progress(Progress),
+    /// The handoff is over and the peer runs the guest; its report.
+    Moved(serde_json::Value),
+    /// Not done.
+    Failed {
+        /// Why.
+        #[serde(flatten)]
+        failure: Failure,
+        /// The report of a handoff that did not happen, as far as it came.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        report: Option<serde_json::Value>,
+    },
+}
+
+impl From<Failure> for Reply {
+    fn from(failure: Failure) -> Self {
+        Self::Failed { failure, report: None }
+    }
+}
+
+/// What a VM's process is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Phase {
+    /// Building the machine.
+    Starting,
+    /// The guest runs.
+    Running,
+    /// The guest is paused by a user.
+    Paused,
+    /// The guest runs, or is about to move, and is being sent to a peer.
+    HandingOff,
+    /// Committed to a peer that has not confirmed: asked again until it does.
+    InDoubt,
+    /// A guest is being received.
+    Receiving,
+    /// The process is about to end.
+    Stopping,
+}
+
+impl Phase {
+    /// The word for people, the same as in JSON.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::HandingOff => "handing-off",
+            Self::InDoubt => "in-doubt",
+            Self::Receiving => "receiving",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+/// How a VM's process stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// The process.
+    pub(crate) pid: u32,
+    /// What it is doing.
+    pub(crate) phase: Phase,
+    /// The ownership record, for people.
+    pub(crate) ownership: String,
+    /// The epoch of the record.
+    pub(crate) epoch: u64,
+    /// The handoff under way, either direction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) progress: Option<Progress>,
+}
+
+/// How a handoff goes on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Progress {
+    /// The other side.
+    pub(crate) peer: String,
+    /// What is being done, in a word.
+    pub(crate) stage: String,
+    /// The round, from 1.
+    pub(crate) round: u32,
+    /// Bytes on the link so far.
+    pub(crate) sent_bytes: u64,
+    /// Guest bytes still to be looked at in this round.
+    pub(crate) remaining_bytes: u64,
+    /// Bytes a second on the link, lately.
+    pub(crate) rate_bytes_per_s: u64,
+    /// What a cutover now would cost.
+    pub(crate) predicted_downtime_ms: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::Exit;
+
+    #[test]
+    fn messages_survive_the_wire() {
+        let requests = [
+            Request::Status,
+            Request::Stop { force: true },
+            Request::Handoff(HandoffRequest { peer: "b:1".into(), audit: true, downtime_ms: None }),
+            Request::AdoptLink { handoff: "00".into(), hello: "ff".into() },
+        ];
+        for request in requests {
+            let sent = Envelope { version: VERSION, request };
+            let text = serde_json::to_string(&sent).unwrap();
+            assert_eq!(serde_json::from_str::<Envelope>(&text).unwrap(), sent, "{text}");
+        }
+        let failure = Failure::new(Exit::Conflict, "a", "b", "c");
+        let replies = [
+            Reply::Done,
+            Reply::Progress(Progress { round: 3, ..Progress::default() }),
+            Reply::Failed { failure, report: Some(serde_json::json!({"rounds": 1})) },
+        ];
+        for sent in replies {
+            let text = serde_json::to_string(&sent).unwrap();
+            let got: Reply = serde_json::from_str(&text).unwrap();
+            assert_eq!(serde_json::to_string(&got).unwrap(), text);
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What a failed command tells its user: one line, and an exit code that a script can act on.
+
+use std::{fmt, io, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+/// Exit codes. Documented in `docs/cli.md`; scripts rely on them, so numbers never change meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u8)]
+pub(crate) enum Exit {
+    /// Something failed that has no code of its own.
+    Failed = 1,
+    /// Wrong flags or arguments.
+    Usage = 2,
+    /// No such VM, base, file or peer.
+    NotFound = 3,
+    /// The VM is in a state that does not allow the command.
+    Conflict = 4,
+    /// This host cannot run VMs, or lacks a device the VM needs.
+    Host = 5,
+    /// Data on disk is not what it should be.
+    Corrupt = 6,
+    /// The handoff did not happen: the guest goes on at the source.
+    NotMoved = 7,
+    /// The handoff is committed and the peer has not confirmed: retried until it does.
+    InDoubt = 8,
+    /// The user cancelled.
+    Cancelled = 9,
+}
+
+/// One clear line: what failed, why, and the way out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Failure {
+    /// What the process exits with.
+    pub(crate) exit: Exit,
+    /// The line, without the leading `howdah: `.
+    pub(crate) message: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl Failure {
+    /// `what: why; way_out`, on one line whatever the parts hold.
+    pub(crate) fn new(
+        exit: Exit,
+        what: impl fmt::Display,
+        why: impl fmt::Display,
+        way_out: impl fmt::Display,
+    ) -> Self {
+        Self { exit, message: one_line(&format!("{what}: {why}; {way_out}")) }
+    }
+
+    /// A failure whose `why` already says the way out.
+    pub(crate) fn plain(exit: Exit, what: impl fmt::Display, why: impl fmt::Display) -> Self {
+        Self { exit, message: one_line(&format!("{what}: {why}")) }
+    }
+
+    /// A file operation that failed.
+    pub(crate) fn file(what: &str, path: &Path, error: &io::Error) -> Self {
+        let (exit, way_out) = match error.kind() {
+            io::ErrorKind::NotFound => (Exit::NotFound, "check the path"),
+            io::ErrorKind::PermissionDenied => {
+                (Exit::Failed, "run as a user who may, or choose another path")
+            }
+            io::ErrorKind::StorageFull => (Exit::Failed, "make room on that file system"),
+            _ => (Exit::Failed, "check the path and the file system"),
+        };
+        Self::new(exit, format_args!("{what} {}", path.display()), error, way_out)
+    }
+}
+
+/// What to print and exit with for any error that reached `main`.
+pub(crate) fn describe(error: &anyhow::Error) -> Failure {
+    match error.downcast_ref::<Failure>() {
+        Some(failure) => failure.clone(),
+        None => Failure { exit: Exit::Failed, message: one_line(&format!("{error:#}")) },
+    }
+}
+
+/// Folds whitespace, so that text from elsewhere cannot break "one line" nor drive the terminal.
+pub(crate) fn one_line(text: &str) -> String {
+    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    clean.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_stays_on_one_line() {
+        let failure = Failure::new(Exit::Failed, "a\nb", "c\r\n\x1b[2Jd", "e");
+        assert_eq!(failure.to_string(), "a b: c [2Jd; e");
+    }
+
+    #[test]
+    fn other_errors_show_their_chain() {
+        let error = anyhow::anyhow!("inner").context("outer");
+        let failure = describe(&error);
+        assert_eq!((failure.exit, failure.message.as_str()), (Exit::Failed, "outer: inner"));
+    }
+}

@@ -1,0 +1,407 @@
+//! The directory in which a cloudlet keeps its bases and its VMs.
+//!
+//! ```text
+//! HOME/store/            bases (guest_images::store)
+//! HOME/vms/NAME/
+//!     lock               held by the process that runs the VM, with its pid
+//!     config.json        how the machine is built, here
+//!     ownership          the durable record of who may run the guest (handoff::ownership)
+//!     disk.data, disk.map  the disk overlay
+//!     control.sock       the running process listens here
+//!     console.log vm.log report.json
+//! ```
+//!
+//! A VM directory without an ownership record belongs to nobody: it is left over from a creation
+//! or a reception that did not finish, and may be removed or reused.
+
+use std::{
+    fmt, fs, io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use guest_images::overlay;
+use handoff::ownership::{Journal, Record, VmId};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{
+    failure::{Exit, Failure},
+    lock::{Lock, Probe},
+};
+
+/// The longest VM name.
+const MAX_NAME_BYTES: usize = 48;
+/// No JSON file of a VM directory is larger.
+const MAX_JSON_BYTES: u64 = 4 << 20;
+
+/// A VM's name: safe as a file name, on a terminal and in a command line. Peers send names too.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct VmName(String);
+
+impl FromStr for VmName {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let fits = (1..=MAX_NAME_BYTES).contains(&s.len());
+        let plain = s.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if fits && plain && s.as_bytes()[0].is_ascii_alphanumeric() {
+            Ok(Self(s.to_owned()))
+        } else {
+            Err(format!(
+                "a name has 1 to {MAX_NAME_BYTES} of a-z A-Z 0-9 - _ . and starts with a letter or digit"
+            ))
+        }
+    }
+}
+
+impl TryFrom<String> for VmName {
+    type Error = String;
+
+    fn try_from(s: String) -> Result<Self, String> {
+        s.parse()
+    }
+}
+
+impl From<VmName> for String {
+    fn from(name: VmName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for VmName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl AsRef<str> for VmName {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+/// How a VM's machine is built on this host. Written when the VM is created or received.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct VmConfig {
+    /// Version of this file.
+    pub(crate) version: u32,
+    /// The base, by its id in hex.
+    pub(crate) base: String,
+    /// Guest memory.
+    pub(crate) memory_mib: u64,
+    /// Virtual CPUs.
+    pub(crate) vcpus: u8,
+    /// The host's TAP device for the guest's network, if it has one.
+    pub(crate) tap: Option<String>,
+    /// The guest's MAC address, if it has a network device.
+    pub(crate) mac: Option<String>,
+    /// Appended to the base's kernel command line.
+    pub(crate) append: String,
+}
+
+impl VmConfig {
+    /// The version this program writes.
+    pub(crate) const VERSION: u32 = 1;
+}
+
+/// A cloudlet's directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Home {
+    root: PathBuf,
+}
+
+impl Home {
+    /// Names the directory; nothing is created before something is to be kept.
+    pub(crate) fn new(root: &Path) -> Result<Self, Failure> {
+        // Absolute, because processes started from here outlive this one's working directory.
+        let root = std::path::absolute(root).map_err(|e| Failure::file("home", root, &e))?;
+        Ok(Self { root })
+    }
+
+    /// The directory itself.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where bases are.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.root.join("store")
+    }
+
+    /// One VM's directory, which may not exist.
+    pub(crate) fn vm(&self, name: &VmName) -> VmDir {
+        VmDir { path: self.root.join("vms").join(name.as_ref()), name: name.clone() }
+    }
+
+    /// One VM's directory, which must exist.
+    pub(crate) fn existing(&self, name: &VmName) -> Result<VmDir, Failure> {
+        let dir = self.vm(name);
+        if dir.path.is_dir() {
+            return Ok(dir);
+        }
+        let why = format!("there is none in {}", self.root.display());
+        Err(Failure::new(
+            Exit::NotFound,
+            format!("VM {name}"),
+            why,
+            "`howdah vm ls` lists the VMs, --home chooses another directory",
+        ))
+    }
+
+    /// Every VM's directory, by name.
+    pub(crate) fn vms(&self) -> Result<Vec<VmDir>, Failure> {
+        let path = self.root.join("vms");
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(Failure::file("list", &path, &e)),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(|e| Failure::file("list", &path, &e))?;
+            // Anything else (a directory being removed) has a name no VM can have.
+            if let Some(name) = entry.file_name().to_str().and_then(|n| n.parse::<VmName>().ok()) {
+                found.push(self.vm(&name));
+            }
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+}
+
+/// One VM's directory.
+#[derive(Clone, Debug)]
+pub(crate) struct VmDir {
+    path: PathBuf,
+    name: VmName,
+}
+
+impl VmDir {
+    /// The VM's name.
+    pub(crate) fn name(&self) -> &VmName {
+        &self.name
+    }
+
+    /// The directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the running process listens.
+    pub(crate) const SOCKET: &str = "control.sock";
+
+    /// Where the guest's serial output is kept.
+    pub(crate) fn console_log(&self) -> PathBuf {
+        self.path.join("console.log")
+    }
+
+    /// Where the VM's process logs.
+    pub(crate) fn vm_log(&self) -> PathBuf {
+        self.path.join("vm.log")
+    }
+
+    /// Where the last handoff's report is.
+    pub(crate) fn report(&self) -> PathBuf {
+        self.path.join("report.json")
+    }
+
+    /// Creates the directory if it is not there. Only its owner may look into it: the control
+    /// socket lets one do anything with the guest.
+    pub(crate) fn create(&self) -> Result<(), Failure> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.path)
+            .map_err(|e| Failure::file("create", &self.path, &e))
+    }
+
+    /// Takes the VM for this process, or says who has it.
+    pub(crate) fn lock(&self) -> Result<Lock, Failure> {
+        let path = self.path.join("lock");
+        match Lock::take(&path) {
+            Ok(Some(lock)) => Ok(lock),
+            Ok(None) => Err(self.in_use()),
+            Err(e) => Err(Failure::file("lock", &path, &e)),
+        }
+    }
+
+    /// Whether a process has the VM, without disturbing it.
+    pub(crate) fn probe(&self) -> Result<Probe, Failure> {
+        let path = self.path.join("lock");
+        Lock::probe(&path).map_err(|e| Failure::file("look at", &path, &e))
+    }
+
+    fn in_use(&self) -> Failure {
+        let who = match self.probe() {
+            Ok(Probe::Held { pid: Some(pid) }) => format!("process {pid} has it"),
+            _ => "another process has it".to_owned(),
+        };
+        let name = &self.name;
+        Failure::new(
+            Exit::Conflict,
+            format!("VM {name}"),
+            who,
+            format!("`howdah vm inspect {name}` shows it, `howdah vm stop {name}` ends it"),
+        )
+    }
+
+    /// The ownership journal. Writing needs the lock.
+    pub(crate) fn journal(&self) -> Result<Journal, Failure> {
+        Journal::open(self.path.join("ownership"))
+            .map_err(|e| Failure::plain(Exit::Corrupt, format!("VM {}", self.name), e))
+    }
+
+    /// The ownership record, `None` for a directory that belongs to nobody.
+    pub(crate) fn record(&self) -> Result<Option<Record>, Failure> {
+        Ok(self.journal()?.record().cloned())
+    }
+
+    /// The machine's configuration.
+    pub(crate) fn config(&self) -> Result<VmConfig, Failure> {
+        let config: VmConfig = read_json(&self.config_path())?;
+        if config.version == VmConfig::VERSION {
+            return Ok(config);
+        }
+        Err(Failure::new(
+            Exit::Corrupt,
+            self.config_path().display(),
+            format!("version {}, this program reads {}", config.version, VmConfig::VERSION),
+            "use the howdah that wrote it",
+        ))
+    }
+
+    /// Writes the machine's configuration.
+    pub(crate) fn write_config(&self, config: &VmConfig) -> Result<(), Failure> {
+        write_json(&self.config_path(), config)
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.path.join("config.json")
+    }
+
+    /// Removes the disk overlay: only when the guest never ran on it, or never will again.
+    pub(crate) fn remove_disk(&self) -> Result<(), Failure> {
+        for file in [overlay::DATA_FILE, overlay::MAP_FILE] {
+            let path = self.path.join(file);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(Failure::file("remove", &path, &e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the directory and all in it. The lock must be held, so that nobody runs the VM;
+    /// the name is free at once, whatever becomes of the rest.
+    pub(crate) fn remove(&self, lock: Lock) -> Result<(), Failure> {
+        let failed = |e: &io::Error| Failure::file("remove", &self.path, e);
+        let gone = self.path.with_file_name(format!(".{}.{}", self.name, std::process::id()));
+        fs::rename(&self.path, &gone).map_err(|e| failed(&e))?;
+        let removed = fs::remove_dir_all(&gone).map_err(|e| failed(&e));
+        drop(lock);
+        removed
+    }
+}
+
+/// The lowercase hex of a VM's identity, shortened for people.
+pub(crate) fn short_id(id: VmId) -> String {
+    id.to_string().chars().take(8).collect()
+}
+
+/// Reads a bounded JSON file.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Failure> {
+    use io::Read;
+    let failed = |e: io::Error| Failure::file("read", path, &e);
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(failed)?;
+    file.take(MAX_JSON_BYTES).read_to_string(&mut text).map_err(failed)?;
+    serde_json::from_str(&text).map_err(|e| {
+        Failure::new(
+            Exit::Corrupt,
+            path.display(),
+            e,
+            "restore it, or remove the VM and create it again",
+        )
+    })
+}
+
+/// Replaces a JSON file as a whole, durably.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Failure> {
+    use io::Write;
+    let failed = |e: io::Error| Failure::file("write", path, &e);
+    let mut text = serde_json::to_vec_pretty(value).map_err(|e| failed(e.into()))?;
+    text.push(b'\n');
+    let temporary = path.with_extension("json.new");
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)
+        .map_err(failed)?;
+    file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed)?;
+    fs::rename(&temporary, path).map_err(failed)?;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    fs::File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_safe() {
+        for good in ["a", "vm-1", "A.b_c", &"x".repeat(MAX_NAME_BYTES)] {
+            good.parse::<VmName>().unwrap();
+        }
+        let long = "x".repeat(MAX_NAME_BYTES + 1);
+        for bad in ["", ".", "..", ".hidden", "-flag", "a/b", "a b", "ü", "a\n", &long] {
+            bad.parse::<VmName>().unwrap_err();
+        }
+    }
+
+    #[test]
+    fn a_config_survives_and_damage_is_named() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = Home::new(home.path()).unwrap().vm(&"a".parse().unwrap());
+        dir.create().unwrap();
+        let config = VmConfig {
+            version: VmConfig::VERSION,
+            base: "00".repeat(32),
+            memory_mib: 512,
+            vcpus: 2,
+            tap: None,
+            mac: Some("02:00:00:00:00:01".into()),
+            append: String::new(),
+        };
+        dir.write_config(&config).unwrap();
+        assert_eq!(dir.config().unwrap(), config);
+        fs::write(dir.config_path(), "{").unwrap();
+        let failure = dir.config().unwrap_err();
+        assert_eq!(failure.exit, Exit::Corrupt);
+        assert!(failure.message.contains("config.json"), "{failure}");
+    }
+
+    #[test]
+    fn only_vms_are_listed() {
+        let root = tempfile::tempdir().unwrap();
+        let home = Home::new(root.path()).unwrap();
+        assert!(home.vms().unwrap().is_empty());
+        for name in ["b", "a"] {
+            home.vm(&name.parse().unwrap()).create().unwrap();
+        }
+        fs::create_dir(root.path().join("vms/.c.1")).unwrap();
+        let names: Vec<_> = home.vms().unwrap().iter().map(|d| d.name().to_string()).collect();
+        assert_eq!(names, ["a", "b"]);
+        let dir = home.vm(&"a".parse().unwrap());
+        let lock = dir.lock().unwrap();
+        assert_eq!(dir.lock().unwrap_err().exit, Exit::Conflict);
+        dir.remove(lock).unwrap();
+        assert_eq!(home.existing(dir.name()).unwrap_err().exit, Exit::NotFound);
+    }
+}

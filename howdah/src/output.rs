@@ -1,0 +1,107 @@
+//! What goes to the user: text for people, or one JSON document for programs.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// Where results go and in which shape.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    json: bool,
+}
+
+impl Output {
+    /// JSON instead of text when `json`.
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// Whether programs are listening.
+    pub(crate) fn is_json(self) -> bool {
+        self.json
+    }
+
+    /// Prints the result of a command: `value` for programs, `text` for people.
+    pub(crate) fn result<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) {
+        let shown = if self.json {
+            serde_json::to_string_pretty(value).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"))
+        } else {
+            text(value)
+        };
+        put(&mut io::stdout(), shown.trim_end());
+    }
+
+    /// A remark for people that is no result: on stderr, so that stdout stays parsable.
+    pub(crate) fn note(self, text: &str) {
+        put(&mut io::stderr(), text);
+    }
+
+    /// The line for a failed command; programs get it on stdout too.
+    pub(crate) fn failure(self, failure: &Failure) {
+        if self.json {
+            let value = serde_json::json!({
+                "error": { "exit": failure.exit as u8, "kind": failure.exit, "message": failure.message }
+            });
+            put(&mut io::stdout(), &format!("{value:#}"));
+        }
+        put(&mut io::stderr(), &format!("howdah: {failure}"));
+    }
+}
+
+/// Prints a line. A reader that went away (`howdah vm ls | head -1`) is no error.
+fn put(to: &mut impl Write, text: &str) {
+    if !text.is_empty() {
+        let _ = writeln!(to, "{text}").and_then(|()| to.flush());
+    }
+}
+
+/// Lays rows out in columns under a heading.
+pub(crate) fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) -> String {
+    let mut width = heading.map(str::len);
+    for row in rows {
+        for (w, cell) in width.iter_mut().zip(row) {
+            *w = (*w).max(cell.chars().count());
+        }
+    }
+    let line = |cells: [&str; N]| {
+        let padded = cells.iter().zip(width).map(|(cell, w)| format!("{cell:<w$}"));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    let mut lines = vec![line(heading)];
+    lines.extend(rows.iter().map(|row| line(row.each_ref().map(String::as_str))));
+    lines.join("\n")
+}
+
+/// A byte count for people, in the unit that fits.
+pub(crate) fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let shown =
+            table(["NAME", "N"], &[["a".into(), "1".into()], ["longer".into(), "2".into()]]);
+        assert_eq!(shown, "NAME    N\na       1\nlonger  2");
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(
+            (bytes(512), bytes(1536), bytes(5 << 30)),
+            ("512 B".into(), "1.5 KiB".into(), "5.0 GiB".into())
+        );
+    }
+}

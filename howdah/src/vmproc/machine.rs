@@ -1,0 +1,91 @@
+//! A machine as the process's main loop sees it. A real seam: the loop's decisions are tested
+//! without KVM.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::{
+    control::{HandoffRequest, Progress},
+    failure::Failure,
+};
+
+/// A machine with its disk and its ownership journal.
+pub(crate) trait Machine: Send {
+    /// Stops the vCPUs and drains the devices.
+    fn pause(&mut self) -> anyhow::Result<()>;
+
+    /// Lets a paused guest go on.
+    fn resume(&mut self) -> anyhow::Result<()>;
+
+    /// Stops the guest and makes its disk durable.
+    fn stop(self: Box<Self>) -> anyhow::Result<()>;
+
+    /// Writes the paused machine's disk, flattened, to a new file.
+    fn export_disk(&mut self, to: &Path) -> anyhow::Result<()>;
+
+    /// Hands the guest off: blocks until it is decided where the guest runs. Called on a thread of
+    /// its own; while it works nothing else touches the machine.
+    fn hand_off(self: Box<Self>, request: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd;
+}
+
+/// What a handoff looks at, and tells, while it works.
+pub(crate) trait Watch: Send + Sync {
+    /// Whether to give up, if that is still possible.
+    fn cancelled(&self) -> bool;
+
+    /// How far it is.
+    fn progress(&self, progress: Progress);
+
+    /// It is committed, and the peer has not confirmed.
+    fn in_doubt(&self, why: &str);
+}
+
+/// Where the guest is after a handoff.
+pub(crate) enum HandoffEnd {
+    /// At the peer, which confirmed.
+    Moved {
+        /// The report.
+        report: serde_json::Value,
+    },
+    /// Here, running.
+    Kept {
+        /// The machine.
+        machine: Box<dyn Machine>,
+        /// Why it did not move.
+        failure: Failure,
+        /// The report, as far as it came.
+        report: Option<serde_json::Value>,
+    },
+    /// Committed and not confirmed; or lost with a machine that cannot go on. The record says
+    /// which, and `howdah vm run` goes on from it.
+    Undecided {
+        /// What is known.
+        failure: Failure,
+    },
+}
+
+/// Tells a handoff to give up.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Gives up.
+    pub(crate) fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether to give up.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// The flag itself, for those who look at it often.
+    pub(crate) fn flag(&self) -> &AtomicBool {
+        &self.0
+    }
+}
