@@ -17,6 +17,7 @@ pub mod report;
 pub mod root;
 pub mod source;
 pub mod stage;
+pub mod tcp;
 pub mod vm;
 pub mod wire;
 

@@ -11,7 +11,6 @@ use crate::{
 use super::Limits;
 
 /// A link whose Hello was read.
-#[derive(Debug)]
 pub struct Incoming<L: Transport> {
     /// What the peer wants.
     pub hello: Hello,
