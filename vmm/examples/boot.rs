@@ -1,0 +1,177 @@
+//! Boots one machine with its console on the terminal: the shortest way to see a kernel run.
+//!
+//! ```text
+//! boot --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory-mib N] [--vcpus N]
+//!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS]
+//! ```
+//!
+//! `--cycle MS` pauses the machine every MS milliseconds, saves it, and goes on in a second machine
+//! made from the saved state and a copy of its memory.
+
+use std::{
+    error::Error,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use guest_images::{Base, CHUNK_SIZE, overlay::Overlay};
+use vmm::{HostCheck, NetConfig, Paused, Vm, VmConfig, memory};
+
+#[derive(Clone)]
+struct Options {
+    kernel: PathBuf,
+    initramfs: Option<PathBuf>,
+    cmdline: String,
+    memory_mib: u64,
+    vcpus: u8,
+    base: Option<PathBuf>,
+    tap: Option<String>,
+    seconds: u64,
+    cycle_ms: Option<u64>,
+}
+
+fn options() -> Result<Options, Box<dyn Error>> {
+    let mut options = Options {
+        kernel: PathBuf::new(),
+        initramfs: None,
+        cmdline: "console=ttyS0 panic=-1".into(),
+        memory_mib: 256,
+        vcpus: 1,
+        base: None,
+        tap: None,
+        seconds: 60,
+        cycle_ms: None,
+    };
+    let mut args = std::env::args().skip(1);
+    while let Some(name) = args.next() {
+        let value = args.next().ok_or_else(|| format!("{name} needs a value"))?;
+        match name.as_str() {
+            "--kernel" => options.kernel = value.into(),
+            "--initramfs" => options.initramfs = Some(value.into()),
+            "--cmdline" => options.cmdline = value,
+            "--memory-mib" => options.memory_mib = value.parse()?,
+            "--vcpus" => options.vcpus = value.parse()?,
+            "--base" => options.base = Some(value.into()),
+            "--tap" => options.tap = Some(value),
+            "--seconds" => options.seconds = value.parse()?,
+            "--cycle" => options.cycle_ms = Some(value.parse()?),
+            _ => return Err(format!("unknown option {name}").into()),
+        }
+    }
+    Ok(options)
+}
+
+/// Writes through at once: the console is a terminal.
+struct Console;
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut out = std::io::stdout().lock();
+        out.write_all(bytes)?;
+        out.flush()?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn config(
+    options: &Options,
+    disk: Option<Arc<Overlay>>,
+    events: mpsc::Sender<vmm::VmEvent>,
+) -> VmConfig {
+    VmConfig {
+        memory_bytes: options.memory_mib << 20,
+        vcpus: options.vcpus,
+        kernel: options.kernel.clone(),
+        initramfs: options.initramfs.clone(),
+        cmdline: options.cmdline.clone(),
+        disk,
+        net: options.tap.clone().map(|tap| NetConfig { tap, mac: [0x02, 0, 0, 0, 0, 1] }),
+        console: Box::new(Console),
+        events,
+    }
+}
+
+fn open_disk(base: &Path, dir: &Path) -> Result<Arc<Overlay>, Box<dyn Error>> {
+    let base = Arc::new(Base::open(base)?);
+    Ok(Arc::new(Overlay::create(dir, base)?))
+}
+
+/// Saves the machine, copies its memory and goes on in another machine.
+fn reincarnate(
+    mut vm: Vm<Paused>,
+    options: &Options,
+    events: mpsc::Sender<vmm::VmEvent>,
+) -> Result<Vm<Paused>, Box<dyn Error>> {
+    let began = Instant::now();
+    let state = vm.save()?;
+    let saved = began.elapsed();
+    let ram = memory::allocate(options.memory_mib << 20)?;
+    let mut chunk = [0; CHUNK_SIZE];
+    for index in 0..memory::chunk_count(&ram) {
+        memory::read_chunk(vm.ram(), index, &mut chunk)?;
+        if chunk != [0; CHUNK_SIZE] {
+            memory::write_chunk(&ram, index, &chunk)?;
+        }
+    }
+    let hash = vm.full_hash()?;
+    let (profile, disk) = (vm.profile().clone(), vm.disk().cloned());
+    drop(vm);
+    let copied = began.elapsed();
+    let vm = Vm::restore(config(options, disk, events), profile, ram, &state)?;
+    let same = vm.full_hash()? == hash;
+    eprintln!(
+        "[boot] {} bytes of state; save {saved:?}, copy {copied:?}, all {:?}; same: {same}",
+        state.len(),
+        began.elapsed()
+    );
+    if !same {
+        return Err("restoring changed memory or disk".into());
+    }
+    Ok(vm)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let options = options()?;
+    if !HostCheck::has_hardware_virtualisation()? {
+        eprintln!("[boot] the CPU has neither svm nor vmx: this will be very slow");
+    }
+    let dir = std::env::temp_dir().join(format!("boot-{}", std::process::id()));
+    let disk = match &options.base {
+        Some(base) => {
+            std::fs::create_dir_all(&dir)?;
+            Some(open_disk(base, &dir)?)
+        }
+        None => None,
+    };
+    let (sender, events) = mpsc::channel();
+    let deadline = Instant::now() + Duration::from_secs(options.seconds);
+    let mut vm = Vm::boot(config(&options, disk, sender.clone()))?.resume().map_err(|e| e.error)?;
+    let tick = options.cycle_ms.map_or(Duration::from_secs(3600), Duration::from_millis);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            eprintln!("[boot] time is up");
+            return Ok(());
+        }
+        match events.recv_timeout(tick.min(left)) {
+            Ok(event) => {
+                eprintln!("[boot] {event:?}");
+                return Ok(());
+            }
+            Err(_) if options.cycle_ms.is_some() => {
+                let began = Instant::now();
+                let paused = vm.pause().map_err(|e| e.error)?;
+                eprintln!("[boot] paused in {:?}", began.elapsed());
+                vm =
+                    reincarnate(paused, &options, sender.clone())?.resume().map_err(|e| e.error)?;
+            }
+            Err(_) => {}
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! A machine as the handoff engine sees it: one that leaves, and one that arrives.
+
+use std::sync::Arc;
+
+use ::handoff::{ChunkId, ChunkSet, Geometry, SourceVm, Space, TargetVm, vm::VmError};
+use guest_images::{Chunk, overlay::Overlay};
+
+use crate::{
+    machine::{MachineError, Paused, Running, Vm, VmConfig, check_config, full_hash},
+    memory::{self, GuestRam},
+    profile::MachineProfile,
+};
+
+/// A call that comes out of turn: the engine's mistake, not the guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OutOfTurn {
+    /// It needs a machine that is paused.
+    #[error("the machine must be paused for this")]
+    NotPaused,
+    /// It needs a machine that has its state.
+    #[error("the machine's state has not been loaded yet")]
+    NotLoaded,
+    /// The state has been loaded already.
+    #[error("the machine's state has been loaded already")]
+    Loaded,
+    /// The machine has been given up.
+    #[error("the machine is gone: it was discarded, or a step that cannot be repeated failed")]
+    Gone,
+}
+
+/// A machine in either state.
+#[derive(Debug)]
+pub enum AnyVm {
+    /// It runs.
+    Running(Vm<Running>),
+    /// It does not.
+    Paused(Vm<Paused>),
+}
+
+/// Calls the same method on a machine in either state.
+macro_rules! either {
+    ($vm:expr, $name:ident => $call:expr) => {
+        match $vm {
+            AnyVm::Running($name) => $call,
+            AnyVm::Paused($name) => $call,
+        }
+    };
+}
+
+/// A machine that leaves. Until it is taken back with [`VmSource::into_vm`] it belongs to the engine.
+#[derive(Debug)]
+pub struct VmSource {
+    /// `None` only while a transition consumes it.
+    vm: Option<AnyVm>,
+    geometry: Geometry,
+}
+
+impl VmSource {
+    /// A running machine to be sent away.
+    pub fn new(vm: Vm<Running>) -> Self {
+        Self { geometry: vm.geometry(), vm: Some(AnyVm::Running(vm)) }
+    }
+
+    /// A machine that is paused already.
+    pub fn from_paused(vm: Vm<Paused>) -> Self {
+        Self { geometry: vm.geometry(), vm: Some(AnyVm::Paused(vm)) }
+    }
+
+    /// Gives the machine back, as it is.
+    pub fn into_vm(self) -> Option<AnyVm> {
+        self.vm
+    }
+
+    /// The machine, as it is.
+    pub fn vm(&self) -> Option<&AnyVm> {
+        self.vm.as_ref()
+    }
+
+    fn get(&mut self) -> Result<&mut AnyVm, OutOfTurn> {
+        self.vm.as_mut().ok_or(OutOfTurn::Gone)
+    }
+
+    fn paused(&mut self) -> Result<&mut Vm<Paused>, OutOfTurn> {
+        match self.get()? {
+            AnyVm::Paused(vm) => Ok(vm),
+            AnyVm::Running(_) => Err(OutOfTurn::NotPaused),
+        }
+    }
+}
+
+impl SourceVm for VmSource {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn start_tracking(&mut self) -> Result<ChunkSet, VmError> {
+        Ok(either!(self.get()?, vm => vm.start_tracking())?)
+    }
+
+    fn harvest(&mut self) -> Result<ChunkSet, VmError> {
+        Ok(either!(self.get()?, vm => vm.harvest())?)
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), VmError> {
+        Ok(either!(self.get()?, vm => vm.stop_tracking())?)
+    }
+
+    fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError> {
+        Ok(either!(self.get()?, vm => vm.read_chunk(id, into))?)
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        let running = match self.vm.take() {
+            Some(AnyVm::Running(vm)) => vm,
+            other => {
+                let paused = other.is_some();
+                self.vm = other;
+                return if paused { Ok(()) } else { Err(OutOfTurn::Gone.into()) };
+            }
+        };
+        match running.pause() {
+            Ok(vm) => self.vm = Some(AnyVm::Paused(vm)),
+            Err(failed) => {
+                self.vm = Some(AnyVm::Running(*failed.vm));
+                return Err(failed.error.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>, VmError> {
+        Ok(self.paused()?.save()?)
+    }
+
+    fn full_hash(&mut self) -> Result<[u8; 32], VmError> {
+        Ok(self.paused()?.full_hash()?)
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        let paused = match self.vm.take() {
+            Some(AnyVm::Paused(vm)) => vm,
+            other => {
+                let running = other.is_some();
+                self.vm = other;
+                return if running { Ok(()) } else { Err(OutOfTurn::Gone.into()) };
+            }
+        };
+        match paused.resume() {
+            Ok(vm) => self.vm = Some(AnyVm::Running(vm)),
+            Err(failed) => {
+                self.vm = Some(AnyVm::Paused(*failed.vm));
+                return Err(failed.error.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+enum Stage {
+    /// Chunks are being written; there is no machine yet.
+    Receiving(Box<VmConfig>),
+    Loaded(Vm<Paused>),
+    Running(Vm<Running>),
+    Gone,
+}
+
+/// A machine that arrives: first only RAM and disk, then the machine, then it runs.
+pub struct IncomingVm {
+    stage: Stage,
+    profile: MachineProfile,
+    /// Given up by `discard`.
+    ram: Option<GuestRam>,
+    disk: Option<Arc<Overlay>>,
+}
+
+impl std::fmt::Debug for IncomingVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let stage = match &self.stage {
+            Stage::Receiving(_) => "Receiving",
+            Stage::Loaded(_) => "Loaded",
+            Stage::Running(_) => "Running",
+            Stage::Gone => "Gone",
+        };
+        f.debug_struct("IncomingVm").field("stage", &stage).finish_non_exhaustive()
+    }
+}
+
+impl IncomingVm {
+    /// Reserves RAM for a machine that was announced. `config` must describe the same machine; its
+    /// disk must be equal to the base. Whether the host can carry it is for the caller to ask:
+    /// [`MachineProfile::check_compatible`].
+    pub fn new(profile: MachineProfile, config: VmConfig) -> Result<Self, MachineError> {
+        check_config(&config, &profile)?;
+        let ram = memory::allocate(profile.memory_bytes)?;
+        let disk = config.disk.clone();
+        Ok(Self { stage: Stage::Receiving(Box::new(config)), profile, ram: Some(ram), disk })
+    }
+
+    /// How many chunks RAM and disk have.
+    pub fn geometry(&self) -> Geometry {
+        Geometry {
+            ram_chunks: self.ram.as_ref().map_or(0, memory::chunk_count),
+            disk_chunks: self.disk.as_ref().map_or(0, |disk| disk.chunks()),
+        }
+    }
+
+    /// The machine, once it has its state.
+    pub fn into_vm(self) -> Option<AnyVm> {
+        match self.stage {
+            Stage::Loaded(vm) => Some(AnyVm::Paused(vm)),
+            Stage::Running(vm) => Some(AnyVm::Running(vm)),
+            Stage::Receiving(_) | Stage::Gone => None,
+        }
+    }
+
+    fn ram(&self) -> Result<&GuestRam, OutOfTurn> {
+        self.ram.as_ref().ok_or(OutOfTurn::Gone)
+    }
+
+    fn disk(&self, index: u64) -> Result<&Overlay, MachineError> {
+        self.disk.as_deref().ok_or(MachineError::NoDisk(index))
+    }
+}
+
+impl TargetVm for IncomingVm {
+    fn write_chunk(&mut self, id: ChunkId, chunk: &Chunk) -> Result<(), VmError> {
+        match id.space {
+            Space::Ram => memory::write_chunk(self.ram()?, id.index, chunk)?,
+            Space::Disk => self.disk(id.index)?.write_chunk(id.index, chunk)?,
+        }
+        Ok(())
+    }
+
+    fn reset_chunk(&mut self, id: ChunkId) -> Result<(), VmError> {
+        match id.space {
+            Space::Ram => memory::drop_chunk(self.ram()?, id.index)?,
+            Space::Disk => self.disk(id.index)?.reset_chunk(id.index)?,
+        }
+        Ok(())
+    }
+
+    fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError> {
+        match id.space {
+            Space::Ram => memory::read_chunk(self.ram()?, id.index, into)?,
+            Space::Disk => self.disk(id.index)?.read_chunk(id.index, into)?,
+        }
+        Ok(())
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), VmError> {
+        let ram = self.ram()?.clone();
+        // Building takes the configuration apart, so a state that is refused ends this machine.
+        let config = match std::mem::replace(&mut self.stage, Stage::Gone) {
+            Stage::Receiving(config) => *config,
+            other => {
+                self.stage = other;
+                return Err(OutOfTurn::Loaded.into());
+            }
+        };
+        self.stage = Stage::Loaded(Vm::restore(config, self.profile.clone(), ram, state)?);
+        Ok(())
+    }
+
+    fn full_hash(&mut self) -> Result<[u8; 32], VmError> {
+        Ok(full_hash(self.ram()?, self.disk.as_deref())?)
+    }
+
+    fn make_disk_durable(&mut self) -> Result<(), VmError> {
+        if let Some(disk) = &self.disk {
+            disk.flush()?;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        let paused = match std::mem::replace(&mut self.stage, Stage::Gone) {
+            Stage::Loaded(vm) => vm,
+            other => {
+                self.stage = other;
+                return Err(OutOfTurn::NotLoaded.into());
+            }
+        };
+        match paused.resume() {
+            Ok(vm) => {
+                // Switches still send the guest's packets to where it was.
+                if let Err(error) = vm.announce() {
+                    tracing::warn!(%error, "cannot announce the guest to the network");
+                }
+                self.stage = Stage::Running(vm);
+                Ok(())
+            }
+            Err(failed) => {
+                self.stage = Stage::Loaded(*failed.vm);
+                Err(failed.error.into())
+            }
+        }
+    }
+
+    fn discard(&mut self) {
+        self.stage = Stage::Gone;
+        self.ram = None;
+        self.disk = None;
+    }
+}

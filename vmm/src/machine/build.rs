@@ -1,0 +1,156 @@
+//! Making a machine: a new one that boots, or one that goes on from a saved state.
+
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::VmFd;
+
+use super::{
+    Core, MachineError, Paused, Vm, VmConfig,
+    wiring::{self, Backends, Devices},
+};
+use crate::{
+    boot::{self, BootSource},
+    cpuid,
+    dirty::{Disk, KvmLog, Tracker},
+    host::{Host, HostCheck},
+    layout::{KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS},
+    memory::{self, GuestRam},
+    profile::{HostProfile, MachineProfile},
+    state::{DeviceStates, VmState},
+    vcpu::{RunContext, Vcpu},
+};
+
+/// KVM's part of a machine: made first, the same for both ways.
+struct Bare {
+    host: Host,
+    vm: Arc<VmFd>,
+    vcpus: Vec<Vcpu>,
+    log: KvmLog,
+    ram: GuestRam,
+    profile: MachineProfile,
+}
+
+pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
+    let host = HostCheck::run()?;
+    let mac = config.net.as_ref().map(|net| net.mac);
+    let profile = HostProfile::of(&host)?.new_machine(
+        config.vcpus,
+        config.memory_bytes,
+        config.disk.is_some(),
+        mac,
+    )?;
+    let ram = memory::allocate(config.memory_bytes)?;
+    let source = BootSource {
+        kernel: &config.kernel,
+        initramfs: config.initramfs.as_deref(),
+        cmdline: &config.cmdline,
+    };
+    let slots = wiring::slots(config.disk.is_some(), config.net.is_some());
+    let boot_cpu = boot::load(&ram, source, config.vcpus, &slots)?;
+    let bare = Bare::new(host, ram, profile)?;
+    for vcpu in &bare.vcpus {
+        boot::setup_vcpu(&vcpu.fd).map_err(kvm("initial vCPU state"))?;
+    }
+    if let Some(first) = bare.vcpus.first() {
+        boot_cpu.apply(&first.fd).map_err(kvm("initial vCPU registers"))?;
+    }
+    bare.complete(config, None)
+}
+
+pub(super) fn restore(
+    config: VmConfig,
+    profile: MachineProfile,
+    ram: GuestRam,
+    state: &[u8],
+) -> Result<Vm<Paused>, MachineError> {
+    check_config(&config, &profile)?;
+    memory::check(&ram, profile.memory_bytes)?;
+    let state = VmState::decode(state, &profile)?;
+    let host = HostCheck::run()?;
+    profile.check_compatible(&HostProfile::of(&host)?)?;
+    let bare = Bare::new(host, ram, profile)?;
+    state.restore(&bare.host, &bare.vm, &bare.vcpus)?;
+    bare.complete(config, Some(&state.devices))
+}
+
+/// Whether the configuration makes the machine that the profile describes.
+pub(crate) fn check_config(
+    config: &VmConfig,
+    profile: &MachineProfile,
+) -> Result<(), MachineError> {
+    let mismatch = |what, profile: &dyn std::fmt::Debug, config: &dyn std::fmt::Debug| {
+        let (profile, config) = (format!("{profile:?}"), format!("{config:?}"));
+        Err(MachineError::Mismatch { what, profile, config })
+    };
+    if config.vcpus != profile.vcpus {
+        return mismatch("a vCPU count", &profile.vcpus, &config.vcpus);
+    }
+    if config.memory_bytes != profile.memory_bytes {
+        return mismatch("memory", &profile.memory_bytes, &config.memory_bytes);
+    }
+    if config.disk.is_some() != profile.disk {
+        return mismatch("a disk", &profile.disk, &config.disk.is_some());
+    }
+    let mac = config.net.as_ref().map(|net| net.mac);
+    if mac != profile.mac {
+        return mismatch("a network address", &profile.mac, &mac);
+    }
+    Ok(())
+}
+
+fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { what, source }
+}
+
+impl Bare {
+    fn new(host: Host, ram: GuestRam, profile: MachineProfile) -> Result<Self, MachineError> {
+        let vm = host.kvm().create_vm().map_err(kvm("creating a VM"))?;
+        vm.set_identity_map_address(KVM_IDENTITY_MAP_ADDRESS).map_err(kvm("identity map"))?;
+        vm.set_tss_address(KVM_TSS_ADDRESS).map_err(kvm("task state segment"))?;
+        // The irqchip before vCPUs: each gets its LAPIC when it is made.
+        vm.create_irq_chip().map_err(kvm("creating the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).map_err(kvm("creating the timer"))?;
+        let vm = Arc::new(vm);
+        let log = KvmLog::new(vm.clone(), &ram)?;
+        let vcpus =
+            (0..profile.vcpus).map(|id| new_vcpu(&vm, id, &profile)).collect::<Result<_, _>>()?;
+        Ok(Self { host, vm, vcpus, log, ram, profile })
+    }
+
+    fn complete(
+        self,
+        config: VmConfig,
+        saved: Option<&DeviceStates>,
+    ) -> Result<Vm<Paused>, MachineError> {
+        let VmConfig { disk, net, console, events, .. } = config;
+        let backends = Backends::open(disk.as_ref(), net.as_ref())?;
+        let dirty_disk = disk
+            .as_ref()
+            .zip(backends.disk_dirty.clone())
+            .map(|(overlay, dirty)| Disk { overlay: overlay.clone(), dirty });
+        let mut context = RunContext::new(events);
+        let devices = Devices::build(&self.vm, &self.ram, backends, console, saved, &mut context)?;
+        let tracker = Tracker::new(self.log, self.ram.clone(), dirty_disk);
+        let core = Core {
+            devices,
+            context,
+            tracker,
+            profile: self.profile,
+            disk,
+            vm: self.vm,
+            host: self.host,
+            ram: self.ram,
+        };
+        Ok(Vm { state: Paused { vcpus: self.vcpus }, core: Box::new(core) })
+    }
+}
+
+fn new_vcpu(vm: &VmFd, id: u8, profile: &MachineProfile) -> Result<Vcpu, MachineError> {
+    let fd = vm.create_vcpu(id.into()).map_err(kvm("creating a vCPU"))?;
+    let table = CpuId::from_entries(&cpuid::for_vcpu(&profile.cpuid, id))
+        .map_err(|_| kvm("CPUID")(kvm_ioctls::Error::new(libc::E2BIG)))?;
+    fd.set_cpuid2(&table).map_err(kvm("CPUID"))?;
+    Ok(Vcpu { id, fd })
+}

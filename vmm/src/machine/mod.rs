@@ -1,0 +1,421 @@
+//! The machine, as type-states.
+//!
+//! ```text
+//!   boot ────┐            resume
+//!            ├─> Paused ──────────> Running
+//!   restore ─┘      ^                  │
+//!                   └──────────────────┘
+//!                          pause
+//! ```
+//!
+//! A [`Vm<Paused>`] has no thread that could change it, so only it can be saved. A failed transition
+//! gives the machine back in the state it was in.
+
+mod build;
+mod wiring;
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    sync::{Arc, mpsc::Sender},
+};
+
+use ::handoff::{ChunkId, ChunkSet, Geometry, Space};
+use guest_images::{
+    CHUNK_SIZE, Chunk,
+    overlay::{Overlay, OverlayError},
+};
+use kvm_ioctls::VmFd;
+
+use crate::{
+    boot::BootError,
+    devices::{
+        bus::BusError,
+        serial::SerialError,
+        virtio::{VirtioError, block::RingError},
+    },
+    dirty::{DirtyError, Disk, KvmLog, Tracker},
+    host::{Host, HostError},
+    memory::{self, GuestRam, MemoryError},
+    profile::{Incompatible, MachineProfile, ProfileError},
+    state::{StateError, VmState},
+    vcpu::{RunContext, Vcpu, VcpuThread, VmEvent},
+};
+pub(crate) use build::check_config;
+use wiring::Devices;
+
+/// The network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Name of a TAP device of the host.
+    pub tap: String,
+    /// The guest's address.
+    pub mac: [u8; 6],
+}
+
+/// What a machine is made of, and what of the host it uses.
+pub struct VmConfig {
+    /// Bytes of RAM: a multiple of 4096.
+    pub memory_bytes: u64,
+    /// How many vCPUs.
+    pub vcpus: u8,
+    /// bzImage or ELF kernel. Read only when the machine boots.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// The disk.
+    pub disk: Option<Arc<Overlay>>,
+    /// The network device.
+    pub net: Option<NetConfig>,
+    /// Where the serial console's output goes. Written to on vCPU threads: should not block.
+    pub console: Box<dyn Write + Send>,
+    /// Who is told when the guest ends.
+    pub events: Sender<VmEvent>,
+}
+
+impl std::fmt::Debug for VmConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmConfig")
+            .field("memory_bytes", &self.memory_bytes)
+            .field("vcpus", &self.vcpus)
+            .field("kernel", &self.kernel)
+            .field("initramfs", &self.initramfs)
+            .field("cmdline", &self.cmdline)
+            .field("disk", &self.disk.is_some())
+            .field("net", &self.net)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What can go wrong with a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The host cannot run machines.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The host has no more of something.
+    #[error("the host gives no {what}: {source}")]
+    Resource {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// KVM refused.
+    #[error("KVM: {what}: {source}")]
+    Kvm {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: kvm_ioctls::Error,
+    },
+    /// The guest cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The profile cannot be.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    /// The host cannot carry the machine.
+    #[error("this host cannot run the machine: {0}")]
+    Incompatible(#[from] Incompatible),
+    /// Configuration and profile disagree.
+    #[error("the machine has {what} of {profile}, the configuration says {config}")]
+    Mismatch {
+        /// What.
+        what: &'static str,
+        /// In the profile.
+        profile: String,
+        /// In the configuration.
+        config: String,
+    },
+    /// Saving or restoring.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Dirty tracking.
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
+    /// The disk device cannot be made.
+    #[error("cannot set up the disk: {0}")]
+    Disk(#[source] RingError),
+    /// The disk cannot be read or written.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// The console.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// Two devices in one place: a mistake in the layout.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The state has devices in other slots.
+    #[error("the state has devices in slots {theirs:?}, this machine in {ours:?}")]
+    Slots {
+        /// Of this machine.
+        ours: Vec<usize>,
+        /// In the state.
+        theirs: Vec<usize>,
+    },
+    /// There is no disk.
+    #[error("disk chunk {0} of a machine without a disk")]
+    NoDisk(u64),
+    /// The guest has ended.
+    #[error("the guest has turned itself off or crashed: there is nothing left to move")]
+    Halted,
+}
+
+/// A transition that failed, with the machine as it was before.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct TransitionError<S: std::fmt::Debug> {
+    /// The machine.
+    pub vm: Box<Vm<S>>,
+    /// What went wrong.
+    #[source]
+    pub error: MachineError,
+}
+
+/// No thread of the machine runs.
+#[derive(Debug)]
+pub struct Paused {
+    vcpus: Vec<Vcpu>,
+}
+
+/// Every vCPU has its thread, every device its worker.
+#[derive(Debug)]
+pub struct Running {
+    threads: Vec<VcpuThread>,
+}
+
+impl Running {
+    fn stop(&mut self) -> Vec<Vcpu> {
+        self.threads.iter().for_each(VcpuThread::request_stop);
+        std::mem::take(&mut self.threads).into_iter().map(VcpuThread::join).collect()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What a machine has in either state. Fields are dropped in order: devices before the memory they
+/// write to.
+struct Core {
+    devices: Devices,
+    context: RunContext,
+    tracker: Tracker<KvmLog, Disk>,
+    profile: MachineProfile,
+    disk: Option<Arc<Overlay>>,
+    vm: Arc<VmFd>,
+    host: Host,
+    ram: GuestRam,
+}
+
+/// A virtual machine.
+pub struct Vm<S> {
+    // First, so that vCPUs stop before anything they use goes.
+    state: S,
+    core: Box<Core>,
+}
+
+impl<S: std::fmt::Debug> std::fmt::Debug for Vm<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Vm<Paused> {
+    /// Makes a machine and loads its kernel. It has not run yet.
+    pub fn boot(config: VmConfig) -> Result<Self, MachineError> {
+        build::boot(config)
+    }
+
+    /// Makes a machine that goes on from `state`. `ram` and the disk must hold all that they held
+    /// when it was saved; the profile is the one that was announced.
+    pub fn restore(
+        config: VmConfig,
+        profile: MachineProfile,
+        ram: GuestRam,
+        state: &[u8],
+    ) -> Result<Self, MachineError> {
+        build::restore(config, profile, ram, state)
+    }
+
+    /// Lets the guest run.
+    pub fn resume(self) -> Result<Vm<Running>, TransitionError<Paused>> {
+        let Self { state: Paused { vcpus }, core } = self;
+        for vcpu in &vcpus {
+            // Tells the guest's watchdog that time was lost. EINVAL: the guest has no kvmclock (yet).
+            if let Err(error) = vcpu.fd.kvmclock_ctrl()
+                && error.errno() != libc::EINVAL
+            {
+                tracing::warn!(%error, vcpu = vcpu.id, "cannot announce the pause to the guest");
+            }
+        }
+        if let Err(error) = core.devices.resume() {
+            return Err(failed(core, Paused { vcpus }, error.into()));
+        }
+        match start(vcpus, &core.context) {
+            Ok(threads) => Ok(Vm { state: Running { threads }, core }),
+            Err((vcpus, source)) => {
+                if let Err(error) = core.devices.pause() {
+                    tracing::error!(%error, "devices do not stop again");
+                }
+                let error = MachineError::Resource { what: "thread for a vCPU", source };
+                Err(failed(core, Paused { vcpus }, error))
+            }
+        }
+    }
+
+    /// The machine's state but for RAM and disk. Devices may have written to RAM while they drained:
+    /// harvest once more afterwards.
+    pub fn save(&mut self) -> Result<Vec<u8>, MachineError> {
+        if self.is_halted() {
+            return Err(MachineError::Halted);
+        }
+        let core = &self.core;
+        let devices = core.devices.save()?;
+        let profile = core.profile.clone();
+        let state = VmState::save(&core.host, &core.vm, &self.state.vcpus, profile, devices)?;
+        Ok(state.encode()?)
+    }
+
+    /// BLAKE3 over all RAM, then all of the disk, in chunk order: for audits.
+    pub fn full_hash(&self) -> Result<[u8; 32], MachineError> {
+        full_hash(&self.core.ram, self.core.disk.as_deref())
+    }
+}
+
+impl Vm<Running> {
+    /// Stops vCPUs, then drains devices. When it returns nothing of the guest can change.
+    pub fn pause(mut self) -> Result<Vm<Paused>, TransitionError<Running>> {
+        let vcpus = self.state.stop();
+        let core = self.core;
+        let Err(error) = core.devices.pause() else {
+            return Ok(Vm { state: Paused { vcpus }, core });
+        };
+        // The guest goes on, as if it had never been asked.
+        let threads = start(vcpus, &core.context).unwrap_or_else(|(_, source)| {
+            let fault = format!("vCPUs cannot be started again: {source}");
+            core.context.halt.now(VmEvent::Fault(fault));
+            Vec::new()
+        });
+        Err(failed(core, Running { threads }, error.into()))
+    }
+}
+
+/// The hash of a paused guest.
+pub(crate) fn full_hash(ram: &GuestRam, disk: Option<&Overlay>) -> Result<[u8; 32], MachineError> {
+    let mut hasher = blake3::Hasher::new();
+    let mut chunk = [0; CHUNK_SIZE];
+    for index in 0..memory::chunk_count(ram) {
+        memory::read_chunk(ram, index, &mut chunk)?;
+        hasher.update(&chunk);
+    }
+    for index in 0..disk.map_or(0, Overlay::chunks) {
+        if let Some(disk) = disk {
+            disk.read_chunk(index, &mut chunk)?;
+            hasher.update(&chunk);
+        }
+    }
+    Ok(*hasher.finalize().as_bytes())
+}
+
+fn failed<S: std::fmt::Debug>(
+    core: Box<Core>,
+    state: S,
+    error: MachineError,
+) -> TransitionError<S> {
+    TransitionError { vm: Box::new(Vm { state, core }), error }
+}
+
+/// Starts all vCPUs, or none.
+fn start(
+    vcpus: Vec<Vcpu>,
+    context: &RunContext,
+) -> Result<Vec<VcpuThread>, (Vec<Vcpu>, io::Error)> {
+    let mut running = Running { threads: Vec::with_capacity(vcpus.len()) };
+    let mut left = vcpus.into_iter();
+    while let Some(vcpu) = left.next() {
+        match VcpuThread::start(vcpu, context.clone()) {
+            Ok(thread) => running.threads.push(thread),
+            Err((vcpu, error)) => {
+                let mut vcpus = running.stop();
+                vcpus.push(vcpu);
+                vcpus.extend(left);
+                return Err((vcpus, error));
+            }
+        }
+    }
+    Ok(std::mem::take(&mut running.threads))
+}
+
+impl<S> Vm<S> {
+    /// What the machine is.
+    pub fn profile(&self) -> &MachineProfile {
+        &self.core.profile
+    }
+
+    /// How many chunks RAM and disk have.
+    pub fn geometry(&self) -> Geometry {
+        self.core.tracker.geometry()
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.core.ram
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> Option<&Arc<Overlay>> {
+        self.core.disk.as_ref()
+    }
+
+    /// Whether the guest has turned itself off or crashed. An event has told how.
+    pub fn is_halted(&self) -> bool {
+        self.core.context.halt.is_halted()
+    }
+
+    /// Types at the serial console; returns how many bytes it took.
+    pub fn console_input(&self, bytes: &[u8]) -> Result<usize, MachineError> {
+        Ok(self.core.devices.serial().input(bytes)?)
+    }
+
+    /// Copies one chunk's present content.
+    pub fn read_chunk(&self, id: ChunkId, into: &mut Chunk) -> Result<(), MachineError> {
+        match (id.space, &self.core.disk) {
+            (Space::Ram, _) => memory::read_chunk(&self.core.ram, id.index, into)?,
+            (Space::Disk, Some(disk)) => disk.read_chunk(id.index, into)?,
+            (Space::Disk, None) => return Err(MachineError::NoDisk(id.index)),
+        }
+        Ok(())
+    }
+
+    /// Starts dirty tracking and returns everything that may differ from zero RAM and base disk.
+    pub fn start_tracking(&mut self) -> Result<ChunkSet, MachineError> {
+        Ok(self.core.tracker.start()?)
+    }
+
+    /// Takes everything that changed since the last call.
+    pub fn harvest(&mut self) -> Result<ChunkSet, MachineError> {
+        Ok(self.core.tracker.harvest()?)
+    }
+
+    /// Ends dirty tracking.
+    pub fn stop_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(self.core.tracker.stop()?)
+    }
+
+    /// Tells the network where the guest is now.
+    pub fn announce(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+}

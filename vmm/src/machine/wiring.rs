@@ -1,0 +1,234 @@
+//! Which device hangs where, and how its interrupts and notifications reach KVM.
+
+use std::{io::Write, sync::Arc};
+
+use guest_images::overlay::Overlay;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{MachineError, NetConfig};
+use crate::{
+    devices::{
+        bus::{Bus, BusDevice},
+        legacy::{AcpiPower, I8042, PowerEvent, PowerSink},
+        serial::Serial,
+        virtio::{
+            VirtioBackend, VirtioError, VirtioMmio,
+            block::{Block, DiskDirty},
+            mmio::QUEUE_NOTIFY_OFFSET,
+            rng::Rng,
+        },
+    },
+    layout::{
+        ACPI_PORTS, ACPI_SLEEP_CONTROL_PORT, COM1_GSI, COM1_PORT, COM1_PORTS, I8042_PORT,
+        I8042_PORTS, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_address,
+    },
+    memory::GuestRam,
+    state::{DeviceStates, SlotState},
+    vcpu::{RunContext, VmEvent},
+};
+
+/// Slots of the devices: fixed, so that a machine means the same everywhere.
+const DISK_SLOT: usize = 0;
+const NET_SLOT: usize = 1;
+const RNG_SLOT: usize = 2;
+
+/// The slots that a machine with these devices uses.
+pub(super) fn slots(disk: bool, net: bool) -> Vec<usize> {
+    [(disk, DISK_SLOT), (net, NET_SLOT), (true, RNG_SLOT)]
+        .into_iter()
+        .filter(|(present, _)| *present)
+        .map(|(_, slot)| slot)
+        .collect()
+}
+
+/// Backends of a machine, before they are devices.
+#[derive(Default)]
+pub(super) struct Backends {
+    slots: Vec<(usize, Box<dyn VirtioBackend>)>,
+    pub(super) disk_dirty: Option<Arc<DiskDirty>>,
+}
+
+impl Backends {
+    /// Opens what the devices need of the host.
+    pub(super) fn open(
+        disk: Option<&Arc<Overlay>>,
+        net: Option<&NetConfig>,
+    ) -> Result<Self, MachineError> {
+        let mut backends = Self::default();
+        if let Some(overlay) = disk {
+            let block = Block::new(overlay.clone(), "howdah").map_err(MachineError::Disk)?;
+            backends.disk_dirty = Some(block.dirty());
+            backends.slots.push((DISK_SLOT, Box::new(block)));
+        }
+        let _ = net;
+        backends.slots.push((RNG_SLOT, Box::new(Rng::new())));
+        Ok(backends)
+    }
+}
+
+/// A virtio device in its slot.
+struct Slot {
+    number: usize,
+    device: Arc<VirtioMmio>,
+}
+
+/// All devices of a machine.
+pub(super) struct Devices {
+    serial: Arc<Serial>,
+    slots: Vec<Slot>,
+}
+
+/// The buses under construction, with the VM that interrupts go to.
+struct Board<'a> {
+    vm: &'a VmFd,
+    ports: Bus,
+    mmio: Bus,
+}
+
+impl Board<'_> {
+    /// An interrupt line: what is written to it becomes an edge on `gsi`.
+    fn line(&self, gsi: u32) -> Result<EventFd, MachineError> {
+        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(|source| MachineError::Resource { what: "an event descriptor", source })?;
+        self.vm
+            .register_irqfd(&line, gsi)
+            .map_err(|source| MachineError::Kvm { what: "registering an interrupt", source })?;
+        Ok(line)
+    }
+
+    fn port_device(
+        &mut self,
+        at: u16,
+        ports: u16,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), MachineError> {
+        Ok(self.ports.insert(at.into(), ports.into(), device)?)
+    }
+
+    fn virtio(
+        &mut self,
+        number: usize,
+        backend: Box<dyn VirtioBackend>,
+        ram: &GuestRam,
+    ) -> Result<Slot, MachineError> {
+        let line = self.line(virtio_gsi(number))?;
+        let device = Arc::new(VirtioMmio::new(backend, ram.clone(), line)?);
+        let address = virtio_mmio_address(number);
+        let notify = IoEventAddress::Mmio(address + QUEUE_NOTIFY_OFFSET);
+        for (fd, queue) in device.notify_fds().iter().zip(0u32..) {
+            self.vm.register_ioevent(fd, &notify, queue).map_err(|source| MachineError::Kvm {
+                what: "registering a queue notification",
+                source,
+            })?;
+        }
+        self.mmio.insert(address, VIRTIO_MMIO_SIZE, device.clone())?;
+        Ok(Slot { number, device })
+    }
+}
+
+/// Who hears of the guest's wish to turn off or start over.
+fn power_sink(context: &RunContext) -> PowerSink {
+    let halt = context.halt.clone();
+    Arc::new(move |event| {
+        halt.now(match event {
+            PowerEvent::PowerOff => VmEvent::Shutdown,
+            PowerEvent::Reset => VmEvent::Reset,
+        });
+    })
+}
+
+impl Devices {
+    /// Puts devices on the buses of `context` and connects them to KVM. They begin paused. With a
+    /// saved state they go on from there; interrupt controllers must have been restored by then.
+    pub(super) fn build(
+        vm: &VmFd,
+        ram: &GuestRam,
+        backends: Backends,
+        console: Box<dyn Write + Send>,
+        saved: Option<&DeviceStates>,
+        context: &mut RunContext,
+    ) -> Result<Self, MachineError> {
+        let mut board = Board { vm, ports: Bus::new(), mmio: Bus::new() };
+        let line = board.line(COM1_GSI)?;
+        let serial = Arc::new(match saved {
+            None => Serial::new(line, console),
+            Some(saved) => Serial::from_state(&saved.serial, line, console)?,
+        });
+        board.port_device(COM1_PORT, COM1_PORTS, serial.clone())?;
+        let power = power_sink(context);
+        board.port_device(I8042_PORT, I8042_PORTS, Arc::new(I8042::new(power.clone())))?;
+        board.port_device(ACPI_SLEEP_CONTROL_PORT, ACPI_PORTS, Arc::new(AcpiPower::new(power)))?;
+        let slots = backends
+            .slots
+            .into_iter()
+            .map(|(number, backend)| board.virtio(number, backend, ram))
+            .collect::<Result<Vec<_>, _>>()?;
+        (context.ports, context.mmio) = (Arc::new(board.ports), Arc::new(board.mmio));
+        let devices = Self { serial, slots };
+        if let Some(saved) = saved {
+            devices.restore(&saved.virtio)?;
+        }
+        Ok(devices)
+    }
+
+    fn restore(&self, saved: &[SlotState]) -> Result<(), MachineError> {
+        let ours: Vec<usize> = self.slots.iter().map(|slot| slot.number).collect();
+        let theirs: Vec<usize> = saved.iter().map(|slot| slot.slot.into()).collect();
+        if ours != theirs {
+            return Err(MachineError::Slots { ours, theirs });
+        }
+        for (slot, saved) in self.slots.iter().zip(saved) {
+            slot.device.restore(&saved.state)?;
+        }
+        Ok(())
+    }
+
+    /// Lets devices work. On failure none does.
+    pub(super) fn resume(&self) -> Result<(), VirtioError> {
+        for (at, slot) in self.slots.iter().enumerate() {
+            if let Err(error) = slot.device.resume() {
+                undo(self.slots.iter().take(at), VirtioMmio::pause);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Completes everything in flight and stops devices. On failure all go on.
+    pub(super) fn pause(&self) -> Result<(), VirtioError> {
+        for (at, slot) in self.slots.iter().enumerate() {
+            if let Err(error) = slot.device.pause() {
+                undo(self.slots.iter().take(at), VirtioMmio::resume);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// States of paused devices.
+    pub(super) fn save(&self) -> Result<DeviceStates, VirtioError> {
+        let virtio = self
+            .slots
+            .iter()
+            .map(|slot| Ok(SlotState { slot: slot.number as u8, state: slot.device.save()? }))
+            .collect::<Result<_, VirtioError>>()?;
+        Ok(DeviceStates { serial: self.serial.state(), virtio })
+    }
+
+    pub(super) fn serial(&self) -> &Serial {
+        &self.serial
+    }
+}
+
+/// Brings devices back to where they were; one that will not go is beyond help and says so.
+fn undo<'a>(
+    slots: impl Iterator<Item = &'a Slot>,
+    step: impl Fn(&VirtioMmio) -> Result<(), VirtioError>,
+) {
+    for slot in slots {
+        if let Err(error) = step(&slot.device) {
+            tracing::error!(%error, slot = slot.number, "device is lost");
+        }
+    }
+}

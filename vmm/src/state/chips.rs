@@ -1,0 +1,77 @@
+//! What KVM emulates for the whole machine: timer, clock, interrupt controllers.
+
+use kvm_bindings::{
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+
+use super::{StateError, TimeState, kvm};
+
+/// In the order in which they are restored.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ChipState {
+    pit: kvm_pit_state2,
+    clock: kvm_clock_data,
+    pic_master: kvm_irqchip,
+    pic_slave: kvm_irqchip,
+    ioapic: kvm_irqchip,
+}
+
+const CHIPS: [(u32, &str); 3] = [
+    (KVM_IRQCHIP_PIC_MASTER, "first PIC"),
+    (KVM_IRQCHIP_PIC_SLAVE, "second PIC"),
+    (KVM_IRQCHIP_IOAPIC, "IOAPIC"),
+];
+
+impl ChipState {
+    pub(super) fn save(vm: &VmFd) -> Result<Self, StateError> {
+        let pit = vm.get_pit2().map_err(kvm("PIT", None))?;
+        let clock = vm.get_clock().map_err(kvm("kvmclock", None))?;
+        let mut chips = [kvm_irqchip::default(); 3];
+        for (chip, (chip_id, what)) in chips.iter_mut().zip(CHIPS) {
+            chip.chip_id = chip_id;
+            vm.get_irqchip(chip).map_err(kvm(what, None))?;
+        }
+        let [pic_master, pic_slave, ioapic] = chips;
+        Ok(Self { pit, clock, pic_master, pic_slave, ioapic })
+    }
+
+    pub(super) fn restore(
+        &self,
+        vm: &VmFd,
+        time: &TimeState,
+        clock_realtime: bool,
+    ) -> Result<(), StateError> {
+        vm.set_pit2(&self.pit).map_err(kvm("PIT", None))?;
+        vm.set_clock(&self.clock_now(time, clock_realtime)?).map_err(kvm("kvmclock", None))?;
+        for (chip, (chip_id, what)) in
+            [&self.pic_master, &self.pic_slave, &self.ioapic].into_iter().zip(CHIPS)
+        {
+            // The id decides how KVM reads the rest, so it is ours, not the peer's.
+            let chip = kvm_irqchip { chip_id, ..*chip };
+            vm.set_irqchip(&chip).map_err(kvm(what, None))?;
+        }
+        Ok(())
+    }
+
+    /// kvmclock as it must stand now: what it was, and the wall time that has gone by.
+    fn clock_now(
+        &self,
+        time: &TimeState,
+        clock_realtime: bool,
+    ) -> Result<kvm_clock_data, StateError> {
+        let known = self.clock.flags & KVM_CLOCK_REALTIME != 0;
+        let realtime = if known { self.clock.realtime } else { time.realtime_ns };
+        let mut clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
+        if clock_realtime {
+            // KVM adds what has gone by at the very moment it sets the clock, and never goes back.
+            clock.flags = KVM_CLOCK_REALTIME;
+            clock.realtime = realtime;
+        } else {
+            clock.clock = clock.clock.saturating_add(time.elapsed_ns()?);
+        }
+        Ok(clock)
+    }
+}
