@@ -129,7 +129,8 @@ pub trait VirtioBackend: Send {
     }
 
     /// Takes on a state that [`VirtioBackend::save`] gave, perhaps on another machine: it is hostile.
-    fn restore(&mut self, state: &[u8], _shared: &Shared) -> Result<(), String> {
+    /// Before [`VirtioBackend::activate`].
+    fn restore(&mut self, state: &[u8]) -> Result<(), String> {
         if state.is_empty() { Ok(()) } else { Err("this device has no state of its own".into()) }
     }
 }

@@ -199,13 +199,14 @@ impl VirtioMmio {
             queues: state.queues.clone(),
         };
         let broken = state.status & NEEDS_RESET != 0;
+        self.shared.needs_reset.store(broken, Ordering::Release);
+        // Before the backend is activated: it may add a cause and a generation of its own.
+        self.shared.interrupt.set_status(state.interrupt_status & 3);
+        self.shared.config.set_generation(state.config_generation);
         // A device that waits for its reset has no use for its queues, and they may be beyond use.
         if state.status & DRIVER_OK != 0 && !broken {
             self.activate(&registers).inspect_err(|_| self.reset(&mut registers))?;
         }
-        self.shared.needs_reset.store(broken, Ordering::Release);
-        self.shared.interrupt.set_status(state.interrupt_status & 3);
-        self.shared.config.set_generation(state.config_generation);
         Ok(())
     }
 

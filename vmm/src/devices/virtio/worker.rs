@@ -356,7 +356,7 @@ impl Worker {
                 let _ = reply.send(SavedWorker { queues, backend: self.backend.save() });
             }
             Command::Restore(state, reply) => {
-                let _ = reply.send(self.backend.restore(&state, &self.shared));
+                let _ = reply.send(self.backend.restore(&state));
             }
             Command::Stop => {}
         }

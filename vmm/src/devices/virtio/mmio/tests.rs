@@ -242,7 +242,7 @@ impl VirtioBackend for Fragile {
         Ok(())
     }
     fn reset(&mut self) {}
-    fn restore(&mut self, _: &[u8], _: &Shared) -> Result<(), String> {
+    fn restore(&mut self, _: &[u8]) -> Result<(), String> {
         Err("I never do".into())
     }
 }
