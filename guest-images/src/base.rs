@@ -299,6 +299,11 @@ impl Base {
         &self.index
     }
 
+    /// The chunk index's path.
+    pub fn index_path(&self) -> PathBuf {
+        self.dir.join(INDEX_FILE)
+    }
+
     /// A part's open file.
     pub(crate) fn part_file(&self, part: Part) -> Option<&File> {
         match part {

@@ -4,11 +4,15 @@ use std::{
     fs::{self, File},
     io::{self, Read},
     ops::Deref,
-    os::{fd::AsRawFd, unix::fs::MetadataExt},
+    os::unix::fs::MetadataExt,
     path::Path,
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    unistd::{Whence, lseek},
+};
 
 /// A file with an advisory lock on it, which ends with the value.
 #[derive(Debug)]
@@ -73,4 +77,26 @@ pub(crate) fn read_small(path: &Path, limit_bytes: u64) -> io::Result<Vec<u8>> {
 /// Makes the entries of a directory durable.
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
+}
+
+/// The first stretch of `file` from `at` on, and before `len`, that is not a hole. A file system
+/// that cannot tell counts as one without holes.
+pub(crate) fn data_extent(file: &File, at: u64, len: u64) -> Option<(u64, u64)> {
+    if at >= len {
+        return None;
+    }
+    let seek = |at: u64, whence| match lseek(file, at as i64, whence) {
+        Ok(found) => Ok(Some(found as u64)),
+        // Nothing but a hole from here on.
+        Err(Errno::ENXIO) => Ok(None),
+        Err(other) => Err(other),
+    };
+    let found = (|| match seek(at, Whence::SeekData)? {
+        Some(start) if start < len => {
+            let end = seek(start, Whence::SeekHole)?.unwrap_or(len).min(len);
+            Ok(Some((start, end)).filter(|(start, end)| start < end))
+        }
+        _ => Ok::<_, Errno>(None),
+    })();
+    found.unwrap_or(Some((at, len)))
 }

@@ -91,6 +91,11 @@ impl Entry {
         unpack_place(self.packed_place)
     }
 
+    /// The chunk's hash.
+    pub(crate) fn hash(&self) -> &ChunkHash {
+        &self.hash
+    }
+
     fn to_bytes(self) -> [u8; ENTRY_BYTES] {
         let mut bytes = [0; ENTRY_BYTES];
         bytes[..32].copy_from_slice(&self.hash.0);
@@ -209,6 +214,14 @@ impl Index {
         let bytes: &[u8; ENTRY_BYTES] = self.map.get(at..)?.first_chunk()?;
         let (hash, place) = bytes.split_first_chunk::<32>()?;
         Some((hash, u64::from_le_bytes(*place.first_chunk()?)))
+    }
+
+    /// All entries, in the order of their hashes.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        (0..self.entries).map_while(|number| {
+            let (hash, packed_place) = self.entry(number)?;
+            Some(Entry { hash: ChunkHash(*hash), packed_place })
+        })
     }
 
     /// Whether the entries are the bytes that were written; reads the whole file.

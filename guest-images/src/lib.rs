@@ -22,9 +22,12 @@ pub mod overlay;
 pub mod store;
 
 mod files;
+mod format;
+mod scan;
 
 pub use base::{Base, BaseError, BaseId, Part, Place};
 pub use chunk::{CHUNK_SIZE, Chunk, ChunkHash};
+pub use format::FormatError;
 pub use manifest::{Manifest, PartInfo, PartRoot};
 pub use overlay::{ChunkState, Overlay, OverlayError};
 pub use store::{ImportSpec, Store, StoreError};

@@ -257,7 +257,7 @@ pub fn check_length(part: Part, bytes: u64) -> Result<(), ManifestError> {
     if bytes > MAX_PART_BYTES {
         return broken("more than 4 TiB");
     }
-    if part == Part::Disk && bytes % 512 != 0 {
+    if part == Part::Disk && !bytes.is_multiple_of(512) {
         return broken(
             "not whole 512-byte sectors: is it a raw image, and complete? \
              `truncate -s %512 IMAGE` pads it",

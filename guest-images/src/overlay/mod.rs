@@ -428,10 +428,10 @@ impl Overlay {
     fn punch(&self, first: u64, count: u64) {
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let (offset, len) = ((first * CHUNK_BYTES) as i64, (count * CHUNK_BYTES) as i64);
-        if len > 0 {
-            if let Err(error) = fallocate(&self.data, mode, offset, len) {
-                tracing::debug!(%error, first, count, "space of zeroed chunks is not given back");
-            }
+        if len > 0
+            && let Err(error) = fallocate(&self.data, mode, offset, len)
+        {
+            tracing::debug!(%error, first, count, "space of zeroed chunks is not given back");
         }
     }
 

@@ -11,11 +11,7 @@ use std::{
     },
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{FallocateFlags, FlockArg, fallocate},
-    unistd::{Whence, lseek},
-};
+use nix::fcntl::{FallocateFlags, FlockArg, fallocate};
 
 use super::{
     CHUNK_BYTES, ChunkState, Overlay, OverlayError,
@@ -81,10 +77,11 @@ impl Overlay {
     /// could still take back must not name a hole.
     fn reclaim(&self) -> Result<(), OverlayError> {
         self.map_file.sync_data().map_err(self.io("syncing", MAP_FILE))?;
+        let len = self.chunks() * CHUNK_BYTES;
         let mut at = 0;
-        while let Some((start, end)) = next_extent(&self.data, at) {
+        while let Some((start, end)) = files::data_extent(&self.data, at, len) {
             let (mut chunk, last) = (start / CHUNK_BYTES, end.div_ceil(CHUNK_BYTES));
-            while chunk < last.min(self.chunks()) {
+            while chunk < last {
                 let (state, run) = self.state_run(chunk, last - chunk);
                 if state != ChunkState::Data {
                     self.punch(chunk, run);
@@ -216,15 +213,6 @@ fn lock(dir: &Path, path: &Path, file: File) -> Result<Lock, OverlayError> {
         }
         _ => io_error("locking", path)(source),
     })
-}
-
-/// The next stretch of a file, from `at` on, that is not a hole. A file system that does not tell
-/// ends the search, as the file's end does: reclaiming is best effort.
-fn next_extent(file: &File, at: u64) -> Option<(u64, u64)> {
-    let seek = |at: i64, whence| -> Result<i64, Errno> { lseek(file, at, whence) };
-    let start = seek(i64::try_from(at).ok()?, Whence::SeekData).ok()?;
-    let end = seek(start, Whence::SeekHole).ok()?;
-    (end > start).then_some((start as u64, end as u64))
 }
 
 fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OverlayError {
