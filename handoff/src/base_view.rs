@@ -2,11 +2,11 @@
 
 use std::io;
 
-use guest_images::{BaseId, CHUNK_SIZE, Chunk, ChunkHash, Part, Place, chunk::is_zero};
+use guest_images::{Base, BaseId, CHUNK_SIZE, Chunk, ChunkHash, Part, Place, chunk::is_zero};
 
 use crate::chunks::{ChunkId, Space};
 
-/// A base as the stages see it. Implementations are maps of files: memory does not grow with it.
+/// A base as the stages see it. Its memory does not grow with its disk.
 pub trait BaseView: Send + Sync {
     /// The identity that both ends compared.
     fn id(&self) -> BaseId;
@@ -23,6 +23,24 @@ pub trait BaseView: Send + Sync {
     /// Whether the base has such a place.
     fn holds(&self, place: Place) -> bool {
         place.index < self.part_chunks(place.part)
+    }
+}
+
+impl BaseView for Base {
+    fn id(&self) -> BaseId {
+        self.id()
+    }
+
+    fn lookup(&self, hash: &ChunkHash) -> Option<Place> {
+        self.lookup(hash)
+    }
+
+    fn read(&self, place: Place, into: &mut Chunk) -> io::Result<()> {
+        self.read(place, into)
+    }
+
+    fn part_chunks(&self, part: Part) -> u64 {
+        self.part_chunks(part)
     }
 }
 

@@ -13,6 +13,7 @@ pub mod engine;
 pub mod link;
 pub mod order;
 pub mod ownership;
+pub mod policy;
 pub mod report;
 pub mod root;
 pub mod source;

@@ -1,11 +1,201 @@
-//! What a handoff reports.
+//! What a handoff says of itself: while it runs, and at its end.
+//!
+//! The report's JSON form is described by `docs/report.schema.json`; fields are added, never
+//! renamed. All times are taken by the source's clock alone.
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// The report at the end of a handoff.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Report {}
+use crate::stage::Stats;
 
-/// How a handoff stands.
-#[derive(Clone, Debug, Default)]
-pub struct Progress {}
+/// How a handoff stands: enough for one live line.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is being done.
+    pub phase: Phase,
+    /// The round, from 1; 0 before the first.
+    pub round: u32,
+    /// Bytes sent on all links so far, headers included.
+    pub sent_bytes: u64,
+    /// Chunks still to be looked at in this round.
+    pub remaining_chunks: u64,
+    /// Bytes a second that the link took lately.
+    pub rate_bytes_per_s: u64,
+    /// What a cutover now would cost, once there is enough to tell.
+    pub predicted_downtime_ms: Option<f64>,
+}
+
+/// What a handoff is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Making a link and agreeing.
+    #[default]
+    Connecting,
+    /// Sending rounds while the guest runs.
+    Rounds,
+    /// The guest is paused: last round, state, commit.
+    Cutover,
+    /// The link broke and is being made again.
+    Relinking,
+    /// Decided; waiting for the peer to confirm.
+    Committing,
+}
+
+/// How a handoff ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The guest runs at the peer.
+    Moved,
+    /// The guest goes on running at the source.
+    #[default]
+    KeptHere,
+    /// Committed, not confirmed: the guest may run at the peer and is paused at the source.
+    InDoubt,
+}
+
+/// The report at the end of a handoff.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The handoff's id, in hex.
+    pub handoff: String,
+    /// The VM's name.
+    pub vm: String,
+    /// The base's id, in hex.
+    pub base: String,
+    /// Where it went, as it was given.
+    pub peer: String,
+    /// The epoch of ownership that the handoff ended with.
+    pub epoch: u64,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it ended so, where it is not [`Outcome::Moved`].
+    pub reason: Option<String>,
+    /// From the request accepted until the source was needed for nothing more.
+    pub total_ms: f64,
+    /// From the guest's last instruction at the source to its first at the target, estimated; none
+    /// where the guest did not move. See [`Downtime`].
+    pub downtime_ms: Option<f64>,
+    /// How sure [`Report::downtime_ms`] is.
+    pub downtime: Option<Downtime>,
+    /// All bytes on all links of this handoff, both ways, headers included.
+    pub bytes_on_link: u64,
+    /// Of those, bytes sent by the source.
+    pub bytes_sent: u64,
+    /// Of those, bytes received by it.
+    pub bytes_received: u64,
+    /// Links that were made; more than one where a link broke.
+    pub links: u32,
+    /// The rate at which the link took bytes while it was kept busy, in bytes a second.
+    pub link_rate_bytes_per_s: Option<f64>,
+    /// Bytes sent ÷ (that rate × the time from the first round's start to the last segment sent).
+    pub utilisation: Option<f64>,
+    /// The rounds, the one at cutover included.
+    pub rounds: Vec<Round>,
+    /// What became of the chunks, in the order in which classes are tried, and then the stages that
+    /// work on whole batches.
+    pub stages: Vec<StageShare>,
+    /// Where the downtime went.
+    pub cutover: Option<Cutover>,
+}
+
+/// The downtime and its bounds.
+///
+/// The clocks of two machines are not compared. The source takes the time from the return of its
+/// VM's pause to the peer's word that the guest runs. That word travelled for half a round trip or
+/// thereabouts, and had the guest running before it was sent; so the whole is an upper bound, and
+/// less half a round trip it is the estimate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// The upper bound less half a round trip.
+    pub estimate_ms: f64,
+    /// From the start of the pause until the peer's word arrived.
+    pub upper_bound_ms: f64,
+    /// The round trip that was assumed.
+    pub rtt_ms: f64,
+    /// What the policy predicted when it decided to cut over.
+    pub predicted_ms: Option<f64>,
+}
+
+impl Downtime {
+    /// From the time between the start of the pause and the peer's word, and the round trip.
+    pub fn measured(until_word: Duration, rtt: Duration, predicted: Option<Duration>) -> Self {
+        Self {
+            estimate_ms: millis(until_word.saturating_sub(rtt / 2)),
+            upper_bound_ms: millis(until_word),
+            rtt_ms: millis(rtt),
+            predicted_ms: predicted.map(millis),
+        }
+    }
+}
+
+/// One round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Its number, from 1.
+    pub number: u32,
+    /// Chunks that it looked at.
+    pub chunks: u64,
+    /// Bytes that it put on the link.
+    pub bytes: u64,
+    /// From its harvest to its last segment handed over.
+    pub duration_ms: f64,
+    /// Chunks that were dirty again when it ended.
+    pub dirty_after: u64,
+}
+
+/// What one class of chunks or one stage took in and gave out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageShare {
+    /// The class or stage.
+    pub name: String,
+    /// Chunks of the class; for a stage those of all its batches.
+    pub chunks: u64,
+    /// Bytes in.
+    pub bytes_in: u64,
+    /// Bytes out.
+    pub bytes_out: u64,
+    /// Seconds of CPU; for classes an estimate from samples.
+    pub cpu_s: f64,
+}
+
+/// Where the downtime went, in the order in which it happened.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cutover {
+    /// To stop vCPUs and drain devices.
+    pub pause_ms: f64,
+    /// To read and pack the last round.
+    pub final_round_ms: f64,
+    /// To save and pack the machine's state.
+    pub state_ms: f64,
+    /// From there until the target had verified all of it and was durable: the last bytes on the
+    /// link are in here.
+    pub prepare_ms: f64,
+    /// From there until the peer's word that the guest runs.
+    pub commit_ms: f64,
+    /// Chunks in the last round.
+    pub final_chunks: u64,
+    /// Bytes of the machine's state before compression.
+    pub state_bytes: u64,
+    /// Why the policy cut over.
+    pub cut_because: String,
+}
+
+/// A time as reports have it.
+pub fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// The classes as reports have them.
+pub fn class_shares(stats: &Stats) -> Vec<StageShare> {
+    let share = |(class, share): (crate::stage::Class, &crate::stage::ClassStats)| StageShare {
+        name: class.name().to_owned(),
+        chunks: share.chunks,
+        bytes_in: share.bytes_in,
+        bytes_out: share.bytes_out,
+        cpu_s: share.cpu_ns as f64 / 1e9,
+    };
+    stats.iter().map(share).collect()
+}

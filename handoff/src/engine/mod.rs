@@ -17,8 +17,7 @@ mod settle;
 
 pub use accept::{AcceptError, Incoming, accept};
 pub use options::{
-    KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendError, SendOptions,
-    SendOutcome,
+    KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendError, SendOptions, SendOutcome,
 };
 pub use receive::{BaseResolver, receive};
 pub use send::send;

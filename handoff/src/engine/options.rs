@@ -162,7 +162,9 @@ pub enum SendError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The handoff failed and the guest could not be set running again.
-    #[error("the handoff failed ({reason}), and then the guest could not be resumed here: {source}")]
+    #[error(
+        "the handoff failed ({reason}), and then the guest could not be resumed here: {source}"
+    )]
     NotResumed {
         /// Why the handoff failed.
         reason: String,

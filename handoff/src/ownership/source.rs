@@ -1,8 +1,8 @@
 //! The source's half: a function from record and event to a [`Step`].
 
 use super::{
-    Epoch, Guest, HandoffId, OwnershipError, Question, Record, State, Step, Tenure,
-    Verdict, record::bounded_text,
+    Epoch, Guest, HandoffId, OwnershipError, Question, Record, State, Step, Tenure, Verdict,
+    record::bounded_text,
 };
 use crate::root::StateRoot;
 

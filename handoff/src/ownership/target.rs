@@ -4,8 +4,7 @@
 //! source goes on. What the record was before (none, or an old one of the same VM) stays.
 
 use super::{
-    Guest, OwnershipError, Question, Record, State, Step, Tenure,
-    Verdict, record::bounded_text,
+    Guest, OwnershipError, Question, Record, State, Step, Tenure, Verdict, record::bounded_text,
 };
 use crate::root::StateRoot;
 
@@ -98,12 +97,7 @@ pub fn step(record: Option<&Record>, event: Event) -> Result<Step<Say>, Ownershi
     }
 }
 
-fn prepare(
-    record: Option<&Record>,
-    offered: Question,
-    peer: String,
-    root: StateRoot,
-) -> Step<Say> {
+fn prepare(record: Option<&Record>, offered: Question, peer: String, root: StateRoot) -> Step<Say> {
     let said = Some(Say::Prepared(offered, root));
     match record {
         // Said again after a broken link: the word is on disk already.
@@ -177,9 +171,7 @@ pub fn question(record: &Record) -> Option<Question> {
 fn settled(record: &Record, event: Event) -> Result<Step<Say>, OwnershipError> {
     let Some(asked) = question(record) else {
         return match event {
-            Event::Restart if record.may_run() => {
-                Ok(Step { guest: Guest::Run, ..Step::nothing() })
-            }
+            Event::Restart if record.may_run() => Ok(Step { guest: Guest::Run, ..Step::nothing() }),
             Event::Takeover { .. } => Err(OwnershipError::NoTakeover { why: record.to_string() }),
             _ => Ok(Step::nothing()),
         };
@@ -233,9 +225,7 @@ fn unconfirmed(
             Ok(Step { write, say: None, guest: Guest::Drop })
         }
         Event::Answer(Verdict::Released) => Ok(confirmed(Guest::Run)),
-        Event::Answer(_) | Event::Unreachable => {
-            Ok(Step { guest: Guest::Run, ..Step::nothing() })
-        }
+        Event::Answer(_) | Event::Unreachable => Ok(Step { guest: Guest::Run, ..Step::nothing() }),
         Event::Takeover { .. } => Err(OwnershipError::NoTakeover { why: record.to_string() }),
         _ => Ok(Step::nothing()),
     }
@@ -247,4 +237,3 @@ fn peer_of(record: &Record) -> String {
         _ => String::new(),
     }
 }
-

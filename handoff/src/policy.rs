@@ -1,0 +1,362 @@
+//! When to stop sending rounds and cut over: measurements in, a decision out.
+//!
+//! A round sends what is dirty while the guest goes on writing, so that the next has less to send,
+//! if the link is faster than the guest writes. It pays as long as the downtime it saves is worth
+//! the time it takes. Total time counts first: rounds go on until the predicted downtime meets the
+//! objective, and stop as soon as one more would not shrink it by much.
+//!
+//! No I/O and no clock in here; what the driver measured comes in [`Measurements`].
+
+use std::{fmt, time::Duration};
+
+/// What the driver knows when it is about to start a round. Chunks are those that the stages have
+/// to look at, bytes are those on the link.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Measurements {
+    /// Rounds finished.
+    pub rounds: u32,
+    /// Since the request was accepted.
+    pub elapsed: Duration,
+    /// Chunks dirty now.
+    pub remaining_chunks: u64,
+    /// Chunks that were to be sent when the round before began; 0 before the second.
+    pub previous_chunks: u64,
+    /// Chunks that became dirty while the last round ran ÷ its duration, per second.
+    pub dirty_chunks_per_s: f64,
+    /// Bytes on the link for each chunk, as observed lately; 0 if nothing was sent yet.
+    pub link_bytes_per_chunk: f64,
+    /// Bytes a second that the link takes; 0 if not known yet.
+    pub link_bytes_per_s: f64,
+    /// Chunks a second that reading, classifying and compressing manage; 0 if not known yet.
+    pub stage_chunks_per_s: f64,
+    /// Bytes made but not yet delivered: the last round queues behind them.
+    pub queued_bytes: u64,
+    /// The link's round-trip time.
+    pub rtt: Duration,
+    /// What a cutover costs whatever is dirty: pause, save, durable records, load, resume.
+    pub fixed: Duration,
+    /// Bytes that the machine's state will take on the link.
+    pub state_link_bytes: u64,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Send another round while the guest runs.
+    NextRound {
+        /// What a cutover now would cost, if it can be told.
+        predicted_downtime: Option<Duration>,
+    },
+    /// Pause the guest and send the rest.
+    CutOver {
+        /// Why now.
+        reason: CutOverReason,
+        /// What it will cost, if it can be told.
+        predicted_downtime: Option<Duration>,
+    },
+}
+
+/// Why the policy cuts over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CutOverReason {
+    /// The predicted downtime meets the objective.
+    DowntimeMet,
+    /// Another round would leave about as much as there is now.
+    NoLongerPays,
+    /// As many rounds as are allowed were sent.
+    RoundLimit,
+    /// As much time as is allowed has passed.
+    TimeLimit,
+}
+
+impl fmt::Display for CutOverReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DowntimeMet => "the predicted downtime meets the objective",
+            Self::NoLongerPays => "another round would not shrink the rest by much",
+            Self::RoundLimit => "the limit of rounds was reached",
+            Self::TimeLimit => "the time limit was reached",
+        })
+    }
+}
+
+/// Rounds until downtime is low enough or they no longer pay.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CutOverPolicy {
+    /// A predicted downtime at or below this is good enough.
+    pub downtime_objective: Duration,
+    /// A round pays if it leaves at most this share of the predicted downtime that rounds can
+    /// change.
+    pub max_remaining_share: f64,
+    /// Rounds at most.
+    pub max_rounds: u32,
+    /// After this long no further round is begun.
+    pub max_rounds_time: Duration,
+}
+
+impl Default for CutOverPolicy {
+    fn default() -> Self {
+        Self {
+            // A wide-area cutover has 1.5 round trips and two durable records in it, about 100 ms.
+            // Beyond 300 ms a user notices; below, more rounds only cost total time.
+            downtime_objective: Duration::from_millis(300),
+            max_remaining_share: 0.7,
+            max_rounds: 30,
+            max_rounds_time: Duration::from_secs(600),
+        }
+    }
+}
+
+impl CutOverPolicy {
+    /// The default with another objective.
+    pub fn with_downtime(objective: Duration) -> Self {
+        Self { downtime_objective: objective, ..Self::default() }
+    }
+
+    /// Decides whether another round is sent.
+    ///
+    /// The first round is never skipped for lack of measurements: without a rate there is no
+    /// prediction, and without a prediction only the limits end the rounds.
+    pub fn decide(&self, m: &Measurements) -> Decision {
+        let transfer = transfer_time(m, m.remaining_chunks as f64);
+        let predicted_downtime = transfer.map(|t| t + fixed_time(m)).and_then(duration);
+        let cut_over = |reason| Decision::CutOver { reason, predicted_downtime };
+        if m.rounds >= self.max_rounds {
+            return cut_over(CutOverReason::RoundLimit);
+        }
+        if m.elapsed >= self.max_rounds_time {
+            return cut_over(CutOverReason::TimeLimit);
+        }
+        if predicted_downtime.is_some_and(|downtime| downtime <= self.downtime_objective) {
+            return cut_over(CutOverReason::DowntimeMet);
+        }
+        if transfer.is_some_and(|transfer| !self.pays(m, transfer)) {
+            return cut_over(CutOverReason::NoLongerPays);
+        }
+        Decision::NextRound { predicted_downtime }
+    }
+
+    /// Whether a round that takes `transfer` seconds leaves enough less than there is now.
+    fn pays(&self, m: &Measurements, transfer: f64) -> bool {
+        if m.rounds == 0 {
+            return true;
+        }
+        let now = m.remaining_chunks as f64;
+        let bound = now * self.max_remaining_share;
+        let dirtied = finite(m.dirty_chunks_per_s) * transfer;
+        if dirtied <= bound {
+            return true;
+        }
+        // A guest that writes the same few chunks over and over has a high rate in a short round
+        // and a low one in a long round. If the last round did shrink the rest, so may the next.
+        m.previous_chunks > 0
+            && now <= m.previous_chunks as f64 * self.max_remaining_share
+            && dirtied <= now
+    }
+}
+
+/// Seconds until `chunks` and all that queues before them have left: the slower of link and stages.
+fn transfer_time(m: &Measurements, chunks: f64) -> Option<f64> {
+    let known = m.link_bytes_per_s.is_finite() && m.link_bytes_per_s > 0.0;
+    let rate = known.then_some(m.link_bytes_per_s)?;
+    let bytes = m.queued_bytes as f64 + chunks * finite(m.link_bytes_per_chunk);
+    let stages = match finite(m.stage_chunks_per_s) {
+        0.0 => 0.0,
+        per_s => chunks / per_s,
+    };
+    Some((bytes / rate).max(stages))
+}
+
+/// Seconds of a cutover that no round changes: the state, one and a half round trips (last segment
+/// there, Prepared back, Commit there), and what the machines themselves need.
+fn fixed_time(m: &Measurements) -> f64 {
+    let state = m.state_link_bytes as f64 / m.link_bytes_per_s;
+    m.fixed.as_secs_f64() + 1.5 * m.rtt.as_secs_f64() + finite(state)
+}
+
+/// A measurement that is no number, or below zero, counts as not made.
+fn finite(value: f64) -> f64 {
+    if value.is_finite() { value.max(0.0) } else { 0.0 }
+}
+
+fn duration(seconds: f64) -> Option<Duration> {
+    Duration::try_from_secs_f64(seconds).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A guest that writes `writes_per_s` chunks, drawn from a working set, on a link.
+    struct Guest {
+        writes_per_s: f64,
+        working_set: f64,
+        changed_chunks: f64,
+        link_bytes_per_s: f64,
+        bytes_per_chunk: f64,
+    }
+
+    /// Chunks that became dirty in `seconds`: distinct ones among random writes.
+    impl Guest {
+        fn dirtied(&self, seconds: f64) -> f64 {
+            let misses = (-self.writes_per_s * seconds / self.working_set.max(1.0)).exp();
+            self.working_set * (1.0 - misses)
+        }
+
+        /// Rounds, reason, predicted downtime in s, total in s.
+        fn hand_off(&self, policy: &CutOverPolicy) -> (u32, CutOverReason, f64, f64) {
+            let mut m = Measurements {
+                rtt: Duration::from_millis(50),
+                fixed: Duration::from_millis(50),
+                state_link_bytes: 8000,
+                remaining_chunks: self.changed_chunks as u64,
+                ..Measurements::default()
+            };
+            let mut elapsed = 0.0;
+            loop {
+                match policy.decide(&m) {
+                    Decision::CutOver { reason, predicted_downtime } => {
+                        let downtime = predicted_downtime.unwrap_or_default().as_secs_f64();
+                        return (m.rounds, reason, downtime, elapsed + downtime);
+                    }
+                    Decision::NextRound { .. } => {}
+                }
+                let bytes = m.remaining_chunks as f64 * self.bytes_per_chunk;
+                let took = bytes / self.link_bytes_per_s + 0.02;
+                let dirty = self.dirtied(took);
+                elapsed += took;
+                m.rounds += 1;
+                m.previous_chunks = m.remaining_chunks;
+                m.remaining_chunks = dirty as u64;
+                m.dirty_chunks_per_s = dirty / took;
+                m.link_bytes_per_chunk = self.bytes_per_chunk;
+                m.link_bytes_per_s = self.link_bytes_per_s;
+                m.elapsed = Duration::from_secs_f64(elapsed);
+            }
+        }
+    }
+
+    const MBPS_10: f64 = 1.25e6;
+
+    #[test]
+    fn idle_guest_meets_the_objective_fast() {
+        let guest = Guest {
+            writes_per_s: 40.0,
+            working_set: 300.0,
+            changed_chunks: 20_000.0,
+            link_bytes_per_s: MBPS_10,
+            bytes_per_chunk: 900.0,
+        };
+        let (rounds, reason, downtime, total) = guest.hand_off(&CutOverPolicy::default());
+        assert_eq!(reason, CutOverReason::DowntimeMet);
+        assert!(rounds <= 3, "{rounds} rounds");
+        assert!(downtime <= 0.3, "{downtime} s down");
+        assert!(total < 16.0, "{total} s in all, 14.4 s of them the first round");
+    }
+
+    #[test]
+    fn constant_writer_within_the_link_converges() {
+        let guest = Guest {
+            writes_per_s: 200.0,
+            working_set: 5000.0,
+            changed_chunks: 20_000.0,
+            link_bytes_per_s: MBPS_10,
+            bytes_per_chunk: 2500.0,
+        };
+        let (rounds, reason, downtime, total) = guest.hand_off(&CutOverPolicy::default());
+        assert!(rounds <= 8, "{rounds} rounds");
+        assert!(reason != CutOverReason::RoundLimit && reason != CutOverReason::TimeLimit);
+        assert!(downtime < 0.5, "{downtime} s down");
+        assert!(total < 80.0, "{total} s in all, 40 s of them the first round");
+    }
+
+    #[test]
+    fn writer_faster_than_the_link_is_not_chased() {
+        let guest = Guest {
+            writes_per_s: 5000.0,
+            working_set: 5000.0,
+            changed_chunks: 20_000.0,
+            link_bytes_per_s: MBPS_10,
+            bytes_per_chunk: 2500.0,
+        };
+        let (rounds, reason, downtime, total) = guest.hand_off(&CutOverPolicy::default());
+        assert_eq!(reason, CutOverReason::NoLongerPays);
+        assert!(rounds <= 2, "{rounds} rounds");
+        assert!(downtime < 11.0, "no worse than the working set once: {downtime} s");
+        assert!(total < 62.0, "{total} s in all");
+    }
+
+    #[test]
+    fn a_guest_equal_to_its_base_still_waits_for_a_measurement() {
+        let policy = CutOverPolicy::default();
+        let unknown = Measurements { remaining_chunks: 10, ..Measurements::default() };
+        assert_eq!(policy.decide(&unknown), Decision::NextRound { predicted_downtime: None });
+        let late = Measurements { elapsed: policy.max_rounds_time, ..unknown };
+        let reason = CutOverReason::TimeLimit;
+        let expected = Decision::CutOver { reason, predicted_downtime: None };
+        assert_eq!(policy.decide(&late), expected);
+    }
+
+    #[test]
+    fn slow_stages_count_like_a_slow_link() {
+        let m = Measurements {
+            rounds: 1,
+            remaining_chunks: 1000,
+            link_bytes_per_chunk: 10.0,
+            link_bytes_per_s: MBPS_10,
+            stage_chunks_per_s: 500.0,
+            ..Measurements::default()
+        };
+        let expected = Decision::NextRound { predicted_downtime: Some(Duration::from_secs(2)) };
+        assert_eq!(CutOverPolicy::default().decide(&m), expected);
+    }
+
+    proptest! {
+        /// Whatever is measured, sense or not, rounds end and nothing panics.
+        #[test]
+        fn always_ends(
+            a in any::<f64>(), b in any::<f64>(), c in any::<f64>(), d in any::<f64>(),
+            remaining: u64, previous: u64, queued: u64, state: u64, rtt: u64, fixed: u64,
+        ) {
+            let policy = CutOverPolicy::default();
+            let mut m = Measurements {
+                rounds: 0,
+                elapsed: Duration::ZERO,
+                remaining_chunks: remaining,
+                previous_chunks: previous,
+                dirty_chunks_per_s: a,
+                link_bytes_per_chunk: b,
+                link_bytes_per_s: c,
+                stage_chunks_per_s: d,
+                queued_bytes: queued,
+                rtt: Duration::from_nanos(rtt),
+                fixed: Duration::from_nanos(fixed),
+                state_link_bytes: state,
+            };
+            while let Decision::NextRound { .. } = policy.decide(&m) {
+                m.rounds += 1;
+                prop_assert!(m.rounds <= policy.max_rounds);
+            }
+        }
+
+        /// The faster the guest writes, the sooner its rounds end; none is chased past its worth.
+        #[test]
+        fn total_stays_in_bounds(
+            writes_per_s in 0.0f64..20_000.0,
+            working_set in 1.0f64..50_000.0,
+            changed_chunks in 1.0f64..100_000.0,
+            mbps in 1.0f64..100.0,
+        ) {
+            let link_bytes_per_s = mbps * 125_000.0;
+            let guest =
+                Guest { writes_per_s, working_set, changed_chunks, link_bytes_per_s, bytes_per_chunk: 2000.0 };
+            let (_, reason, _, total) = guest.hand_off(&CutOverPolicy::default());
+            prop_assert_ne!(reason, CutOverReason::RoundLimit);
+            // A round that pays leaves at most 0.7 of the one before: their sum is bounded.
+            let largest = changed_chunks.max(working_set) * 2000.0 / link_bytes_per_s;
+            prop_assert!(total <= largest * (1.0 + 1.0 / 0.3) + 5.0, "{total} s, {largest} s");
+        }
+    }
+}
