@@ -8,7 +8,7 @@ use clap::{
 };
 
 use crate::{
-    failure::{Exit, Failure, one_line},
+    failure::{Exit, Failure},
     home::VmName,
     mac::Mac,
 };
@@ -267,8 +267,7 @@ pub(crate) fn usage_failure(error: &clap::Error) -> Failure {
     let tip = rendered.lines().find_map(|line| line.trim().strip_prefix("tip: "));
     let command = command_of(error).unwrap_or_else(|| "howdah".into());
     let tip = tip.map(|tip| format!("{tip}; ")).unwrap_or_default();
-    let message = one_line(&format!("{what}; {tip}`{command} --help` shows what there is"));
-    Failure { exit: Exit::Usage, message }
+    Failure::line(Exit::Usage, &format!("{what}; {tip}`{command} --help` shows what there is"))
 }
 
 /// Whether clap only wants to show help or the version.

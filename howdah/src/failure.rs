@@ -30,12 +30,15 @@ pub(crate) enum Exit {
 }
 
 /// One clear line: what failed, why, and the way out.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Failure {
     /// What the process exits with.
     pub(crate) exit: Exit,
     /// The line, without the leading `howdah: `.
     pub(crate) message: String,
+    /// The report of a handoff that did not happen, as far as it came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) report: Option<serde_json::Value>,
 }
 
 impl fmt::Display for Failure {
@@ -54,12 +57,17 @@ impl Failure {
         why: impl fmt::Display,
         way_out: impl fmt::Display,
     ) -> Self {
-        Self { exit, message: one_line(&format!("{what}: {why}; {way_out}")) }
+        Self::line(exit, &format!("{what}: {why}; {way_out}"))
     }
 
     /// A failure whose `why` already says the way out.
     pub(crate) fn plain(exit: Exit, what: impl fmt::Display, why: impl fmt::Display) -> Self {
-        Self { exit, message: one_line(&format!("{what}: {why}")) }
+        Self::line(exit, &format!("{what}: {why}"))
+    }
+
+    /// A whole line.
+    pub(crate) fn line(exit: Exit, text: &str) -> Self {
+        Self { exit, message: one_line(text), report: None }
     }
 
     /// A file operation that failed.
@@ -80,7 +88,7 @@ impl Failure {
 pub(crate) fn describe(error: &anyhow::Error) -> Failure {
     match error.downcast_ref::<Failure>() {
         Some(failure) => failure.clone(),
-        None => Failure { exit: Exit::Failed, message: one_line(&format!("{error:#}")) },
+        None => Failure::line(Exit::Failed, &format!("{error:#}")),
     }
 }
 

@@ -22,7 +22,7 @@ use std::{
 };
 
 use guest_images::overlay;
-use handoff::ownership::{Journal, Record, VmId};
+use handoff::ownership::{Journal, Record};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -129,6 +129,12 @@ impl Home {
     /// Where bases are.
     pub(crate) fn store(&self) -> PathBuf {
         self.root.join("store")
+    }
+
+    /// Where receiving processes log; creates its directory.
+    pub(crate) fn receive_log(&self) -> Result<PathBuf, Failure> {
+        fs::create_dir_all(&self.root).map_err(|e| Failure::file("create", &self.root, &e))?;
+        Ok(self.root.join("receive.log"))
     }
 
     /// One VM's directory, which may not exist.
@@ -306,11 +312,6 @@ impl VmDir {
         drop(lock);
         removed
     }
-}
-
-/// The lowercase hex of a VM's identity, shortened for people.
-pub(crate) fn short_id(id: VmId) -> String {
-    id.to_string().chars().take(8).collect()
 }
 
 /// Reads a bounded JSON file.

@@ -17,18 +17,24 @@ use crate::{
     cli::{Cli, Command},
     home::Home,
     output::Output,
+    spawn::Ready,
+    vmproc::Front,
 };
 
 mod cli;
 mod commands;
 mod console;
 mod control;
+mod disk;
 mod failure;
 mod home;
 mod lock;
 mod logging;
 mod mac;
+mod offer;
 mod output;
+mod receive;
+mod spawn;
 mod vmproc;
 
 fn main() -> ExitCode {
@@ -52,8 +58,24 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
     let home = Home::new(&cli.home)?;
     match cli.command {
         Command::Base(command) => commands::base::run(command, &home, output),
-        _ => anyhow::bail!("not yet"),
+        Command::Vm(command) => commands::vm::run(command, &home, output, cli.verbose),
+        Command::Handoff(args) => commands::handoff::run(args, &home, output),
+        Command::Receive(args) => receive::listen(args, &home, output, cli.verbose),
+        Command::VmProcess(args) => {
+            let dir = home.existing(&args.name)?;
+            telling_the_starter(vmproc::run(&dir, &home, Front::Detached).map(|_| ()))
+        }
+        Command::ReceiveProcess(args) => telling_the_starter(receive::run_child(&args, &home)),
     }
+}
+
+/// A process in the background says on stdout why it failed; its starter shows it. Once it was
+/// ready, that goes nowhere, and the log has it.
+fn telling_the_starter(ended: anyhow::Result<()>) -> anyhow::Result<()> {
+    if let Err(error) = &ended {
+        spawn::say(&Ready::Failed(failure::describe(error)));
+    }
+    ended
 }
 
 fn wrong_usage(error: &clap::Error) -> ExitCode {

@@ -41,9 +41,12 @@ impl Output {
     /// The line for a failed command; programs get it on stdout too.
     pub(crate) fn failure(self, failure: &Failure) {
         if self.json {
-            let value = serde_json::json!({
+            let mut value = serde_json::json!({
                 "error": { "exit": failure.exit as u8, "kind": failure.exit, "message": failure.message }
             });
+            if let (Some(report), Some(fields)) = (&failure.report, value.as_object_mut()) {
+                fields.insert("report".into(), report.clone());
+            }
             put(&mut io::stdout(), &format!("{value:#}"));
         }
         put(&mut io::stderr(), &format!("howdah: {failure}"));

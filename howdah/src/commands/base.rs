@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-use guest_images::store::{ImportSpec, Progress, Store};
+use guest_images::store::{ImportSpec, Progress, Store, StoreError};
+use handoff::ownership::State;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -48,25 +49,6 @@ struct Imported {
 }
 
 fn import(spec: &ImportSpec, home: &Home, output: Output) -> anyhow::Result<()> {
-    for (what, path) in [
-        ("disk", Some(&spec.disk)),
-        ("kernel", Some(&spec.kernel)),
-        ("initramfs", spec.initramfs.as_ref()),
-    ] {
-        let Some(path) = path else { continue };
-        let found =
-            fs::metadata(path).map_err(|e| Failure::file(&format!("{what} image"), path, &e))?;
-        if !found.is_file() {
-            let what = format!("{what} image {}", path.display());
-            return Err(Failure::new(
-                Exit::Usage,
-                what,
-                "not a regular file",
-                "name an image file",
-            )
-            .into());
-        }
-    }
     let id = with_bar(output, "importing", |progress| {
         store(home)?.import(spec, progress).map_err(store_failure)
     })?;
@@ -203,46 +185,57 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
 }
 
 #[derive(Serialize)]
-struct Verified {
+struct Named {
     id: String,
 }
 
 fn verify(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let id = with_bar(output, "verifying", |progress| {
+    let (id, problems) = with_bar(output, "verifying", |progress| {
         let store = store(home)?;
-        let id = store.get(name).map_err(store_failure)?.id();
-        let _ = progress; //V
-        Ok(id)
+        let id = store.resolve(name).map_err(store_failure)?;
+        Ok((id, store.verify(&id, progress).map_err(store_failure)?))
     })?;
-    output.result(&Verified { id: id.to_string() }, |v| format!("base {} is whole", v.id));
+    if let Some(first) = problems.first() {
+        let what = format!("base {name} is damaged in {} places, the first", problems.len());
+        return Err(Failure::plain(Exit::Corrupt, what, first).into());
+    }
+    output.result(&Named { id: id.to_string() }, |v| format!("base {} is whole", v.id));
     Ok(())
 }
 
 fn remove(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
     let store = store(home)?;
-    let id = store.get(name).map_err(store_failure)?.id().to_string();
+    let id = store.resolve(name).map_err(store_failure)?;
     for dir in home.vms()? {
-        // A VM whose configuration cannot be read may use it: then it stays.
-        if dir.record()?.is_some() && dir.config()?.base == id {
-            let what = format!("base {name}");
+        // A VM whose files cannot be read may need the base: then it stays.
+        let gone = |state: &State| matches!(state, State::Released { .. } | State::Declined { .. });
+        let needed = dir.record()?.is_some_and(|record| !gone(&record.state));
+        if needed && dir.config()?.base == id.to_string() {
             let why = format!("VM {} is made from it", dir.name());
-            return Err(Failure::new(
-                Exit::Conflict,
-                what,
-                why,
-                format!("`howdah vm rm {}` first", dir.name()),
-            )
-            .into());
+            let way_out = format!("`howdah vm rm {}` first", dir.name());
+            return Err(Failure::new(Exit::Conflict, format!("base {name}"), why, way_out).into());
         }
     }
-    //R
-    output.result(&Verified { id }, |v| format!("removed base {}", v.id));
+    store.remove(&id).map_err(store_failure)?;
+    output.result(&Named { id: id.to_string() }, |v| format!("removed base {}", v.id));
     Ok(())
 }
 
 /// Whatever a store says names the thing and the way out itself.
-fn store_failure(error: guest_images::store::StoreError) -> Failure {
-    Failure::plain(Exit::Failed, "base", error)
+pub(crate) fn store_failure(error: StoreError) -> Failure {
+    let exit = match &error {
+        StoreError::NotFound { .. } => Exit::NotFound,
+        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Exit::NotFound
+        }
+        StoreError::Name { .. } | StoreError::Ambiguous { .. } | StoreError::NotAFile { .. } => {
+            Exit::Usage
+        }
+        StoreError::InUse { .. } | StoreError::Changed { .. } => Exit::Conflict,
+        StoreError::Io { .. } => Exit::Failed,
+        _ => Exit::Corrupt,
+    };
+    Failure::line(exit, &error.to_string())
 }
 
 /// Shows progress on a terminal, nothing elsewhere.

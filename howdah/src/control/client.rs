@@ -59,7 +59,7 @@ pub(crate) fn call(dir: &VmDir, request: Request, timeout: Duration) -> Result<(
     let mut channel = ask(dir, request, None)?;
     let _ = channel.set_timeout(Some(timeout));
     match next_reply(dir, &mut channel)? {
-        Reply::Failed { failure, .. } => Err(failure),
+        Reply::Failed(failure) => Err(failure),
         _ => Ok(()),
     }
 }
@@ -69,7 +69,7 @@ pub(crate) fn status(dir: &VmDir) -> Result<Status, Failure> {
     let mut channel = ask(dir, Request::Status, None)?;
     match next_reply(dir, &mut channel)? {
         Reply::Status(status) => Ok(status),
-        Reply::Failed { failure, .. } => Err(failure),
+        Reply::Failed(failure) => Err(failure),
         _ => Err(Failure::new(
             Exit::Failed,
             format!("VM {}", dir.name()),

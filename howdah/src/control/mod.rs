@@ -93,19 +93,12 @@ pub(crate) enum Reply {
     /// The handoff is over and the peer runs the guest; its report.
     Moved(serde_json::Value),
     /// Not done.
-    Failed {
-        /// Why.
-        #[serde(flatten)]
-        failure: Failure,
-        /// The report of a handoff that did not happen, as far as it came.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        report: Option<serde_json::Value>,
-    },
+    Failed(Failure),
 }
 
 impl From<Failure> for Reply {
     fn from(failure: Failure) -> Self {
-        Self::Failed { failure, report: None }
+        Self::Failed(failure)
     }
 }
 
@@ -201,7 +194,7 @@ mod tests {
         let replies = [
             Reply::Done,
             Reply::Progress(Progress { round: 3, ..Progress::default() }),
-            Reply::Failed { failure, report: Some(serde_json::json!({"rounds": 1})) },
+            Reply::Failed(Failure { report: Some(serde_json::json!({"rounds": 1})), ..failure }),
         ];
         for sent in replies {
             let text = serde_json::to_string(&sent).unwrap();

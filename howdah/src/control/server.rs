@@ -155,7 +155,7 @@ fn serve<E>(
     if envelope.request == Request::Console {
         channel.send(&Reply::Attached, None)?;
         let (typed, stream) = channel.into_stream();
-        return console.serve(typed, stream);
+        return console.serve(&typed, stream);
     }
     let (answer, replies) = Answer::new();
     let asked = Asked { request: envelope.request, fd: channel.take_fd(), answer };
@@ -243,7 +243,7 @@ mod tests {
             stream.write_all(sent.as_bytes()).unwrap();
             let mut channel = Channel::new(stream, Some(CLIENT_TIMEOUT)).unwrap();
             let reply = channel.receive::<Reply>().unwrap().unwrap();
-            assert!(matches!(reply, Reply::Failed { .. }), "{sent}: {reply:?}");
+            assert!(matches!(reply, Reply::Failed(_)), "{sent}: {reply:?}");
         }
     }
 

@@ -35,8 +35,8 @@ pub(crate) trait Machine: Send {
 
 /// What a handoff looks at, and tells, while it works.
 pub(crate) trait Watch: Send + Sync {
-    /// Whether to give up, if that is still possible.
-    fn cancelled(&self) -> bool;
+    /// Set when it is to give up, if that is still possible.
+    fn cancel(&self) -> &AtomicBool;
 
     /// How far it is.
     fn progress(&self, progress: Progress);
@@ -56,10 +56,8 @@ pub(crate) enum HandoffEnd {
     Kept {
         /// The machine.
         machine: Box<dyn Machine>,
-        /// Why it did not move.
+        /// Why it did not move, with the report as far as it came.
         failure: Failure,
-        /// The report, as far as it came.
-        report: Option<serde_json::Value>,
     },
     /// Committed and not confirmed; or lost with a machine that cannot go on. The record says
     /// which, and `howdah vm run` goes on from it.
@@ -77,11 +75,6 @@ impl Cancel {
     /// Gives up.
     pub(crate) fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether to give up.
-    pub(crate) fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
     }
 
     /// The flag itself, for those who look at it often.

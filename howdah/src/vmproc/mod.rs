@@ -1,7 +1,13 @@
 //! The process of one VM: owns the machine, answers commands, watches the guest.
 
+pub(crate) mod boot;
+pub(crate) mod kvm;
 pub(crate) mod machine;
 mod process;
+mod progress;
+mod settle;
 mod signals;
 
-pub(crate) use process::{End, Event, Process};
+pub(crate) use boot::{Front, check_host, run, tidy, warn_of_slow_host};
+pub(crate) use process::{Coming, End, Event, Links, Process};
+pub(crate) use signals::watch as watch_signals;

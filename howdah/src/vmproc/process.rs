@@ -1,6 +1,6 @@
 //! The main loop: one event after another, so that no two commands ever meet in the machine.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::atomic::AtomicBool, time::Duration};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -33,8 +33,8 @@ pub(crate) enum Event {
     InDoubt(String),
     /// A handoff is over.
     HandoffEnded(HandoffEnd),
-    /// A reception is over: the guest runs here, or will not.
-    Received(Result<Box<dyn Machine>, Failure>),
+    /// The guest that was started or received runs here, or will not.
+    Arrived(Result<Box<dyn Machine>, Failure>),
 }
 
 /// How the process ended.
@@ -53,13 +53,19 @@ enum State {
     Running(Box<dyn Machine>),
     Paused(Box<dyn Machine>),
     HandingOff(Handoff),
-    Receiving {
-        links: Links,
-        cancel: Cancel,
-        progress: Option<Progress>,
-    },
+    Coming(Coming),
     /// Between two states, and after the last.
     Gone,
+}
+
+/// A machine that another thread builds or receives.
+pub(crate) struct Coming {
+    /// [`Phase::Starting`] or [`Phase::Receiving`].
+    pub(crate) phase: Phase,
+    /// Takes later links of a reception.
+    pub(crate) links: Option<Links>,
+    /// Called when the guest runs.
+    pub(crate) ready: Box<dyn FnOnce() + Send>,
 }
 
 /// A handoff under way; the machine is with its thread.
@@ -89,15 +95,9 @@ impl Process {
         (process, sender)
     }
 
-    /// Runs with a machine whose guest runs, until it ends.
-    pub(crate) fn run(mut self, machine: Box<dyn Machine>) -> anyhow::Result<End> {
-        self.state = State::Running(machine);
-        self.serve()
-    }
-
-    /// Runs while a guest is received, which [`Event::Received`] ends, then with that guest.
-    pub(crate) fn receive(mut self, links: Links, cancel: Cancel) -> anyhow::Result<End> {
-        self.state = State::Receiving { links, cancel, progress: None };
+    /// Runs until the guest ends, or does not come. [`Event::Arrived`] brings the machine.
+    pub(crate) fn run(mut self, coming: Coming) -> anyhow::Result<End> {
+        self.state = State::Coming(coming);
         self.serve()
     }
 
@@ -115,16 +115,20 @@ impl Process {
                 Event::Progress(progress) => self.progress(progress),
                 Event::InDoubt(why) => self.in_doubt(why),
                 Event::HandoffEnded(end) => self.handoff_ended(end)?,
-                Event::Received(Ok(machine)) => {
-                    self.state = State::Running(machine);
-                    None
-                }
-                Event::Received(Err(failure)) => return Err(failure.into()),
+                Event::Arrived(Ok(machine)) => self.arrived(machine),
+                Event::Arrived(Err(failure)) => return Err(failure.into()),
             };
             if let Some(end) = end {
                 return Ok(end);
             }
         }
+    }
+
+    fn arrived(&mut self, machine: Box<dyn Machine>) -> Option<End> {
+        if let State::Coming(coming) = std::mem::replace(&mut self.state, State::Running(machine)) {
+            (coming.ready)();
+        }
+        None
     }
 
     fn asked(&mut self, asked: Asked) -> anyhow::Result<Option<End>> {
@@ -138,7 +142,9 @@ impl Process {
             Request::CancelHandoff => self.cancel(answer),
             Request::ExportDisk { path } => self.export(Path::new(&path), answer),
             Request::AdoptLink { .. } => match &self.state {
-                State::Receiving { links, .. } => links(Asked { request, answer, fd: asked.fd }),
+                State::Coming(Coming { links: Some(links), .. }) => {
+                    links(Asked { request, answer, fd: asked.fd });
+                }
                 _ => answer.last(self.conflict("it is not being received")),
             },
             // The server serves it without asking here.
@@ -154,7 +160,7 @@ impl Process {
             State::Paused(_) => (Phase::Paused, None),
             State::HandingOff(h) if h.in_doubt.is_some() => (Phase::InDoubt, Some(&h.progress)),
             State::HandingOff(h) => (Phase::HandingOff, Some(&h.progress)),
-            State::Receiving { progress, .. } => (Phase::Receiving, progress.as_ref()),
+            State::Coming(coming) => (coming.phase, None),
             State::Gone => (Phase::Stopping, None),
         };
         Status {
@@ -185,7 +191,8 @@ impl Process {
                 "its handoff is committed, not confirmed"
             }
             State::HandingOff(_) => "it is being handed off",
-            State::Receiving { .. } => "it is being received",
+            State::Coming(coming) if coming.links.is_some() => "it is being received",
+            State::Coming(_) => "it is starting",
             State::Gone => "it is stopping",
         })
     }
@@ -255,9 +262,7 @@ impl Process {
                 if let Some(answer) = answer {
                     match &stopped {
                         Ok(()) => answer.last(Reply::Done),
-                        Err(e) => {
-                            answer.last(Failure { exit: Exit::Failed, message: format!("{e:#}") })
-                        }
+                        Err(e) => answer.last(Failure::line(Exit::Failed, &format!("{e:#}"))),
                     }
                 }
                 stopped.map(|()| Some(End::Stopped))
@@ -278,14 +283,15 @@ impl Process {
                 self.state = State::HandingOff(handoff);
                 Ok(None)
             }
-            State::Receiving { links, cancel, progress } => {
-                // Given up if it can be; the reception says how it ended.
-                cancel.cancel();
+            State::Coming(_) if force => {
+                // Safe at any instant: what is decided is on disk, what is not never happened.
                 if let Some(answer) = answer {
                     answer.last(Reply::Done);
                 }
-                self.state = State::Receiving { links, cancel, progress };
-                Ok(None)
+                let name = self.dir.name();
+                let what = format!("VM {name}");
+                Err(Failure::new(Exit::Cancelled, what, "ended before it ran", "start again")
+                    .into())
             }
             other => {
                 self.state = other;
@@ -337,13 +343,9 @@ impl Process {
     }
 
     fn progress(&mut self, new: Progress) -> Option<End> {
-        match &mut self.state {
-            State::HandingOff(handoff) => {
-                handoff.answer.passing(Reply::Progress(new.clone()));
-                handoff.progress = new;
-            }
-            State::Receiving { progress, .. } => *progress = Some(new),
-            _ => {}
+        if let State::HandingOff(handoff) = &mut self.state {
+            handoff.answer.passing(Reply::Progress(new.clone()));
+            handoff.progress = new;
         }
         None
     }
@@ -369,11 +371,11 @@ impl Process {
                 handoff.stop.into_iter().for_each(|a| a.last(self.conflict("it was handed off")));
                 Ok(Some(End::HandedOff))
             }
-            HandoffEnd::Kept { mut machine, failure, report } => {
-                if let Some(report) = &report {
+            HandoffEnd::Kept { mut machine, failure } => {
+                if let Some(report) = &failure.report {
                     self.keep_report(report);
                 }
-                handoff.answer.last(Reply::Failed { failure, report });
+                handoff.answer.last(failure);
                 self.state = if handoff.was_paused && machine.pause().is_ok() {
                     State::Paused(machine)
                 } else {
@@ -415,8 +417,8 @@ struct ToEvents {
 }
 
 impl Watch for ToEvents {
-    fn cancelled(&self) -> bool {
-        self.cancel.is_cancelled()
+    fn cancel(&self) -> &AtomicBool {
+        self.cancel.flag()
     }
 
     fn progress(&self, progress: Progress) {
@@ -478,10 +480,10 @@ mod tests {
                     }
                 }
                 _ => {
-                    while !watch.cancelled() {
+                    while !watch.cancel().load(Ordering::Relaxed) {
                         std::thread::sleep(Duration::from_millis(1));
                     }
-                    HandoffEnd::Kept { machine: self, failure, report: None }
+                    HandoffEnd::Kept { machine: self, failure }
                 }
             }
         }
@@ -501,7 +503,10 @@ mod tests {
         let (process, events) = Process::new(dir);
         let done = Arc::new(Mutex::new(Vec::new()));
         let fake = Box::new(Fake { done: Arc::clone(&done), outcome });
-        Bench { _root: root, events, done, thread: std::thread::spawn(move || process.run(fake)) }
+        events.send(Event::Arrived(Ok(fake))).unwrap();
+        let coming = Coming { phase: Phase::Starting, links: None, ready: Box::new(|| {}) };
+        let thread = std::thread::spawn(move || process.run(coming));
+        Bench { _root: root, events, done, thread }
     }
 
     impl Bench {
@@ -536,7 +541,7 @@ mod tests {
     }
 
     fn refused(reply: &Reply) -> bool {
-        matches!(reply, Reply::Failed { failure, .. } if failure.exit == Exit::Conflict)
+        matches!(reply, Reply::Failed(failure) if failure.exit == Exit::Conflict)
     }
 
     #[test]
@@ -577,7 +582,7 @@ mod tests {
         assert!(refused(&bench.call(handoff())));
         assert!(refused(&bench.call(Request::Stop { force: false })));
         assert_eq!(bench.call(Request::CancelHandoff), Reply::Done);
-        assert!(matches!(replies.iter().last(), Some(Reply::Failed { .. })));
+        assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
         bench.await_phase(Phase::Paused);
         // A guest that ends by itself ends the process.
         bench.events.send(Event::GuestEnded("power off".into())).unwrap();
@@ -589,7 +594,7 @@ mod tests {
         let bench = bench("kept");
         let replies = bench.send(handoff());
         assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
-        assert!(matches!(replies.iter().last(), Some(Reply::Failed { .. })));
+        assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
         assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
         assert_eq!(*bench.done.lock().unwrap(), ["stop"]);
     }
@@ -609,7 +614,7 @@ mod tests {
     #[test]
     fn an_undecided_end_is_an_error_of_the_process() {
         let bench = bench("undecided");
-        assert!(matches!(bench.call(handoff()), Reply::Failed { .. }));
+        assert!(matches!(bench.call(handoff()), Reply::Failed(_)));
         bench.thread.join().unwrap().unwrap_err();
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     boot::BootError,
     devices::{
         bus::BusError,
-        serial::SerialError,
+        serial::{Serial, SerialError},
         virtio::{VirtioError, block::RingError},
     },
     dirty::{DirtyError, Disk, KvmLog, Tracker},
@@ -387,6 +387,11 @@ impl<S> Vm<S> {
     /// Types at the serial console; returns how many bytes it took.
     pub fn console_input(&self, bytes: &[u8]) -> Result<usize, MachineError> {
         Ok(self.core.devices.serial().input(bytes)?)
+    }
+
+    /// The serial console, to type at while others drive the machine.
+    pub fn console(&self) -> Arc<Serial> {
+        Arc::clone(self.core.devices.serial())
     }
 
     /// Copies one chunk's present content.

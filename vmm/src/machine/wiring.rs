@@ -216,7 +216,7 @@ impl Devices {
         Ok(DeviceStates { serial: self.serial.state(), virtio })
     }
 
-    pub(super) fn serial(&self) -> &Serial {
+    pub(super) fn serial(&self) -> &Arc<Serial> {
         &self.serial
     }
 }

@@ -1,0 +1,181 @@
+//! `howdah handoff`: asks a VM's process to send it, and shows how it goes.
+
+use std::{
+    io::IsTerminal,
+    net::ToSocketAddrs,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::{
+    cli::HandoffArgs,
+    control::{HandoffRequest, Progress, Reply, Request, client},
+    failure::{Exit, Failure},
+    home::{Home, VmDir},
+    output::{Output, bytes},
+};
+
+/// Where there is no terminal, a line this often.
+const LINE_EVERY: Duration = Duration::from_secs(1);
+/// The process says something at least this often, or it hangs.
+const SILENCE: Duration = Duration::from_secs(600);
+
+/// Runs `howdah handoff`.
+pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Result<()> {
+    let dir = home.existing(&args.vm)?;
+    let Some(peer) = args.peer.filter(|_| !args.cancel) else {
+        client::call(&dir, Request::CancelHandoff, Duration::from_secs(10))?;
+        return super::vm::say(output, &args.vm, "handoff cancelled");
+    };
+    check_address(&peer)?;
+    cancel_on_interrupt(&dir)?;
+    let request = HandoffRequest { peer, audit: args.audit, downtime_ms: args.downtime_ms };
+    let mut channel = client::ask(&dir, Request::Handoff(request.clone()), None)?;
+    channel.set_timeout(Some(SILENCE))?;
+    let mut shown = Shown::new(output);
+    loop {
+        match client::next_reply(&dir, &mut channel)? {
+            Reply::Progress(progress) => shown.show(&progress),
+            Reply::Moved(report) => {
+                shown.clear();
+                output.result(&report, |report| summary(&args.vm, &request.peer, report));
+                return Ok(());
+            }
+            Reply::Failed(failure) => {
+                shown.clear();
+                return Err(failure.into());
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A name that cannot be looked up is the user's to mend; said before the guest is bothered.
+fn check_address(peer: &str) -> Result<(), Failure> {
+    let found = peer.to_socket_addrs().map_err(|e| bad_address(peer, e))?;
+    if found.len() == 0 { Err(bad_address(peer, "no address")) } else { Ok(()) }
+}
+
+fn bad_address(peer: &str, why: impl std::fmt::Display) -> Failure {
+    let way_out = "give HOST:PORT, where `howdah receive` listens";
+    Failure::new(Exit::Usage, format!("peer {peer}"), why, way_out)
+}
+
+/// Ctrl-C cancels the handoff, and this command goes on to see how it ends; a second one leaves it
+/// to itself.
+fn cancel_on_interrupt(dir: &VmDir) -> anyhow::Result<()> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGINT);
+    set.add(Signal::SIGTERM);
+    set.thread_block()?;
+    let dir = dir.clone();
+    std::thread::spawn(move || {
+        let mut asked = false;
+        while set.wait().is_ok() {
+            if std::mem::replace(&mut asked, true) {
+                std::process::exit(Exit::Cancelled as i32);
+            }
+            if let Err(e) = client::call(&dir, Request::CancelHandoff, Duration::from_secs(10)) {
+                tracing::warn!("not cancelled: {e}");
+            }
+        }
+    });
+    Ok(())
+}
+
+/// The live line on a terminal, a line now and then elsewhere, nothing for programs.
+struct Shown {
+    bar: Option<ProgressBar>,
+    lines: bool,
+    output: Output,
+    last_line: Option<Instant>,
+}
+
+impl Shown {
+    fn new(output: Output) -> Self {
+        let terminal = std::io::stderr().is_terminal() && !output.is_json();
+        let bar = terminal.then(ProgressBar::new_spinner);
+        if let Some(bar) = &bar {
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {wide_msg}") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        Self { bar, lines: !terminal && !output.is_json(), output, last_line: None }
+    }
+
+    fn show(&mut self, progress: &Progress) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(line(progress));
+        }
+        if self.lines && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            self.output.note(&line(progress));
+            self.last_line = Some(Instant::now());
+        }
+    }
+
+    fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn line(p: &Progress) -> String {
+    let mut parts = vec![p.stage.clone()];
+    if p.round > 0 {
+        parts.push(format!("round {}", p.round));
+    }
+    parts.push(format!("{} sent", bytes(p.sent_bytes)));
+    parts.push(format!("{} remaining", bytes(p.remaining_bytes)));
+    parts.push(format!("{}/s", bytes(p.rate_bytes_per_s)));
+    if let Some(downtime) = p.predicted_downtime_ms {
+        parts.push(format!("downtime would be {downtime} ms"));
+    }
+    parts.retain(|part| !part.is_empty());
+    parts.join(", ")
+}
+
+fn summary(vm: &crate::home::VmName, peer: &str, report: &serde_json::Value) -> String {
+    let number = |key: &str| report.get(key).and_then(serde_json::Value::as_f64);
+    let mut text = format!("VM {vm} runs at {peer}");
+    if let (Some(total), Some(down)) = (number("total_ms"), number("downtime_ms")) {
+        text += &format!(": {:.1} s in all, {down:.0} ms down", total / 1000.0);
+    }
+    if let Some(sent) = number("bytes_on_link") {
+        text += &format!(", {} on the link", bytes(sent as u64));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_reads_well() {
+        let progress = Progress {
+            stage: "sending".into(),
+            round: 2,
+            sent_bytes: 2048,
+            remaining_bytes: 1 << 20,
+            rate_bytes_per_s: 1_250_000,
+            predicted_downtime_ms: Some(40),
+            ..Progress::default()
+        };
+        assert_eq!(
+            line(&progress),
+            "sending, round 2, 2.0 KiB sent, 1.0 MiB remaining, 1.2 MiB/s, downtime would be 40 ms"
+        );
+    }
+
+    #[test]
+    fn addresses_are_checked_before_anything_moves() {
+        check_address("127.0.0.1:7070").unwrap();
+        for bad in ["", "nowhere", "127.0.0.1", "127.0.0.1:99999"] {
+            assert_eq!(check_address(bad).unwrap_err().exit, Exit::Usage, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! `howdah vm run`: creates a VM, or starts one that is here.
+
+use std::{ffi::OsString, process::Stdio, sync::Arc};
+
+use guest_images::{Base, overlay::Overlay};
+use handoff::ownership::{Record, State, VmId};
+
+use crate::{
+    cli::VmRunArgs,
+    commands::{base, vm::say},
+    failure::{Exit, Failure},
+    home::{Home, VmConfig, VmDir},
+    mac::Mac,
+    offer::check_append,
+    output::Output,
+    spawn,
+    vmproc::{self, End, Front},
+};
+
+/// Guest memory unless said otherwise.
+const DEFAULT_MEMORY_MIB: u64 = 512;
+
+/// Runs `howdah vm run`.
+pub(crate) fn run(args: VmRunArgs, home: &Home, output: Output, verbose: u8) -> anyhow::Result<()> {
+    let dir = home.vm(&args.name);
+    vmproc::check_host()?;
+    create_or_check(&dir, &args, home)?;
+    vmproc::warn_of_slow_host(output);
+    if !args.detach {
+        let end = vmproc::run(&dir, home, Front::Terminal)?;
+        return say(output, &args.name, if end == End::Stopped { "stopped" } else { "handed off" });
+    }
+    let log = dir.vm_log();
+    let child = spawn::start(process_arguments(home, verbose, &args), Stdio::null(), &log)?;
+    spawn::await_ready(child, &log)?;
+    say(output, &args.name, "running")
+}
+
+fn process_arguments(home: &Home, verbose: u8, args: &VmRunArgs) -> Vec<OsString> {
+    let mut words = vec![OsString::from("--home"), home.root().into()];
+    words.extend((0..verbose).map(|_| "-v".into()));
+    words.extend(["vm-process".into(), args.name.to_string().into()]);
+    words
+}
+
+fn create_or_check(dir: &VmDir, args: &VmRunArgs, home: &Home) -> Result<(), Failure> {
+    if let Some(append) = &args.append {
+        check_append(append)
+            .map_err(|e| Failure::new(Exit::Usage, "--append", e, "shorten or correct it"))?;
+    }
+    let existed = dir.path().is_dir();
+    if !existed && args.base.is_none() {
+        let what = format!("VM {}", args.name);
+        let why = format!("there is none in {}", home.root().display());
+        return Err(Failure::new(
+            Exit::NotFound,
+            what,
+            why,
+            "--base NAME creates it; `howdah base ls` lists bases",
+        ));
+    }
+    let base = match &args.base {
+        Some(base) => Some(base::store(home)?.get(base).map_err(base::store_failure)?),
+        None => None,
+    };
+    dir.create()?;
+    let lock = dir.lock()?;
+    match (dir.record()?, base) {
+        (Some(record), base) => start_again(dir, args, &record, base.as_ref()),
+        (None, Some(base)) => create(dir, args, base),
+        (None, None) => {
+            // What a creation or reception left behind that did not finish.
+            let what = format!("VM {}", args.name);
+            let failure = Failure::new(
+                Exit::NotFound,
+                what,
+                "it was never finished",
+                "--base NAME creates it anew",
+            );
+            drop(lock);
+            Err(failure)
+        }
+    }
+}
+
+fn create(dir: &VmDir, args: &VmRunArgs, base: Base) -> Result<(), Failure> {
+    let failed =
+        |e: &dyn std::fmt::Display| Failure::plain(Exit::Failed, format!("VM {}", args.name), e);
+    dir.remove_disk()?;
+    let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));
+    let config = VmConfig {
+        version: VmConfig::VERSION,
+        base: base.id().to_string(),
+        memory_mib: args.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
+        vcpus: args.vcpus.unwrap_or(1),
+        mac: args.tap.as_ref().map(|_| mac.to_string()),
+        tap: args.tap.clone(),
+        append: args.append.clone().unwrap_or_default(),
+    };
+    dir.write_config(&config)?;
+    Overlay::create(dir.path(), Arc::new(base)).map_err(|e| failed(&e))?;
+    // Last: from here on the VM exists, and is ours.
+    let record = Record::created(VmId::random());
+    dir.journal()?.write(record).map_err(|e| failed(&e))
+}
+
+/// Checks that an existing VM is here and is what the flags say. What only concerns this host, or
+/// the next boot, may change.
+fn start_again(
+    dir: &VmDir,
+    args: &VmRunArgs,
+    record: &Record,
+    base: Option<&Base>,
+) -> Result<(), Failure> {
+    let what = format!("VM {}", args.name);
+    if matches!(record.state, State::Released { .. } | State::Declined { .. }) {
+        let way_out =
+            format!("run it where it is, or `howdah vm rm {}` to reuse the name", args.name);
+        return Err(Failure::new(Exit::Conflict, what, record, way_out));
+    }
+    let old = dir.config()?;
+    let fixed = [
+        ("base", base.is_some_and(|b| b.id().to_string() != old.base)),
+        ("memory", args.memory_mib.is_some_and(|m| m != old.memory_mib)),
+        ("vcpus", args.vcpus.is_some_and(|v| v != old.vcpus)),
+        ("mac", old.mac.is_some() && args.mac.is_some_and(|m| Some(m.to_string()) != old.mac)),
+    ];
+    if let Some((flag, _)) = fixed.iter().find(|(_, differs)| *differs) {
+        let why = format!("it exists, with another {flag}");
+        let way_out = format!("start it without the flag, or `howdah vm rm {}` first", args.name);
+        return Err(Failure::new(Exit::Conflict, what, why, way_out));
+    }
+    let mut new = old.clone();
+    if let Some(tap) = &args.tap {
+        new.tap = Some(tap.clone());
+        let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));
+        new.mac.get_or_insert_with(|| mac.to_string());
+    }
+    if let Some(append) = &args.append {
+        new.append.clone_from(append);
+    }
+    if new == old { Ok(()) } else { dir.write_config(&new) }
+}

@@ -1,0 +1,207 @@
+//! The process that receives one VM and then runs it.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+    time::Duration,
+};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use handoff::{
+    Refusal,
+    engine::{self, Incoming, Limits, ReceiveError, ReceiveOptions, accept},
+    ownership::{HandoffId, Record, State},
+    tcp::MonotonicClock,
+};
+
+use super::{host::Host, link::Replayed};
+use crate::{
+    cli::ReceiveProcessArgs,
+    console::Console,
+    control::{Envelope, Phase, Reply, Request, channel::Channel, server, server::Asked},
+    failure::{Exit, Failure},
+    home::{Home, VmDir},
+    lock::Lock,
+    spawn::{self, Ready},
+    vmproc::{self, Coming, Event, Links, Process, machine::Machine},
+};
+
+/// How long the listener may take to pass its link.
+const LINK_TIMEOUT: Duration = Duration::from_secs(30);
+/// Links of one handoff that wait to be used; the newest is what counts.
+const MAX_WAITING_LINKS: usize = 4;
+
+/// Receives, then runs, the VM whose first link comes over stdin.
+pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> {
+    spawn::detach();
+    let dir = home.vm(&args.name);
+    let (incoming, peer) = first_link()?;
+    let (incoming, lock) = admit(&dir, incoming)?;
+    spawn::log_to(&dir.vm_log())?;
+    let fresh = dir.record()?.is_none();
+    match receive(args, home, &dir, incoming, peer) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            clean_up(&dir, lock, fresh);
+            Err(error)
+        }
+    }
+}
+
+/// The link that the listener took, read again from its first byte.
+fn first_link() -> anyhow::Result<(Incoming<Replayed>, String)> {
+    let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+    let mut channel = Channel::new(UnixStream::from(stdin), Some(LINK_TIMEOUT))?;
+    let message = channel.receive::<Envelope>()?.map(|envelope| envelope.request);
+    match (message, channel.take_fd()) {
+        (Some(Request::AdoptLink { hello, .. }), Some(fd)) => Ok(adopt(&hello, fd)?),
+        _ => anyhow::bail!("started without a link: use `howdah receive`"),
+    }
+}
+
+fn adopt(hello: &str, fd: OwnedFd) -> anyhow::Result<(Incoming<Replayed>, String)> {
+    let link = Replayed::new(hex::decode(hello)?, fd)?;
+    let peer = link.peer();
+    Ok((accept(link, &Limits::default(), &MonotonicClock::default())?, peer))
+}
+
+/// Takes the name for the newcomer, or tells the peer who has it.
+fn admit(dir: &VmDir, incoming: Incoming<Replayed>) -> Result<(Incoming<Replayed>, Lock), Failure> {
+    let lock = dir.create().and_then(|()| dir.lock()).and_then(|lock| {
+        let record = dir.record()?;
+        match record.and_then(|record| conflict(&record, &incoming)) {
+            Some(why) => Err(Failure::new(
+                Exit::Conflict,
+                format!("VM {}", dir.name()),
+                why,
+                format!("remove or rename one of them (`howdah vm inspect {}`)", dir.name()),
+            )),
+            None => Ok(lock),
+        }
+    });
+    match lock {
+        Ok(lock) => Ok((incoming, lock)),
+        Err(failure) => {
+            let _ = incoming.refuse(Refusal::Conflict(failure.message.clone()));
+            Err(failure)
+        }
+    }
+}
+
+/// Whether what is here stands in the newcomer's way.
+fn conflict(record: &Record, incoming: &Incoming<Replayed>) -> Option<String> {
+    let offered = incoming.hello.handoff;
+    let ended = matches!(record.state, State::Released { .. } | State::Declined { .. });
+    if record.vm != offered.vm {
+        Some(format!("another VM of that name is there ({record})"))
+    } else if !ended {
+        Some(format!("it is there already ({record})"))
+    } else if record.epoch >= offered.epoch {
+        let (here, theirs) = (record.epoch, offered.epoch);
+        Some(format!("a newer epoch is known there ({here}, offered {theirs})"))
+    } else {
+        None
+    }
+}
+
+fn receive(
+    args: &ReceiveProcessArgs,
+    home: &Home,
+    dir: &VmDir,
+    incoming: Incoming<Replayed>,
+    peer: String,
+) -> anyhow::Result<vmproc::End> {
+    let console = Arc::new(Console::new(&dir.console_log())?);
+    let (process, events) = Process::new(dir.clone());
+    vmproc::watch_signals(events.clone())?;
+    server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
+    let shown = Arc::clone(&console);
+    let (relink, relinks) = bounded(MAX_WAITING_LINKS);
+    let links = take_links(incoming.hello.id(), relink);
+    let host = Host::new(args, home, dir, console, events.clone());
+    let (tell, details) = bounded(1);
+    std::thread::spawn(move || {
+        let arrived = work(incoming, host, &relinks, peer, &tell);
+        let _ = events.send(Event::Arrived(arrived));
+    });
+    let ready = Box::new(move || spawn::say(&Ready::Running(details.try_recv().ok())));
+    let end = process.run(Coming { phase: Phase::Receiving, links: Some(links), ready });
+    shown.flush();
+    vmproc::tidy(dir, end?)
+}
+
+/// Receives the guest; what is known of the transfer goes to `details`.
+fn work(
+    incoming: Incoming<Replayed>,
+    mut host: Host,
+    relinks: &Receiver<Incoming<Replayed>>,
+    peer: String,
+    details: &Sender<serde_json::Value>,
+) -> Result<Box<dyn Machine>, Failure> {
+    let what = format!("VM {}", host.name());
+    let mut journal = host.journal()?;
+    let bases = host.bases();
+    let received = engine::receive(
+        incoming,
+        &mut host,
+        &*bases,
+        &mut journal,
+        relinks,
+        &ReceiveOptions::new(peer),
+        &MonotonicClock::default(),
+    );
+    let received = received.map_err(|e| {
+        let exit =
+            if matches!(e, ReceiveError::NotStarted(_)) { Exit::Failed } else { Exit::NotMoved };
+        Failure::plain(exit, what, e)
+    })?;
+    let _ = details.try_send(serde_json::json!({
+        "epoch": received.record.epoch.0,
+        "released": received.released,
+        "bytes_received": received.bytes_received,
+        "bytes_sent": received.bytes_sent,
+        "full_hash": received.full_hash.map(hex::encode),
+    }));
+    host.machine(received.vm, journal)
+}
+
+/// Gives later links of this handoff to the reception.
+fn take_links(handoff: HandoffId, relink: Sender<Incoming<Replayed>>) -> Links {
+    Box::new(move |Asked { request, fd, answer }| {
+        let taken = match (request, fd) {
+            (Request::AdoptLink { hello, .. }, Some(fd)) => adopt(&hello, fd),
+            _ => Err(anyhow::anyhow!("no link came along")),
+        };
+        let taken = taken.and_then(|(incoming, _)| {
+            anyhow::ensure!(incoming.hello.id() == handoff, "another handoff is under way");
+            relink
+                .try_send(incoming)
+                .map_err(|_| anyhow::anyhow!("links come faster than they are used"))
+        });
+        match taken {
+            Ok(()) => answer.last(Reply::Done),
+            Err(e) => answer.last(Failure::line(Exit::Conflict, &format!("link: {e:#}"))),
+        }
+    })
+}
+
+/// Removes what a reception left that came to nothing. What the record says is ours stays.
+fn clean_up(dir: &VmDir, lock: Lock, fresh: bool) {
+    let record = dir.record();
+    let removed = match record {
+        Ok(None) if fresh => dir.remove(lock),
+        Ok(Some(record))
+            if matches!(record.state, State::Declined { .. } | State::Released { .. }) =>
+        {
+            dir.remove_disk()
+        }
+        _ => Ok(()),
+    };
+    if let Err(failure) = removed {
+        tracing::warn!("{failure}");
+    }
+}

@@ -1,0 +1,76 @@
+//! What a listener tells its user: lines for people, JSON lines for programs.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::output::Output;
+
+/// Something a listener did.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub(super) enum Event {
+    /// It listens.
+    Listening {
+        /// Where; the port is real even if any was asked for.
+        address: String,
+    },
+    /// A VM begins to come in.
+    Receiving {
+        /// Its name.
+        vm: String,
+        /// From where.
+        peer: String,
+    },
+    /// A VM came in and runs.
+    Received {
+        /// Its name.
+        vm: String,
+        /// From where.
+        peer: String,
+        /// Bytes and hashes, as this side saw them.
+        details: Option<serde_json::Value>,
+    },
+    /// A VM did not come in; its source keeps it, or the record says otherwise.
+    NotReceived {
+        /// Its name.
+        vm: String,
+        /// From where.
+        peer: String,
+        /// Why.
+        why: String,
+    },
+    /// A link that was of no use.
+    Dropped {
+        /// From where.
+        peer: String,
+        /// Why.
+        why: String,
+    },
+}
+
+impl Event {
+    /// Tells it.
+    pub(super) fn tell(&self, output: Output) {
+        let line = if output.is_json() {
+            serde_json::to_string(self).unwrap_or_default()
+        } else {
+            self.text()
+        };
+        let mut stdout = io::stdout().lock();
+        // Nobody may be reading; the listener listens on.
+        let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Self::Listening { address } => format!("listening on {address}"),
+            Self::Receiving { vm, peer } => format!("receiving VM {vm} from {peer}"),
+            Self::Received { vm, peer, .. } => format!("VM {vm} from {peer} runs here"),
+            Self::NotReceived { vm, peer, why } => {
+                format!("VM {vm} from {peer} not received: {why}")
+            }
+            Self::Dropped { peer, why } => format!("link from {peer} dropped: {why}"),
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! This cloudlet as the engine sees it: what can come in, and what it becomes.
+
+use std::{fs, path::Path, sync::Arc};
+
+use crossbeam_channel::Sender;
+use guest_images::{BaseId, CHUNK_SIZE, overlay::Overlay};
+use handoff::{BaseView, Geometry, Offer, Refusal, TargetHost, ownership::Journal};
+use vmm::{AnyVm, HostCheck, HostProfile, IncomingVm, MachineProfile, VmSource};
+
+use crate::{
+    cli::ReceiveProcessArgs,
+    commands::base,
+    console::Console,
+    failure::{Exit, Failure},
+    home::{Home, VmConfig, VmDir, VmName},
+    mac::Mac,
+    offer::MachineOffer,
+    vmproc::{
+        Event,
+        kvm::{self, BaseFiles, KvmMachine},
+        machine::Machine,
+    },
+};
+
+/// Memory that must stay available besides the guest's.
+const MEMORY_MARGIN_BYTES: u64 = 64 << 20;
+
+/// A cloudlet about to receive one VM.
+pub(super) struct Host {
+    home: Home,
+    dir: VmDir,
+    tap: Option<String>,
+    min_free_bytes: u64,
+    console: Arc<Console>,
+    events: Sender<Event>,
+    /// What the machine needs besides the VMM's part, once it is prepared.
+    prepared: Option<Prepared>,
+}
+
+struct Prepared {
+    disk: Arc<Overlay>,
+    append: String,
+}
+
+/// Opens bases for the engine.
+type Bases = Box<dyn Fn(BaseId) -> Result<Arc<dyn BaseView>, Refusal>>;
+
+impl Host {
+    /// Receives into `dir`.
+    pub(super) fn new(
+        args: &ReceiveProcessArgs,
+        home: &Home,
+        dir: &VmDir,
+        console: Arc<Console>,
+        events: Sender<Event>,
+    ) -> Self {
+        Self {
+            home: home.clone(),
+            dir: dir.clone(),
+            tap: args.tap.clone(),
+            min_free_bytes: args.min_free_mib.saturating_mul(1 << 20),
+            console,
+            events,
+            prepared: None,
+        }
+    }
+
+    /// The VM's name.
+    pub(super) fn name(&self) -> &VmName {
+        self.dir.name()
+    }
+
+    /// The VM's journal.
+    pub(super) fn journal(&self) -> Result<Journal, Failure> {
+        self.dir.journal()
+    }
+
+    /// What opens bases by their id.
+    pub(super) fn bases(&self) -> Bases {
+        let home = self.home.clone();
+        Box::new(move |id| Ok(Arc::new(BaseFiles(open_base(&home, id)?))))
+    }
+
+    /// The guest that came, as a machine of this process.
+    pub(super) fn machine(
+        self,
+        vm: IncomingVm,
+        journal: Journal,
+    ) -> Result<Box<dyn Machine>, Failure> {
+        let gone = || {
+            Failure::plain(Exit::Failed, format!("VM {}", self.dir.name()), "the machine is gone")
+        };
+        let Prepared { disk, append } = self.prepared.ok_or_else(gone)?;
+        let source = match vm.into_vm().ok_or_else(gone)? {
+            AnyVm::Running(vm) => {
+                kvm::connect_console(&self.console, &vm);
+                VmSource::new(vm)
+            }
+            AnyVm::Paused(vm) => {
+                kvm::connect_console(&self.console, &vm);
+                VmSource::from_paused(vm)
+            }
+        };
+        let (dir, base) = (self.dir, Arc::clone(disk.base()));
+        Ok(Box::new(KvmMachine { dir, source, disk, base, journal, append }))
+    }
+
+    fn check_room(&self, offer: &Offer) -> Result<(), Refusal> {
+        let free = free_disk_bytes(self.dir.path()).map_err(|e| Refusal::Other(e.to_string()))?;
+        let needed = bytes_of(offer.changed_disk_chunks).saturating_add(self.min_free_bytes);
+        need("the disk", needed, free)?;
+        let available = available_memory_bytes().map_err(|e| Refusal::Other(e.to_string()))?;
+        let needed = bytes_of(offer.geometry.ram_chunks).saturating_add(MEMORY_MARGIN_BYTES);
+        need("memory", needed, available)
+    }
+
+    fn config(&self, offer: &Offer, machine: &MachineOffer) -> Result<VmConfig, Refusal> {
+        let profile = &machine.profile;
+        if profile.mac.is_some() && self.tap.is_none() {
+            let why =
+                "it has a network device, and `howdah receive` there was started without --tap";
+            return Err(Refusal::Machine(why.into()));
+        }
+        Ok(VmConfig {
+            version: VmConfig::VERSION,
+            base: offer.base.to_string(),
+            memory_mib: profile.memory_bytes >> 20,
+            vcpus: profile.vcpus,
+            tap: self.tap.clone().filter(|_| profile.mac.is_some()),
+            mac: profile.mac.map(|mac| Mac(mac).to_string()),
+            append: machine.append.clone(),
+        })
+    }
+}
+
+impl TargetHost for Host {
+    type Vm = IncomingVm;
+
+    fn prepare(&mut self, offer: &Offer) -> Result<IncomingVm, Refusal> {
+        let base = open_base(&self.home, offer.base)?;
+        let machine =
+            MachineOffer::decode(&offer.machine).map_err(|e| Refusal::Machine(e.to_string()))?;
+        check_machine(&machine.profile, offer.geometry, base.disk_chunks())?;
+        self.check_room(offer)?;
+        let config = self.config(offer, &machine)?;
+        let other = |e: &dyn std::fmt::Display| Refusal::Other(e.to_string());
+        // What is here of an earlier stay is of no use: it was released.
+        self.dir.remove_disk().map_err(|e| other(&e))?;
+        self.dir.write_config(&config).map_err(|e| other(&e))?;
+        let disk = Overlay::create(self.dir.path(), Arc::clone(&base)).map_err(|e| other(&e))?;
+        let disk = Arc::new(disk);
+        let build = kvm::build(&config, &base, &disk, &self.console, &self.events)
+            .map_err(|e| Refusal::Machine(e.message))?;
+        let vm =
+            IncomingVm::new(machine.profile, build).map_err(|e| Refusal::Machine(e.to_string()))?;
+        self.prepared = Some(Prepared { disk, append: machine.append });
+        Ok(vm)
+    }
+}
+
+fn open_base(home: &Home, id: BaseId) -> Result<Arc<guest_images::Base>, Refusal> {
+    let store = base::store(home).map_err(|e| Refusal::Other(e.message))?;
+    match store.get(&id.to_string()) {
+        Ok(base) => Ok(Arc::new(base)),
+        Err(e) => {
+            tracing::info!("base {id}: {e}");
+            Err(Refusal::UnknownBase(id))
+        }
+    }
+}
+
+/// Whether the machine is what its sizes say, and this host can carry it.
+fn check_machine(
+    profile: &MachineProfile,
+    geometry: Geometry,
+    disk_chunks: u64,
+) -> Result<(), Refusal> {
+    if bytes_of(geometry.ram_chunks) != profile.memory_bytes || geometry.disk_chunks != disk_chunks
+    {
+        return Err(Refusal::Machine("its sizes contradict its description or its base".into()));
+    }
+    if !profile.memory_bytes.is_multiple_of(1 << 20) || !profile.disk {
+        return Err(Refusal::Machine(
+            "no machine of ours: it has no disk, or memory in no whole MiB".into(),
+        ));
+    }
+    let refuse = |e: &dyn std::fmt::Display| Refusal::Machine(e.to_string());
+    let host = HostCheck::run().map_err(|e| refuse(&e))?;
+    let host = HostProfile::of(&host).map_err(|e| refuse(&e))?;
+    profile.check_compatible(&host).map_err(|e| refuse(&e))
+}
+
+fn bytes_of(chunks: u64) -> u64 {
+    chunks.saturating_mul(CHUNK_SIZE as u64)
+}
+
+fn need(what: &str, needed_bytes: u64, available_bytes: u64) -> Result<(), Refusal> {
+    if available_bytes >= needed_bytes {
+        return Ok(());
+    }
+    Err(Refusal::NoSpace { what: what.into(), needed_bytes, available_bytes })
+}
+
+fn free_disk_bytes(path: &Path) -> nix::Result<u64> {
+    let found = nix::sys::statvfs::statvfs(path)?;
+    Ok(found.blocks_available().saturating_mul(found.fragment_size()))
+}
+
+fn available_memory_bytes() -> std::io::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    parse_available(&text).ok_or_else(|| std::io::Error::other("/proc/meminfo has no MemAvailable"))
+}
+
+fn parse_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_measured() {
+        assert!(free_disk_bytes(Path::new("/")).unwrap() > 0);
+        assert!(available_memory_bytes().unwrap() > 0);
+        assert_eq!(parse_available("MemTotal: 9 kB\nMemAvailable:      12 kB\n"), Some(12 << 10));
+        assert_eq!(parse_available("MemTotal: 9 kB"), None);
+    }
+
+    #[test]
+    fn too_little_room_says_how_much() {
+        need("memory", 5, 5).unwrap();
+        let refusal = need("memory", 6, 5).unwrap_err();
+        assert_eq!(
+            refusal,
+            Refusal::NoSpace { what: "memory".into(), needed_bytes: 6, available_bytes: 5 }
+        );
+    }
+
+    #[test]
+    fn sizes_that_contradict_each_other_are_refused() {
+        let profile = MachineProfile {
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+            disk: true,
+            mac: None,
+            cpuid: Vec::new(),
+            tsc_khz: 1,
+            xsave_bytes: 4096,
+        };
+        let geometry = Geometry { ram_chunks: 1, disk_chunks: 1 };
+        assert!(matches!(check_machine(&profile, geometry, 1), Err(Refusal::Machine(_))));
+    }
+}

@@ -1,0 +1,99 @@
+//! Processes that outlive the command that started them, and how they say that they are ready.
+
+use std::{
+    ffi::OsString,
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Exit, Failure};
+
+/// No such message is longer.
+const MAX_READY_BYTES: u64 = 64 << 10;
+
+/// What a started process says, once, on its stdout.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Ready {
+    /// The guest runs; what a reception knows of its transfer.
+    Running(Option<serde_json::Value>),
+    /// It will not.
+    Failed(Failure),
+}
+
+/// Starts this program again with `arguments`, its messages in `log`. It is to call [`detach`].
+pub(crate) fn start(arguments: Vec<OsString>, stdin: Stdio, log: &Path) -> Result<Child, Failure> {
+    let log_file = open_log(log).map_err(|e| Failure::file("open", log, &e))?;
+    Command::new("/proc/self/exe")
+        .args(arguments)
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(log_file)
+        .spawn()
+        .map_err(|e| {
+            Failure::new(
+                Exit::Failed,
+                "process of the VM",
+                e,
+                "raise the limits on processes and memory",
+            )
+        })
+}
+
+/// Waits until the process says how it went.
+pub(crate) fn await_ready(
+    mut child: Child,
+    log: &Path,
+) -> Result<Option<serde_json::Value>, Failure> {
+    let mut said = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        let _ = stdout.take(MAX_READY_BYTES).read_to_string(&mut said);
+    }
+    match serde_json::from_str(&said) {
+        Ok(Ready::Running(details)) => Ok(details),
+        Ok(Ready::Failed(failure)) => {
+            let _ = child.wait();
+            Err(failure)
+        }
+        Err(_) => {
+            let ended = child.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
+            let why = format!("its process ended before the guest ran ({ended})");
+            Err(Failure::new(Exit::Failed, "VM", why, format!("see {}", log.display())))
+        }
+    }
+}
+
+/// Leaves the session of the command that started this process, so that neither its terminal nor
+/// its end matters here.
+pub(crate) fn detach() {
+    // Fails for a process group leader only, which a process just started is not.
+    let _ = nix::unistd::setsid();
+}
+
+/// Logs to another file from now on.
+pub(crate) fn log_to(log: &Path) -> Result<(), Failure> {
+    let failed = |e: io::Error| Failure::file("open", log, &e);
+    let file = open_log(log).map_err(failed)?;
+    nix::unistd::dup2_stderr(file).map_err(|e| failed(e.into()))
+}
+
+fn open_log(log: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(log)
+}
+
+/// Says how it went, and closes stdout, which the starter waits for.
+pub(crate) fn say(ready: &Ready) {
+    let mut stdout = io::stdout();
+    if let Ok(text) = serde_json::to_string(ready) {
+        // A starter that is gone no longer wants to know.
+        let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    }
+    if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
+        let _ = nix::unistd::dup2_stdout(null);
+    }
+}

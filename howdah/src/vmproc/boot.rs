@@ -1,0 +1,114 @@
+//! Starts a VM from its directory, and runs it to its end.
+
+use std::{
+    io::{self, Write},
+    sync::Arc,
+};
+
+use vmm::host::{HostCheck, HostError};
+
+use super::{Coming, End, Event, Process, kvm, machine::Machine, settle::settle, signals};
+use crate::{
+    console::Console,
+    control::{Phase, server},
+    failure::{Exit, Failure},
+    home::{Home, VmDir},
+    output::Output,
+    spawn::{self, Ready},
+};
+
+/// Who started the process, and wants to see what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Front {
+    /// A user at a terminal: the serial console on stdout, Ctrl-C stops.
+    Terminal,
+    /// A command that waits for [`Ready`].
+    Detached,
+}
+
+/// Checks that this host can run VMs.
+pub(crate) fn check_host() -> Result<(), Failure> {
+    match HostCheck::run() {
+        Ok(_) => Ok(()),
+        Err(e) => Err(host_failure(&e)),
+    }
+}
+
+/// Says so where guests would be interpreted: such a /dev/kvm exists, and is of little use.
+pub(crate) fn warn_of_slow_host(output: Output) {
+    if matches!(HostCheck::has_hardware_virtualisation(), Ok(false)) {
+        output.note(
+            "howdah: this CPU shows neither svm nor vmx: /dev/kvm interprets guests here, about a \
+             thousand times slower",
+        );
+    }
+}
+
+/// What a host lacks; the error itself says the way out.
+pub(crate) fn host_failure(error: &HostError) -> Failure {
+    Failure::plain(Exit::Host, "this host cannot run VMs", error)
+}
+
+/// Runs the VM of `dir` in this process until it ends.
+pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End> {
+    if front == Front::Detached {
+        spawn::detach();
+    }
+    let lock = dir.lock()?;
+    let console = Arc::new(Console::new(&dir.console_log())?);
+    let (process, events) = Process::new(dir.clone());
+    signals::watch(events.clone())?;
+    server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
+    if front == Front::Terminal {
+        show_on_stdout(&console);
+    }
+    let shown = Arc::clone(&console);
+    let (starting_dir, starting_home) = (dir.clone(), home.clone());
+    std::thread::spawn(move || {
+        let arrived = start(&starting_dir, &starting_home, &console, &events);
+        let _ = events.send(Event::Arrived(arrived));
+    });
+    let ready = Box::new(move || match front {
+        Front::Detached => spawn::say(&Ready::Running(None)),
+        Front::Terminal => {}
+    });
+    let end = process.run(Coming { phase: Phase::Starting, links: None, ready });
+    shown.flush();
+    let end = tidy(dir, end?);
+    drop(lock);
+    end
+}
+
+/// What is left to do when the guest is gone.
+pub(crate) fn tidy(dir: &VmDir, end: End) -> anyhow::Result<End> {
+    tracing::info!("ended: {end:?}");
+    if end == End::HandedOff {
+        // Released: the peer runs the guest, this disk is history.
+        dir.remove_disk()?;
+    }
+    Ok(end)
+}
+
+fn start(
+    dir: &VmDir,
+    home: &Home,
+    console: &Arc<Console>,
+    events: &crossbeam_channel::Sender<Event>,
+) -> Result<Box<dyn Machine>, Failure> {
+    let mut journal = dir.journal()?;
+    settle(dir, &mut journal)?;
+    kvm::boot(dir, home, journal, console, events)
+}
+
+/// A viewer like any other: a stuck terminal does not hold the guest up.
+fn show_on_stdout(console: &Console) {
+    let view = console.view();
+    std::thread::spawn(move || {
+        let mut stdout = io::stdout();
+        for piece in view {
+            if stdout.write_all(&piece).and_then(|()| stdout.flush()).is_err() {
+                break;
+            }
+        }
+    });
+}
