@@ -400,7 +400,9 @@ impl BusDevice for VirtioMmio {
         }
         // Registers are 32 bits wide and read only as such; others are the driver's mistake.
         match <&mut [u8; 4]>::try_from(data) {
-            Ok(word) if offset % 4 == 0 => *word = self.read_register(offset as u32).to_le_bytes(),
+            Ok(word) if offset.is_multiple_of(4) => {
+                *word = self.read_register(offset as u32).to_le_bytes()
+            }
             Ok(word) => *word = [0; 4],
             Err(_) => {}
         }
@@ -412,7 +414,7 @@ impl BusDevice for VirtioMmio {
             return;
         }
         if let Ok(word) = <[u8; 4]>::try_from(data)
-            && offset % 4 == 0
+            && offset.is_multiple_of(4)
         {
             self.write_register(offset as u32, u32::from_le_bytes(word));
         }

@@ -207,10 +207,9 @@ impl TransportState {
         }
         let missing = self.driver_features & !offered;
         // Before FEATURES_OK the driver may have written anything.
-        if self.status & FEATURES_OK != 0 {
-            if missing != 0 || self.driver_features & 1 << VIRTIO_F_VERSION_1 == 0 {
-                return Err(StateError::Features(missing));
-            }
+        let modern = self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0;
+        if self.status & FEATURES_OK != 0 && (missing != 0 || !modern) {
+            return Err(StateError::Features(missing));
         }
         if !status_is_reachable(self.status) {
             return Err(StateError::Status(self.status));

@@ -116,7 +116,8 @@ impl Refusal {
 }
 
 fn transfer(sector: u64, data: &Buffers, disk_bytes: u64) -> Result<ByteRange, Refusal> {
-    if data.is_empty() || data.len() % SECTOR_BYTES != 0 || data.len() > MAX_REQUEST_BYTES {
+    if data.is_empty() || !data.len().is_multiple_of(SECTOR_BYTES) || data.len() > MAX_REQUEST_BYTES
+    {
         return Err(Refusal::Invalid);
     }
     range(sector, data.len(), disk_bytes)
@@ -136,7 +137,7 @@ fn ranges(
     known_flags: u32,
 ) -> Result<Result<Vec<ByteRange>, Refusal>, DeviceError> {
     let count = data.len() / RANGE_BYTES;
-    if data.len() % RANGE_BYTES != 0 || !(1..=u64::from(MAX_RANGES)).contains(&count) {
+    if !data.len().is_multiple_of(RANGE_BYTES) || !(1..=u64::from(MAX_RANGES)).contains(&count) {
         return Ok(Err(Refusal::Invalid));
     }
     let mut out = Vec::with_capacity(count as usize);

@@ -345,3 +345,111 @@ impl Drop for Ring {
 fn is_busy(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Write};
+
+    use super::*;
+
+    fn pieces(buffer: &mut [u8], cuts: &[usize]) -> Vec<libc::iovec> {
+        let mut at = buffer.as_mut_ptr();
+        let lens = cuts.iter().copied();
+        lens.map(|iov_len| {
+            let piece = libc::iovec { iov_base: at.cast(), iov_len };
+            at = at.wrapping_add(iov_len);
+            piece
+        })
+        .collect()
+    }
+
+    fn run(ring: &mut Ring, operation: Operation) -> io::Result<()> {
+        ring.push(operation);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some((token, result)) = ring.reap() {
+                assert_eq!(token, Token::Request(3));
+                assert_eq!(ring.len(), 0);
+                return result;
+            }
+            assert!(ring.wait(deadline).unwrap());
+        }
+    }
+
+    const TOKEN: Token = Token::Request(3);
+
+    #[test]
+    fn reads_past_the_end_give_zeros_or_fail() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 100]).unwrap();
+        let fd = file.as_raw_fd();
+        let mut ring = Ring::new().unwrap();
+        for (offset, data) in [(0, 100), (90, 10), (100, 0), (5000, 0)] {
+            let mut buffer = [1; 200];
+            let read = |zero_tail| Action::Read { offset, zero_tail };
+            let cuts = pieces(&mut buffer, &[50, 3, 147]);
+            run(&mut ring, Operation::on_guest(TOKEN, fd, read(true), cuts)).unwrap();
+            assert_eq!(buffer[..data], [7; 100][..data]);
+            assert_eq!(buffer[data..], [0; 200][data..]);
+            let cuts = pieces(&mut buffer, &[200]);
+            let cut_off = run(&mut ring, Operation::on_guest(TOKEN, fd, read(false), cuts));
+            assert_eq!(cut_off.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+
+    #[test]
+    fn what_is_cut_short_goes_on() {
+        let mut buffer = [0; 10];
+        let iovecs = pieces(&mut buffer, &[4, 4, 2]);
+        let start = iovecs[0].iov_base as usize;
+        let action = Action::Write { offset: 100 };
+        let mut operation = Operation::on_guest(TOKEN, 0, action, iovecs);
+        assert!(operation.advance(-libc::EAGAIN).is_none());
+        assert!(operation.advance(5).is_none());
+        assert_eq!(operation.action, Action::Write { offset: 105 });
+        let left: Vec<_> =
+            operation.iovecs.iter().map(|v| (v.iov_base as usize - start, v.iov_len)).collect();
+        assert_eq!(left, [(5, 3), (8, 2)]);
+        assert!(operation.advance(3).is_none());
+        assert!(operation.advance(2).unwrap().is_ok());
+        let mut stalled = Operation::write_owned(TOKEN, 0, 0, Box::new([1]));
+        assert_eq!(stalled.advance(0).unwrap().unwrap_err().kind(), io::ErrorKind::WriteZero);
+    }
+
+    #[test]
+    fn failures_are_told_and_space_that_stays_is_none() {
+        let read_only = File::open("/dev/null").unwrap();
+        let fd = read_only.as_raw_fd();
+        let mut ring = Ring::new().unwrap();
+        let write = Operation::write_owned(TOKEN, fd, 0, Box::new([1; 10]));
+        assert_eq!(run(&mut ring, write).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        let punch = Operation::plain(TOKEN, fd, Action::Punch { offset: 0, len: 4096 });
+        run(&mut ring, punch).unwrap();
+    }
+
+    #[test]
+    fn more_operations_than_the_ring_holds() {
+        let file = tempfile::tempfile().unwrap();
+        let mut ring = Ring::new().unwrap();
+        let count = 5 * RING_ENTRIES as usize;
+        for n in 0..count {
+            let bytes = Box::new((n as u32).to_le_bytes());
+            ring.push(Operation::write_owned(TOKEN, file.as_raw_fd(), 4 * n as u64, bytes));
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut ended = 0;
+        while ended < count {
+            assert!(ring.wait(deadline).unwrap());
+            while let Some((_, result)) = ring.reap() {
+                result.unwrap();
+                ended += 1;
+            }
+        }
+        let written = std::os::unix::fs::FileExt::read_at;
+        for n in [0, 1, count / 2, count - 1] {
+            let mut bytes = [0; 4];
+            written(&file, &mut bytes, 4 * n as u64).unwrap();
+            assert_eq!(u32::from_le_bytes(bytes), n as u32);
+        }
+    }
+}
