@@ -1,6 +1,6 @@
 //! Tests of the disk: a driver's random requests against an array of bytes.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path, sync::OnceLock};
 
 use guest_images::{
     CHUNK_SIZE,
@@ -39,22 +39,36 @@ fn base_content() -> Vec<u8> {
     (0..DISK_BYTES).map(byte).collect()
 }
 
-fn import(dir: &Path) -> guest_images::Base {
+/// The base that all disks here are over, imported once.
+fn base() -> Arc<guest_images::Base> {
+    static STORE: OnceLock<TempDir> = OnceLock::new();
+    let dir = STORE.get_or_init(|| {
+        let dir = TempDir::new().unwrap();
+        import(dir.path());
+        dir
+    });
+    Arc::new(Store::open(&dir.path().join("store")).unwrap().get("test").unwrap())
+}
+
+fn import(dir: &Path) {
     let file = |name: &str, content: &[u8]| {
         let path = dir.join(name);
         fs::write(&path, content).unwrap();
         path
     };
+    // The head of an ELF file for x86-64 is all that an import looks at.
+    let mut kernel = [0; 5000];
+    kernel[..8].copy_from_slice(b"\x7fELF\x02\x01\x01\0");
+    kernel[16..20].copy_from_slice(&[2, 0, 62, 0]);
     let store = Store::open(&dir.join("store")).unwrap();
     let spec = ImportSpec {
         name: "test".into(),
         disk: file("disk", &base_content()),
-        kernel: file("kernel", &[1; 5000]),
+        kernel: file("kernel", &kernel),
         initramfs: None,
         cmdline: String::new(),
     };
     store.import(&spec, &mut |_| {}).unwrap();
-    store.get("test").unwrap()
 }
 
 fn open(overlay: Overlay) -> (Arc<Overlay>, Block) {
@@ -65,10 +79,7 @@ fn open(overlay: Overlay) -> (Arc<Overlay>, Block) {
 
 fn disk(features: u64) -> Disk {
     let dir = TempDir::new().unwrap();
-    let base = Arc::new(import(dir.path()));
-    let vm = dir.path().join("vm");
-    fs::create_dir(&vm).unwrap();
-    let (overlay, block) = open(Overlay::create(&vm, base).unwrap());
+    let (overlay, block) = open(Overlay::create(dir.path(), base()).unwrap());
     let dirty = block.dirty();
     let mut driver = Driver::new(Box::new(block));
     driver.start(features | EVENT_IDX);
@@ -233,7 +244,7 @@ impl Disk {
         let Self { dir, overlay, driver, .. } = self;
         let base = overlay.base().clone();
         drop((driver, overlay));
-        let overlay = Overlay::open(&dir.path().join("vm"), base).unwrap();
+        let overlay = Overlay::open(dir.path(), base).unwrap();
         Self::content(&overlay)
     }
 }
