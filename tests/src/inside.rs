@@ -1,4 +1,79 @@
 //! What runs inside the lab host: its first process, and the scenarios.
 
-pub(crate) mod copy;
+mod checks;
+mod copy;
+mod guest;
 pub(crate) mod init;
+mod namespace;
+mod narrator;
+mod net;
+mod product;
+mod report;
+mod runner;
+mod stores;
+mod strangers;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use self::{narrator::Narrator, stores::Stores};
+use crate::{results::Outcome, say, scenario::Scenario};
+
+pub(crate) use self::stores::IMAGES;
+
+/// Where outcomes are left for the lab outside, one file a scenario.
+pub(crate) const OUTCOMES: &str = "/out/outcomes";
+
+/// Arguments of `lab inside`: only the lab itself gives them.
+#[derive(Args)]
+pub(crate) struct InsideArgs {
+    /// Tell what goes on
+    #[arg(long)]
+    narrate: bool,
+
+    /// Scenario files
+    scenarios: Vec<PathBuf>,
+}
+
+/// Runs scenarios; returns the exit status for the lab outside.
+pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
+    let scenarios =
+        args.scenarios.iter().map(|file| Scenario::load(file)).collect::<Result<Vec<_>>>()?;
+    fs::create_dir_all(OUTCOMES).with_context(|| format!("cannot make {OUTCOMES}"))?;
+    let narrator = Narrator::new(args.narrate);
+    let stores = Stores::import(&scenarios, Path::new("/out/import"))?;
+    let mut failed = 0;
+    for scenario in &scenarios {
+        narrator.say(&scenario.description);
+        let outcome = runner::run(scenario, &stores, narrator);
+        failed += i32::from(!outcome.passed);
+        keep(&outcome)?;
+        narrator.table(&outcome);
+        if !outcome.passed {
+            keep_kernel_log(&scenario.name)?;
+        }
+        say(&outcome.line());
+        for complaint in outcome.complaints() {
+            say(&format!("         {complaint}"));
+        }
+    }
+    Ok(i32::from(failed > 0))
+}
+
+fn keep(outcome: &Outcome) -> Result<()> {
+    let path = Path::new(OUTCOMES).join(format!("{}.json", outcome.name));
+    fs::write(&path, serde_json::to_vec_pretty(outcome)?)
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The lab host's kernel messages, beside the scenario's other logs.
+fn keep_kernel_log(name: &str) -> Result<()> {
+    let log = std::process::Command::new("dmesg").output().context("cannot run dmesg")?;
+    let path = Path::new("/out").join(name).join("dmesg.log");
+    fs::write(&path, log.stdout).with_context(|| format!("cannot write {}", path.display()))
+}

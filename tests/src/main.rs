@@ -8,8 +8,14 @@
 mod exec;
 mod inside;
 mod machine;
+mod results;
+mod run;
+mod scenario;
 
-use std::process::ExitCode;
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 
@@ -25,6 +31,11 @@ struct Cli {
 enum Verb {
     /// Boot a lab host, run a command in it as root, and return its exit status.
     Exec(exec::ExecArgs),
+    /// Run scenarios in a lab host: guests handed off, faults, checks.
+    Run(run::RunArgs),
+    /// The part of `lab run` that is inside the lab host.
+    #[command(hide = true)]
+    Inside(inside::InsideArgs),
 }
 
 /// The lab itself failed, as opposed to the command it ran.
@@ -37,6 +48,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Verb::Exec(args) => exec::exec(&args),
+        Verb::Run(args) => run::run(&args),
+        Verb::Inside(args) => inside::main(&args),
     };
     match result {
         Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(LAB_FAILED)),
@@ -45,4 +58,10 @@ fn main() -> ExitCode {
             ExitCode::from(LAB_FAILED)
         }
     }
+}
+
+/// Prints a line at once. Whoever stopped listening is no reason to stop the lab.
+fn say(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
 }

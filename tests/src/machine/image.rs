@@ -54,11 +54,12 @@ const MODULES_AT_HAND: &[&str] = &[
 ];
 
 /// Tools without which there is no lab, and the packages they are in.
-const TOOLS: &[(&str, &str)] = &[("ip", "iproute2"), ("tc", "iproute2"), ("e2fsck", "e2fsprogs")];
+const TOOLS: &[(&str, &str)] =
+    &[("ip", "iproute2"), ("tc", "iproute2"), ("e2fsck", "e2fsprogs"), ("debugfs", "e2fsprogs")];
 
 /// Tools that come along where they are installed.
 const TOOLS_AT_HAND: &[&str] =
-    &["debugfs", "mke2fs", "dumpe2fs", "dmsetup", "ethtool", "strace", "zstd", "tcpdump"];
+    &["mke2fs", "dumpe2fs", "dmsetup", "ethtool", "strace", "zstd", "tcpdump"];
 
 /// Something the user adds to a lab host.
 #[derive(Clone, Debug)]

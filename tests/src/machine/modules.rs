@@ -289,7 +289,8 @@ mod tests {
     fn damaged_modules_are_errors() {
         let good = module("depends=a\0");
         assert_eq!(depends(&good).unwrap(), ["a"]);
-        for cut in 0..good.len() {
+        // The last 24 bytes of the last section header are fields that are not read.
+        for cut in 0..good.len() - 24 {
             assert!(depends(&good[..cut]).is_err(), "cut at {cut}");
         }
         assert!(depends(&module("license=GPL\0")).is_err());

@@ -205,9 +205,11 @@ impl Machine<'_> {
             let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
             let lines: Vec<&str> =
                 text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-            let panic = lines.iter().position(|line| line.contains("Kernel panic"));
-            let from = panic.unwrap_or(lines.len().saturating_sub(LAST_WORDS));
-            lines[from..].iter().take(LAST_WORDS).copied().collect::<Vec<_>>().join(" | ")
+            if let Some(panic) = lines.iter().find(|line| line.contains("Kernel panic")) {
+                return (*panic).to_owned();
+            }
+            let last = lines.len().saturating_sub(LAST_WORDS);
+            lines.iter().skip(last).copied().collect::<Vec<_>>().join(" | ")
         };
         let qemu = tail(&self.console.with_file_name("qemu.log"));
         let console = tail(self.console);

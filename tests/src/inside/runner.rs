@@ -1,0 +1,383 @@
+//! Carries a scenario through, step by step.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::time::{ClockId, clock_gettime};
+use serde_json::Value;
+
+use super::{
+    checks, guest,
+    guest::{Client, Vitals},
+    narrator::Narrator,
+    net::{Network, kill_all},
+    product::{Cloudlet, Ended, PORT, Running, VM},
+    report,
+    stores::Stores,
+    strangers::LaterVersion,
+};
+use crate::{
+    results::{Leg, Outcome},
+    scenario::{Expect, Link, LinkPlan, Peer, Scenario, Side, Step},
+};
+
+/// How long a guest may take to boot.
+const BOOT: Duration = Duration::from_secs(120);
+/// How long a handoff may take.
+const HANDOFF: Duration = Duration::from_secs(300);
+/// How long bytes may take to come before a kill that waits for them.
+const BYTES_COME: Duration = Duration::from_secs(60);
+/// howdah's exit status when the guest goes on at the source.
+const EXIT_NOT_MOVED: i32 = 7;
+
+/// A scenario under way.
+pub(crate) struct Stage<'a> {
+    /// What is to happen.
+    pub(crate) scenario: &'a Scenario,
+    /// What came of it.
+    pub(crate) outcome: Outcome,
+    /// Cloudlet A.
+    pub(crate) a: Cloudlet,
+    /// Cloudlet B.
+    pub(crate) b: Cloudlet,
+    /// Scratch directory, removed at the end.
+    pub(crate) work: PathBuf,
+    /// Where logs go.
+    pub(crate) logs: PathBuf,
+    /// The client, while it probes.
+    pub(crate) client: Option<Client>,
+    /// The vital signs at the start.
+    pub(crate) born: Option<Vitals>,
+    narrator: Narrator,
+    network: Arc<Network>,
+    link: Link,
+    changer: Option<Changer>,
+    receivers: Vec<Running>,
+    pending: Option<Pending>,
+}
+
+/// A handoff that runs.
+struct Pending {
+    running: Running,
+    stranger: Option<LaterVersion>,
+    from: Side,
+    to: Side,
+    audit: bool,
+    expect: Expect,
+    says: Option<String>,
+    asked_ns: i64,
+    bytes_before: u64,
+}
+
+/// Runs a scenario; never fails, since failing is an outcome.
+pub(crate) fn run(scenario: &Scenario, stores: &Stores, narrator: Narrator) -> Outcome {
+    let started = Instant::now();
+    let logs = Path::new("/out").join(&scenario.name);
+    let work = Path::new("/run/scenario").join(&scenario.name);
+    let mut outcome = match Stage::set(scenario, stores, logs, &work, narrator) {
+        Ok(mut stage) => {
+            let result = stage.play();
+            stage.finish(result)
+        }
+        Err(error) => Outcome { error: Some(format!("{error:#}")), ..Outcome::default() },
+    };
+    // Left-overs only cost memory, and the next scenario has other directories.
+    let _ = nix::mount::umount(&work.join("b"));
+    let _ = fs::remove_dir_all(&work);
+    outcome.name.clone_from(&scenario.name);
+    outcome.scenario_ms = started.elapsed().as_millis() as u64;
+    outcome.conclude();
+    outcome
+}
+
+impl<'a> Stage<'a> {
+    fn set(
+        scenario: &'a Scenario,
+        stores: &Stores,
+        logs: PathBuf,
+        work: &Path,
+        narrator: Narrator,
+    ) -> Result<Self> {
+        fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+        let link = scenario.link.at_first();
+        let network = Arc::new(Network::build(link)?);
+        narrator.say(&format!(
+            "two cloudlets, A and B, joined by a link of {} Mbps; a client reaches both",
+            link.rate_mbps
+        ));
+        let homes = stores.furnish(scenario, work)?;
+        let cloudlet = |side, home| Cloudlet { side, home, logs: logs.clone() };
+        let [a, b] = homes;
+        Ok(Self {
+            scenario,
+            outcome: Outcome::default(),
+            a: cloudlet(Side::A, a),
+            b: cloudlet(Side::B, b),
+            work: work.to_owned(),
+            logs: logs.clone(),
+            client: None,
+            born: None,
+            narrator,
+            network,
+            link,
+            changer: None,
+            receivers: Vec::new(),
+            pending: None,
+        })
+    }
+
+    /// One of the cloudlets.
+    pub(crate) fn cloudlet(&self, side: Side) -> &Cloudlet {
+        match side {
+            Side::A => &self.a,
+            Side::B => &self.b,
+        }
+    }
+
+    fn play(&mut self) -> Result<()> {
+        for (at, step) in self.scenario.steps.iter().enumerate() {
+            self.step(step).with_context(|| format!("step {}", at + 1))?;
+        }
+        checks::run(self)
+    }
+
+    fn finish(mut self, result: Result<()>) -> Outcome {
+        if let Err(error) = result {
+            self.outcome.error = Some(format!("{error:#}"));
+        }
+        if let Some(client) = self.client.take() {
+            // Only for its file: the scenario has failed already.
+            let _ = client.stop();
+        }
+        for cloudlet in [&self.a, &self.b] {
+            cloudlet.keep_logs();
+        }
+        if let Some(changer) = self.changer.take() {
+            changer.stop();
+        }
+        self.outcome.clone()
+    }
+
+    fn step(&mut self, step: &Step) -> Result<()> {
+        match step {
+            Step::Start {} => self.start(),
+            Step::Wait { seconds } => {
+                self.narrator.wait(Duration::from_secs_f64(*seconds));
+                Ok(())
+            }
+            Step::Agent { command } => {
+                self.narrator.say(&format!("the guest is told: {command}"));
+                guest::ask(command).map(drop)
+            }
+            Step::Handoff { background, .. } => {
+                self.hand_off(step)?;
+                if *background { Ok(()) } else { self.finish_handoff() }
+            }
+            Step::Finish {} => self.finish_handoff(),
+            Step::Kill { who, after_link_kib } => self.kill(*who, after_link_kib * 1024),
+            Step::Cut {} => self.network.shape(Link { loss_percent: 100.0, ..self.link }),
+            Step::Heal {} => self.network.shape(self.link),
+            Step::Link { now } => {
+                self.link = *now;
+                self.network.shape(*now)
+            }
+            Step::Receive { on } => self.receive(*on),
+        }
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let plan = &self.scenario.vm;
+        self.narrator.say(&format!(
+            "cloudlet A boots a guest: Debian's kernel, {} MiB, {} vCPU",
+            plan.memory_mib, plan.vcpus
+        ));
+        self.receive(Side::A)?;
+        let stranger = |step: &Step| matches!(step, Step::Handoff { peer: Peer::OtherVersion, .. });
+        if !self.scenario.steps.iter().any(stranger) {
+            self.receive(Side::B)?;
+        }
+        self.a.run_vm(plan)?;
+        let born = guest::wait_ready(BOOT)?;
+        self.narrator.say(&format!(
+            "the guest runs on A: boot id {}, counter {}",
+            born.boot_id, born.counter
+        ));
+        self.born = Some(born);
+        self.client = Some(Client::start(self.scenario.client.interval_ms, &self.logs)?);
+        Ok(())
+    }
+
+    fn receive(&mut self, side: Side) -> Result<()> {
+        let running = self.cloudlet(side).receive()?;
+        self.receivers.push(running);
+        Ok(())
+    }
+
+    fn hand_off(&mut self, step: &Step) -> Result<()> {
+        let Step::Handoff { from, to, audit, expect, says, peer, .. } = step else {
+            bail!("not a handoff");
+        };
+        let stranger = match peer {
+            Peer::Howdah => None,
+            Peer::OtherVersion => Some(LaterVersion::listen(*to)?),
+        };
+        if self.changer.is_none() && !self.scenario.link.changes.is_empty() {
+            self.changer = Some(Changer::start(&self.scenario.link, Arc::clone(&self.network)));
+        }
+        let address = format!("{}:{PORT}", to.address());
+        let mut args = vec!["handoff", VM, &address];
+        if *audit {
+            args.push("--audit");
+        }
+        if !self.narrator.talks() {
+            args.insert(0, "--json");
+        }
+        self.narrator.say(&format!(
+            "the guest is handed off from {} to {} while it runs",
+            from.letter().to_uppercase(),
+            to.letter().to_uppercase()
+        ));
+        let bytes_before = self.network.link_bytes()?;
+        let name = format!("handoff-{}", self.outcome.legs.len() + 1);
+        let asked_ns = monotonic_ns()?;
+        let running = self.cloudlet(*from).start_howdah(&args, &name)?;
+        self.pending = Some(Pending {
+            running,
+            stranger,
+            from: *from,
+            to: *to,
+            audit: *audit,
+            expect: *expect,
+            says: says.clone(),
+            asked_ns,
+            bytes_before,
+        });
+        Ok(())
+    }
+
+    fn finish_handoff(&mut self) -> Result<()> {
+        let mut pending = self.pending.take().context("there is no handoff to finish")?;
+        self.narrator.follow(&mut pending.running)?;
+        let ended = pending.running.wait(HANDOFF)?;
+        let over_ns = monotonic_ns()?;
+        if let Some(stranger) = pending.stranger {
+            stranger.finish()?;
+        }
+        let outcome = match ended.status {
+            Some(0) => Expect::Moved,
+            Some(EXIT_NOT_MOVED) => Expect::Kept,
+            _ => Expect::Killed,
+        };
+        let report = if outcome == Expect::Moved && self.narrator.talks() {
+            self.cloudlet(pending.from).last_report()?
+        } else {
+            serde_json::from_str(&ended.stdout).unwrap_or(Value::Null)
+        };
+        let number = |key: &str| report::number(&report, key);
+        let leg = Leg {
+            from: pending.from,
+            to: pending.to,
+            audit: pending.audit,
+            ended: outcome,
+            total_ms: number("total_ms"),
+            downtime_ms: number("downtime_ms"),
+            bytes_on_link: report::bytes_on_link(&report),
+            rounds: report::rounds(&report),
+            link_counter_bytes: self.network.link_bytes()?.saturating_sub(pending.bytes_before),
+            client_gap_ms: None,
+            window_ns: (pending.asked_ns, over_ns),
+            report,
+        };
+        self.narrator.leg(&leg);
+        self.outcome.legs.push(leg);
+        judge(pending.expect, outcome, pending.says.as_deref(), &ended)
+    }
+
+    fn kill(&mut self, who: Side, after_bytes: u64) -> Result<()> {
+        let from = self.pending.as_ref().map_or(0, |pending| pending.bytes_before);
+        let started = Instant::now();
+        while after_bytes > 0 && self.network.link_bytes()?.saturating_sub(from) < after_bytes {
+            if started.elapsed() > BYTES_COME {
+                bail!("{after_bytes} bytes never went over the link");
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        if let Some(pending) = &mut self.pending
+            && pending.running.ended()?
+        {
+            bail!("the handoff was over before the kill: {}", pending.running.said().trim());
+        }
+        if kill_all(who.namespace())? == 0 {
+            bail!("nothing ran on cloudlet {} that could be killed", who.letter());
+        }
+        Ok(())
+    }
+}
+
+/// Whether a handoff ended as it should.
+fn judge(expect: Expect, got: Expect, says: Option<&str>, ended: &Ended) -> Result<()> {
+    if expect != got {
+        bail!(
+            "the handoff should have ended as {expect:?} and ended as {got:?} (exit status {:?}): {}",
+            ended.status,
+            ended.complaint()
+        );
+    }
+    match says {
+        Some(text) if !ended.complaint().contains(text) => {
+            Err(anyhow!("the error should say {text:?} and says: {}", ended.complaint()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// CLOCK_MONOTONIC, as the client reads it.
+pub(crate) fn monotonic_ns() -> Result<i64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("no monotonic clock")?;
+    Ok(now.tv_sec() * 1_000_000_000 + now.tv_nsec())
+}
+
+/// Changes the link while time goes on.
+struct Changer {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Changer {
+    fn start(plan: &LinkPlan, network: Arc<Network>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, plan) = (Arc::clone(&stop), plan.clone());
+        let thread = thread::spawn(move || {
+            let started = Instant::now();
+            let mut link = plan.at_first();
+            for change in &plan.changes {
+                while started.elapsed().as_secs_f64() < change.at_s {
+                    if stopped.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    thread::sleep(Duration::from_millis(10));
+                }
+                link = change.apply(link);
+                if let Err(error) = network.shape(link) {
+                    eprintln!("lab: cannot change the link: {error:#}");
+                }
+            }
+        });
+        Self { stop, thread }
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // It has nothing to hand back.
+        let _ = self.thread.join();
+    }
+}

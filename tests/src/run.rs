@@ -1,0 +1,214 @@
+//! `lab run`: scenarios in a lab host, and their results outside.
+
+use std::{
+    env, fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::{
+    exec::Request,
+    inside::{IMAGES, OUTCOMES},
+    machine::{image::Extra, root::Root},
+    results::Outcome,
+    scenario::Scenario,
+};
+
+/// The programs under test, found beside the lab's own.
+const PROGRAMS: [&str; 2] = ["howdah", "howdah-agent"];
+/// What an image directory holds.
+const IMAGE_PARTS: [&str; 4] = ["kernel", "initramfs", "disk.raw", "cmdline"];
+/// Time for the lab host and imports, whatever the number of scenarios.
+const BASE_TIME: Duration = Duration::from_secs(180);
+
+/// Arguments of `lab run`.
+#[derive(Args)]
+pub(crate) struct RunArgs {
+    /// Scenario files
+    #[arg(required = true, value_name = "FILE.toml")]
+    scenarios: Vec<PathBuf>,
+
+    /// Tell what goes on while it goes on
+    #[arg(long)]
+    narrate: bool,
+
+    /// Boot a lab host for each scenario, instead of one for all
+    #[arg(long)]
+    isolate: bool,
+
+    /// Write the results to this file [default: target/lab/run.json]
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+
+    /// Directory of guest images [default: target/images]
+    #[arg(long, value_name = "DIR")]
+    images: Option<PathBuf>,
+
+    /// Directory of howdah and howdah-agent [default: where this program is]
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
+
+    /// Memory of the lab host
+    #[arg(long, value_name = "N", default_value_t = 5120)]
+    memory_mib: u32,
+
+    /// End the lab host when a scenario takes longer than this
+    #[arg(long, value_name = "N", default_value_t = 300)]
+    timeout_s: u64,
+}
+
+/// A scenario and the file it came from.
+struct Loaded {
+    file: PathBuf,
+    scenario: Scenario,
+}
+
+/// Runs the scenarios; 0 if all passed.
+pub(crate) fn run(args: &RunArgs) -> Result<i32> {
+    let root = Root::find()?;
+    let loaded = load(&args.scenarios)?;
+    let report = match &args.report {
+        Some(file) => file.clone(),
+        None => root.lab_dir()?.join("run.json"),
+    };
+    let boots: Vec<&[Loaded]> =
+        if args.isolate { loaded.chunks(1).collect() } else { vec![&loaded] };
+    let mut outcomes = Vec::new();
+    for boot in boots {
+        outcomes.extend(run_boot(args, &root, boot)?);
+    }
+    let json = serde_json::to_vec_pretty(&outcomes)?;
+    fs::write(&report, json).with_context(|| format!("cannot write {}", report.display()))?;
+    let failed = outcomes.iter().filter(|outcome| !outcome.passed).count();
+    let mut out = io::stdout().lock();
+    writeln!(out, "{} passed, {failed} failed", outcomes.len() - failed)?;
+    Ok(i32::from(failed > 0))
+}
+
+fn load(files: &[PathBuf]) -> Result<Vec<Loaded>> {
+    let mut loaded: Vec<Loaded> = Vec::new();
+    for file in files {
+        let scenario = Scenario::load(file)?;
+        if let Some(other) = loaded.iter().find(|other| other.scenario.name == scenario.name) {
+            bail!(
+                "{} and {} are both named {}: results would mix",
+                other.file.display(),
+                file.display(),
+                scenario.name
+            );
+        }
+        loaded.push(Loaded { file: file.clone(), scenario });
+    }
+    Ok(loaded)
+}
+
+/// Runs some scenarios in one lab host.
+fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded]) -> Result<Vec<Outcome>> {
+    let out = root.lab_dir()?;
+    clear(&out, loaded)?;
+    let mut request = Request {
+        command: vec!["/lab/lab".into(), "inside".into()],
+        env: Vec::new(),
+        extras: Vec::new(),
+        shares: Vec::new(),
+        out: out.clone(),
+        memory_mib: args.memory_mib,
+        timeout: BASE_TIME + Duration::from_secs(args.timeout_s) * loaded.len() as u32,
+    };
+    if args.narrate {
+        request.command.push("--narrate".into());
+    }
+    add_programs(args, &mut request)?;
+    add_images(args, root, loaded, &mut request)?;
+    for Loaded { file, scenario } in loaded {
+        let to = format!("/lab/scenarios/{}.toml", scenario.name);
+        request.extras.push(Extra::File { from: file.clone(), to: to.clone().into() });
+        request.command.push(to);
+    }
+    let ended = request.run(root, io::stdout(), io::stderr());
+    let problem = match &ended {
+        Ok(_) => "the lab host ended before this scenario's result came".to_owned(),
+        Err(error) => format!("{error:#}"),
+    };
+    if let Err(error) = &ended {
+        eprintln!("lab: {error:#}");
+    }
+    Ok(loaded.iter().map(|one| outcome_of(&out, &one.scenario.name, &problem)).collect())
+}
+
+/// Removes what an earlier run left, so that no old result passes for a new one.
+fn clear(out: &Path, loaded: &[Loaded]) -> Result<()> {
+    let own = loaded.iter().map(|one| out.join(&one.scenario.name));
+    for dir in own.chain([outcomes_dir(out), out.join("import")]) {
+        match fs::remove_dir_all(&dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot remove {}", dir.display()));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn outcomes_dir(out: &Path) -> PathBuf {
+    out.join(OUTCOMES.trim_start_matches("/out/"))
+}
+
+/// Reads a scenario's outcome; one that is not there is a failure.
+fn outcome_of(out: &Path, name: &str, problem: &str) -> Outcome {
+    let file = outcomes_dir(out).join(format!("{name}.json"));
+    let read = fs::read(&file).ok().and_then(|json| serde_json::from_slice(&json).ok());
+    read.unwrap_or_else(|| {
+        let outcome =
+            Outcome { name: name.into(), error: Some(problem.into()), ..Outcome::default() };
+        crate::say(&outcome.line());
+        outcome
+    })
+}
+
+fn add_programs(args: &RunArgs, request: &mut Request) -> Result<()> {
+    let dir = match &args.programs {
+        Some(dir) => dir.clone(),
+        None => {
+            let lab = env::current_exe().context("cannot tell which file this program is")?;
+            lab.parent().context("this program is in no directory")?.to_owned()
+        }
+    };
+    for program in PROGRAMS {
+        let from = dir.join(program);
+        if !from.is_file() {
+            bail!(
+                "{} is missing: build it with `cargo build --release`, or name another directory \
+                 with --programs",
+                from.display()
+            );
+        }
+        let to = Path::new("/usr/local/bin").join(program);
+        request.extras.push(Extra::File { from, to });
+    }
+    Ok(())
+}
+
+fn add_images(args: &RunArgs, root: &Root, loaded: &[Loaded], request: &mut Request) -> Result<()> {
+    let images = args.images.clone().unwrap_or_else(|| root.path("target/images"));
+    let mut names: Vec<&str> = loaded.iter().map(|one| one.scenario.vm.image.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        let dir = images.join(name);
+        if let Some(part) = IMAGE_PARTS.iter().find(|part| !dir.join(part).is_file()) {
+            bail!(
+                "the guest image {} lacks {part}: `make images` builds it, --images names another \
+                 directory",
+                dir.display()
+            );
+        }
+        request.share(&dir, &format!("{IMAGES}/{name}"), false)?;
+    }
+    Ok(())
+}

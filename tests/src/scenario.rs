@@ -1,0 +1,449 @@
+//! Scenarios: what a file under `tests/scenarios/` may say.
+//!
+//! Every field is documented in `docs/lab.md`. A field that is not known is an error that names
+//! it, so that a typing mistake cannot quietly switch a check off.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+/// Longest name: it becomes a directory name and a column of a table.
+const MAX_NAME_BYTES: usize = 48;
+
+/// One scenario.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Scenario {
+    /// Unique among the scenarios of one run.
+    pub(crate) name: String,
+    /// What it shows, for people.
+    pub(crate) description: String,
+    /// The link between the cloudlets.
+    #[serde(default)]
+    pub(crate) link: LinkPlan,
+    /// The guest.
+    #[serde(default)]
+    pub(crate) vm: VmPlan,
+    /// Cloudlet B where it differs from A.
+    #[serde(default)]
+    pub(crate) cloudlet_b: CloudletPlan,
+    /// The client that talks to the guest throughout.
+    #[serde(default)]
+    pub(crate) client: ClientPlan,
+    /// What happens, in order.
+    pub(crate) steps: Vec<Step>,
+    /// Where the guest must run at the end.
+    pub(crate) ends_on: Place,
+    /// Figures that must not be exceeded.
+    #[serde(default)]
+    pub(crate) limits: Limits,
+}
+
+/// How the link between the cloudlets is shaped: the same in both directions.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Link {
+    /// Rate of each direction; 0 for no limit.
+    pub(crate) rate_mbps: f64,
+    /// Delay of each direction: half of what it adds to a round trip.
+    pub(crate) delay_ms: f64,
+    /// Packets lost at random, each direction.
+    pub(crate) loss_percent: f64,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self { rate_mbps: 10.0, delay_ms: 0.0, loss_percent: 0.0 }
+    }
+}
+
+/// The link and how it changes.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct LinkPlan {
+    /// See [`Link::rate_mbps`].
+    pub(crate) rate_mbps: Option<f64>,
+    /// See [`Link::delay_ms`].
+    pub(crate) delay_ms: f64,
+    /// See [`Link::loss_percent`].
+    pub(crate) loss_percent: f64,
+    /// Changes over time.
+    pub(crate) changes: Vec<LinkChange>,
+}
+
+impl LinkPlan {
+    /// The link at the beginning.
+    pub(crate) fn at_first(&self) -> Link {
+        Link {
+            rate_mbps: self.rate_mbps.unwrap_or(Link::default().rate_mbps),
+            delay_ms: self.delay_ms,
+            loss_percent: self.loss_percent,
+        }
+    }
+}
+
+/// A change of the link; what is not named stays as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LinkChange {
+    /// When, in seconds from the start of the first handoff.
+    pub(crate) at_s: f64,
+    /// New rate.
+    pub(crate) rate_mbps: Option<f64>,
+    /// New delay.
+    pub(crate) delay_ms: Option<f64>,
+    /// New loss.
+    pub(crate) loss_percent: Option<f64>,
+}
+
+impl LinkChange {
+    /// The link after the change.
+    pub(crate) fn apply(&self, link: Link) -> Link {
+        Link {
+            rate_mbps: self.rate_mbps.unwrap_or(link.rate_mbps),
+            delay_ms: self.delay_ms.unwrap_or(link.delay_ms),
+            loss_percent: self.loss_percent.unwrap_or(link.loss_percent),
+        }
+    }
+}
+
+/// The guest.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct VmPlan {
+    /// Name of a directory under `target/images`.
+    pub(crate) image: String,
+    /// Its RAM.
+    pub(crate) memory_mib: u32,
+    /// Its virtual CPUs.
+    pub(crate) vcpus: u8,
+    /// Appended to its kernel command line.
+    pub(crate) append: String,
+}
+
+impl Default for VmPlan {
+    fn default() -> Self {
+        Self { image: "minimal".into(), memory_mib: 512, vcpus: 1, append: String::new() }
+    }
+}
+
+/// A cloudlet.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CloudletPlan {
+    /// Whether it holds the guest's base.
+    pub(crate) has_base: bool,
+    /// Room on its file system beside the base; no limit when absent.
+    pub(crate) free_mib: Option<u32>,
+}
+
+impl Default for CloudletPlan {
+    fn default() -> Self {
+        Self { has_base: true, free_mib: None }
+    }
+}
+
+/// The client outside.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ClientPlan {
+    /// Time between two probes.
+    pub(crate) interval_ms: u32,
+}
+
+impl Default for ClientPlan {
+    fn default() -> Self {
+        Self { interval_ms: 10 }
+    }
+}
+
+/// One of the two cloudlets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Side {
+    /// Where guests start.
+    A,
+    /// The other.
+    B,
+}
+
+/// Where a guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Place {
+    /// On cloudlet A.
+    A,
+    /// On cloudlet B.
+    B,
+    /// Nowhere: it died with its cloudlet.
+    None,
+}
+
+impl Place {
+    /// The cloudlet, if it is one.
+    pub(crate) fn side(self) -> Option<Side> {
+        match self {
+            Self::A => Some(Side::A),
+            Self::B => Some(Side::B),
+            Self::None => None,
+        }
+    }
+}
+
+/// One thing that happens.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum Step {
+    /// Start the guest on A and wait until its agent answers.
+    Start {},
+    /// Let time pass.
+    Wait {
+        /// How much.
+        seconds: f64,
+    },
+    /// Tell the guest's agent to do something; its answer must not be an error.
+    Agent {
+        /// The command line, as the agent documents it.
+        command: String,
+    },
+    /// Hand the guest off.
+    Handoff {
+        /// From where.
+        from: Side,
+        /// To where.
+        to: Side,
+        /// Whether both sides hash all of RAM and disk at cutover.
+        #[serde(default)]
+        audit: bool,
+        /// How it must end.
+        #[serde(default)]
+        expect: Expect,
+        /// Text that the error must hold, when the guest is to be kept.
+        #[serde(default)]
+        says: Option<String>,
+        /// Go on with the next step at once; a later `finish` waits for the end.
+        #[serde(default)]
+        background: bool,
+        /// Who listens at the other cloudlet.
+        #[serde(default)]
+        peer: Peer,
+    },
+    /// Wait for the end of a handoff in the background.
+    Finish {},
+    /// Kill, by SIGKILL, every process of howdah on a cloudlet.
+    Kill {
+        /// The cloudlet.
+        who: Side,
+        /// Only once this much has gone over the link since the handoff began.
+        #[serde(default)]
+        after_link_kib: u64,
+    },
+    /// Lose every packet on the link.
+    Cut {},
+    /// End the cut.
+    Heal {},
+    /// Shape the link anew.
+    Link {
+        /// The link from now on; a field that is absent has its default.
+        now: Link,
+    },
+    /// Start the cloudlet's `howdah receive` again.
+    Receive {
+        /// The cloudlet.
+        on: Side,
+    },
+}
+
+/// How a handoff must end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Expect {
+    /// The guest runs at the other cloudlet.
+    #[default]
+    Moved,
+    /// The handoff failed and the guest goes on where it was.
+    Kept,
+    /// The source was killed.
+    Killed,
+}
+
+/// Who listens at the other cloudlet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Peer {
+    /// `howdah receive`.
+    #[default]
+    Howdah,
+    /// Something that speaks a later version of the protocol only.
+    OtherVersion,
+}
+
+/// Figures of the first handoff that must not be exceeded.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Limits {
+    /// Total time.
+    pub(crate) total_ms: Option<f64>,
+    /// Downtime.
+    pub(crate) downtime_ms: Option<f64>,
+    /// The longest silence that the client met.
+    pub(crate) client_gap_ms: Option<f64>,
+}
+
+impl Scenario {
+    /// Reads a file.
+    pub(crate) fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("cannot read the scenario {}", path.display()))?;
+        Self::parse(&text).with_context(|| format!("{}", path.display()))
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let scenario: Self = toml::from_str(text)?;
+        scenario.validate()?;
+        Ok(scenario)
+    }
+
+    fn validate(&self) -> Result<()> {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        let name = self.name.as_bytes();
+        if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.iter().all(|byte| plain(*byte)) {
+            bail!(
+                "name = {:?}: use 1 to {MAX_NAME_BYTES} lowercase letters, digits and hyphens",
+                self.name
+            );
+        }
+        if !matches!(self.steps.first(), Some(Step::Start {})) {
+            bail!("steps: the first must be {{ do = \"start\" }}");
+        }
+        let mut pending = false;
+        for (at, step) in self.steps.iter().enumerate() {
+            let at = at + 1;
+            match step {
+                Step::Start {} if at > 1 => bail!("steps: step {at} starts a second guest"),
+                Step::Handoff { .. } if pending => {
+                    bail!("steps: step {at} hands off while a handoff runs: finish it first")
+                }
+                Step::Handoff { from, to, .. } if from == to => {
+                    bail!("steps: step {at} hands off to where the guest is")
+                }
+                Step::Handoff { background, .. } => pending = *background,
+                Step::Finish {} if !pending => {
+                    bail!("steps: step {at} finishes a handoff and none is in the background")
+                }
+                Step::Finish {} => pending = false,
+                Step::Wait { seconds } if !(0.0..=3600.0).contains(seconds) => {
+                    bail!("steps: step {at} waits {seconds} s: use 0 to 3600")
+                }
+                Step::Link { now } => check_link(now)?,
+                _ => {}
+            }
+        }
+        if pending {
+            bail!("steps: a handoff in the background is never finished");
+        }
+        let mut link = self.link.at_first();
+        check_link(&link)?;
+        for change in &self.link.changes {
+            link = change.apply(link);
+            check_link(&link)?;
+        }
+        Ok(())
+    }
+}
+
+fn check_link(link: &Link) -> Result<()> {
+    if !(0.0..=100_000.0).contains(&link.rate_mbps) {
+        bail!("link: rate_mbps = {}: use 0 (no limit) to 100000", link.rate_mbps);
+    }
+    if !(0.0..=10_000.0).contains(&link.delay_ms) {
+        bail!("link: delay_ms = {}: use 0 to 10000", link.delay_ms);
+    }
+    if !(0.0..=100.0).contains(&link.loss_percent) {
+        bail!("link: loss_percent = {}: use 0 to 100", link.loss_percent);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALLEST: &str = "name = 'x'\ndescription = 'd'\nends_on = 'a'\n";
+
+    fn error_of(text: &str) -> String {
+        format!("{:#}", Scenario::parse(text).unwrap_err())
+    }
+
+    fn with_steps(steps: &str) -> String {
+        format!("{SMALLEST}steps = [{{ do = 'start' }}, {steps}]\n")
+    }
+
+    #[test]
+    fn what_is_left_out_has_sensible_values() {
+        let scenario = Scenario::parse(&with_steps("")).unwrap();
+        assert_eq!(scenario.link.at_first(), Link::default());
+        assert_eq!((scenario.vm.memory_mib, scenario.vm.vcpus), (512, 1));
+        assert_eq!(scenario.steps, [Step::Start {}]);
+        assert!(scenario.cloudlet_b.has_base);
+    }
+
+    #[test]
+    fn unknown_fields_are_named() {
+        let typo = format!("{}[limits]\ndown_time_ms = 5\n", with_steps(""));
+        assert!(error_of(&typo).contains("down_time_ms"), "{}", error_of(&typo));
+        let step = with_steps("{ do = 'handoff', from = 'a', to = 'b', audits = true }");
+        assert!(error_of(&step).contains("audits"), "{}", error_of(&step));
+        let verb = with_steps("{ do = 'fly' }");
+        assert!(error_of(&verb).contains("fly"), "{}", error_of(&verb));
+        let start = format!("{SMALLEST}steps = [{{ do = 'start', on = 'a' }}]\n");
+        assert!(error_of(&start).contains("on"), "{}", error_of(&start));
+    }
+
+    #[test]
+    fn steps_that_make_no_sense_are_refused() {
+        for (steps, word) in [
+            ("{ do = 'finish' }", "none is in the background"),
+            ("{ do = 'start' }", "second guest"),
+            ("{ do = 'handoff', from = 'a', to = 'a' }", "where the guest is"),
+            ("{ do = 'handoff', from = 'a', to = 'b', background = true }", "never finished"),
+            ("{ do = 'wait', seconds = -1.0 }", "waits"),
+        ] {
+            let error = error_of(&with_steps(steps));
+            assert!(error.contains(word), "{steps}: {error}");
+        }
+    }
+
+    #[test]
+    fn changes_of_the_link_leave_the_rest_as_it_was() {
+        let text = format!(
+            "{}[link]\nrate_mbps = 5\ndelay_ms = 25\nchanges = [{{ at_s = 3, rate_mbps = 35 }}]\n",
+            with_steps("")
+        );
+        let plan = Scenario::parse(&text).unwrap().link;
+        let changed = plan.changes[0].apply(plan.at_first());
+        assert_eq!(changed, Link { rate_mbps: 35.0, delay_ms: 25.0, loss_percent: 0.0 });
+    }
+
+    #[test]
+    fn every_scenario_of_the_project_parses() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+        let mut pending = vec![dir];
+        let mut names = Vec::new();
+        while let Some(dir) = pending.pop() {
+            for entry in fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    pending.push(path);
+                } else if path.extension().is_some_and(|suffix| suffix == "toml") {
+                    names.push(Scenario::load(&path).unwrap().name);
+                }
+            }
+        }
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!((names.len(), count >= 11), (count, true), "{names:?}");
+    }
+}
