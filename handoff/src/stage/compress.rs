@@ -162,3 +162,74 @@ impl Decompressor {
         Ok(body)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn round_trip(body: &[u8]) -> Codec {
+        let packed = Compressor::new().unwrap().compress(body).unwrap();
+        assert_eq!(packed.raw_len as usize, body.len());
+        assert!(packed.payload.len() <= body.len());
+        let mut decompressor = Decompressor::new().unwrap();
+        let out = decompressor.decompress(packed.codec, packed.raw_len, &packed.payload).unwrap();
+        assert_eq!(out, body);
+        packed.codec
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut out = vec![0; len];
+        blake3::Hasher::new().finalize_xof().fill(&mut out);
+        out
+    }
+
+    #[test]
+    fn raw_where_it_does_not_shrink() {
+        assert_eq!(round_trip(b""), Codec::Raw);
+        assert_eq!(round_trip(b"x"), Codec::Raw);
+        assert_eq!(round_trip(&noise(MAX_BATCH_BYTES)), Codec::Raw);
+        assert_eq!(round_trip(&vec![7; MAX_BATCH_BYTES]), Codec::Zstd);
+        let too_much = vec![0; MAX_BATCH_BYTES + 1];
+        let error = Compressor::new().unwrap().compress(&too_much).unwrap_err();
+        assert!(matches!(error, CompressError::TooLarge { .. }), "{error}");
+    }
+
+    #[test]
+    fn the_length_must_be_the_length() {
+        let packed = Compressor::new().unwrap().compress(&[7; 5000]).unwrap();
+        let mut decompressor = Decompressor::new().unwrap();
+        let mut with = |codec, raw_len| {
+            let result = decompressor.decompress(codec, raw_len, &packed.payload);
+            result.map(<[u8]>::len).map_err(|e| e.to_string())
+        };
+        assert_eq!(with(Codec::Zstd, 5000), Ok(5000));
+        assert!(with(Codec::Zstd, 4999).unwrap_err().contains("could not decompress"));
+        assert!(with(Codec::Zstd, 5001).unwrap_err().contains("holds 5000"));
+        assert!(with(Codec::Raw, 5000).unwrap_err().contains("holds"));
+        assert!(with(Codec::Zstd, u32::MAX).unwrap_err().contains("larger than"));
+        assert_eq!(with(Codec::Zstd, 5000), Ok(5000), "an error leaves the context usable");
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_payloads(
+            payload in prop::collection::vec(any::<u8>(), 0..200),
+            raw_len in 0u32..100_000,
+            frame: bool,
+        ) {
+            let magic = [0x28, 0xb5, 0x2f, 0xfd];
+            let payload = if frame { [&magic[..], &payload].concat() } else { payload };
+            let mut decompressor = Decompressor::new().unwrap();
+            if let Ok(body) = decompressor.decompress(Codec::Zstd, raw_len, &payload) {
+                prop_assert_eq!(body.len(), raw_len as usize);
+            }
+        }
+
+        #[test]
+        fn any_body(body in prop::collection::vec(0u8..8, 0..3000)) {
+            round_trip(&body);
+        }
+    }
+}

@@ -18,6 +18,8 @@ mod pack_codec;
 pub mod resolve;
 pub mod seal;
 pub mod stats;
+#[cfg(test)]
+mod tests;
 
 pub use classify::{Classifier, ClassifyError, Op, StageOptions};
 pub use compress::{Codec, Compressor, DecompressError, Decompressor, Packed};

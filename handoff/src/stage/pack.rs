@@ -471,3 +471,176 @@ impl<'a> Batch<'a> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn id(disk: bool, index: u64) -> ChunkId {
+        ChunkId { space: if disk { Space::Disk } else { Space::Ram }, index }
+    }
+
+    fn ops() -> impl Strategy<Value = (ChunkId, Op)> {
+        let index = || prop_oneof![0u64..50, any::<u64>(), Just(u64::MAX), Just(u64::MAX - 1)];
+        let part = prop::sample::select(vec![Part::Disk, Part::Kernel, Part::Initramfs]);
+        (any::<bool>(), index(), 0u8..6, part, index(), any::<bool>()).prop_map(
+            |(disk, index, kind, part, reference, source_disk)| {
+                let op = match kind {
+                    0 => Op::Unchanged,
+                    1 => Op::Reset,
+                    2 => Op::Zero,
+                    3 => Op::FromBase(Place { part, index: reference }),
+                    4 => Op::FromSeen(id(source_disk, reference)),
+                    _ => Op::Data,
+                };
+                (id(disk, index), op)
+            },
+        )
+    }
+
+    fn content(n: usize) -> Chunk {
+        [n as u8 | 1; CHUNK_SIZE]
+    }
+
+    fn expected(id: ChunkId, op: Op, chunk: &Chunk) -> Option<Step<'_>> {
+        let what = match (op, id.space) {
+            (Op::Unchanged, _) => return None,
+            (Op::Zero, Space::Ram) | (Op::Reset, _) => What::Reset,
+            (Op::Zero, Space::Disk) => What::Zero,
+            (Op::FromBase(place), _) => What::FromBase(place),
+            (Op::FromSeen(source), _) => What::FromSeen(source),
+            (Op::Data, _) => What::Data(chunk),
+        };
+        Some(Step { id, what })
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(ops in prop::collection::vec(ops(), 0..60), generation: u32) {
+            let chunks: Vec<Chunk> = (0..ops.len()).map(content).collect();
+            let mut batch = BatchBuilder::new(generation);
+            for ((id, op), chunk) in ops.iter().zip(&chunks) {
+                batch.push(*id, *op, chunk).unwrap();
+            }
+            let raw = batch.finish();
+            // An op on the very last chunk number has no end to encode: refused, not wrapped.
+            let touches_end = ops.iter().any(|(id, op)| {
+                let reference = match op {
+                    Op::FromBase(place) => place.index,
+                    Op::FromSeen(source) => source.index,
+                    _ => 0,
+                };
+                *op != Op::Unchanged && (id.index == u64::MAX || reference == u64::MAX)
+            });
+            match Batch::parse(&raw.body) {
+                Ok(parsed) => {
+                    prop_assert!(!touches_end);
+                    let steps: Vec<_> = parsed.steps().collect();
+                    let wanted: Vec<_> = ops.iter().zip(&chunks)
+                        .filter_map(|((id, op), chunk)| expected(*id, *op, chunk)).collect();
+                    prop_assert_eq!(parsed.generation(), generation);
+                    prop_assert_eq!(parsed.chunks(), raw.chunks);
+                    prop_assert_eq!(steps, wanted);
+                }
+                Err(e) => prop_assert!(touches_end, "{}", e),
+            }
+            let table: u64 = raw.class_bytes.iter().sum();
+            prop_assert!(raw.body.len() as u64 - table <= 4 + 2);
+        }
+
+        #[test]
+        fn arbitrary_bytes(body in prop::collection::vec(any::<u8>(), 0..300)) {
+            if let Ok(batch) = Batch::parse(&body) {
+                prop_assert_eq!(batch.steps().count() as u64, batch.chunks());
+            }
+        }
+
+        /// A well-formed batch has nothing after it and lacks nothing.
+        #[test]
+        fn no_more_no_less(ops in prop::collection::vec(ops(), 0..20), extra: u8) {
+            let mut batch = BatchBuilder::new(1);
+            for (id, op) in ops {
+                batch.push(ChunkId { index: id.index / 2, ..id }, op, &content(1)).unwrap();
+            }
+            let mut body = batch.finish().body;
+            if Batch::parse(&body).is_ok() {
+                body.push(extra);
+                prop_assert!(Batch::parse(&body).is_err());
+                body.truncate(body.len() - 2);
+                prop_assert!(Batch::parse(&body).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn neighbours_share_a_run() {
+        let mut batch = BatchBuilder::new(1);
+        for n in 0..100 {
+            let place = Place { part: Part::Disk, index: 5000 + n };
+            batch.push(id(false, 1000 + n), Op::FromBase(place), &content(1)).unwrap();
+        }
+        assert_eq!(batch.chunks(), 100);
+        let raw = batch.finish();
+        assert!(raw.body.len() <= 12, "{} bytes", raw.body.len());
+    }
+
+    #[test]
+    fn full_is_full() {
+        let limits = BatchLimits { data_chunks: 2, chunks: 3 };
+        let mut batch = BatchBuilder::with_limits(1, limits);
+        batch.push(id(false, 1), Op::Reset, &content(1)).unwrap();
+        batch.push(id(false, 2), Op::Reset, &content(1)).unwrap();
+        assert!(!batch.is_full());
+        batch.push(id(false, 4), Op::Data, &content(1)).unwrap();
+        assert!(batch.is_full());
+        assert_eq!(batch.push(id(false, 5), Op::Data, &content(1)), Err(BatchFull));
+        batch.push(id(false, 5), Op::Unchanged, &content(1)).unwrap();
+
+        let mut batch = BatchBuilder::with_limits(1, limits);
+        batch.push(id(false, 4), Op::Data, &content(1)).unwrap();
+        batch.push(id(true, 4), Op::Data, &content(1)).unwrap();
+        assert!(batch.is_full());
+    }
+
+    /// The largest batch that can be built is one that can be parsed.
+    #[test]
+    fn the_largest_fits() {
+        let mut batch = BatchBuilder::new(u32::MAX);
+        for n in 0..MAX_BATCH_CHUNKS as u64 {
+            let far = id(false, if n % 2 == 0 { n } else { u64::MAX / 2 + n });
+            let data = n >= (MAX_BATCH_CHUNKS - MAX_BATCH_DATA_CHUNKS) as u64;
+            let op = if data { Op::Data } else { Op::FromSeen(far) };
+            batch.push(far, op, &content(1)).unwrap();
+        }
+        assert!(batch.is_full());
+        let raw = batch.finish();
+        assert!(raw.body.len() <= MAX_BATCH_BYTES);
+        assert_eq!(Batch::parse(&raw.body).unwrap().chunks(), MAX_BATCH_CHUNKS as u64);
+    }
+
+    #[test]
+    fn little_input_cannot_claim_much() {
+        let claim = |count: u64| {
+            let mut body = vec![0; 4];
+            body.extend([1, 0, 0]);
+            put_varint(&mut body, count - 1);
+            Batch::parse(&body).map(|batch| batch.chunks())
+        };
+        assert_eq!(claim(MAX_BATCH_CHUNKS as u64), Ok(MAX_BATCH_CHUNKS as u64));
+        let chunks = MAX_BATCH_CHUNKS as u64 + 1;
+        assert_eq!(claim(chunks), Err(BatchError::TooManyChunks { chunks, data_chunks: 0 }));
+        assert!(claim(u64::MAX).is_err());
+        let runs = [&[0; 4][..], &[0xff; 9], &[1]].concat();
+        assert_eq!(Batch::parse(&runs).unwrap_err(), BatchError::Truncated { at: 14 });
+    }
+
+    #[test]
+    fn unknown_tags() {
+        for tag in [1u8, 5, 6, 7, 0x10, 0x32, 0x23, 0x42, 0x80, 0xff] {
+            let body = [0, 0, 0, 0, 1, tag, 0, 0, 0];
+            assert_eq!(Batch::parse(&body).unwrap_err(), BatchError::Tag { at: 5, tag });
+        }
+    }
+}

@@ -293,3 +293,79 @@ impl Opener {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn packed(text: &str) -> Packed {
+        let payload = text.as_bytes().to_vec();
+        Packed { codec: Codec::Raw, raw_len: payload.len() as u32, payload }
+    }
+
+    fn three() -> Vec<Segment> {
+        let mut sealer = Sealer::new(b"one");
+        ["a", "b", "c"].map(|text| sealer.seal(1, SegmentKind::Chunks, packed(text))).to_vec()
+    }
+
+    #[test]
+    fn in_order_and_nothing_else() {
+        let [a, b, c] = three().try_into().unwrap();
+        let mut opener = Opener::new(b"one");
+        assert_eq!(opener.open(&b), Err(OpenError::Gap { seq: 2, expected: 1 }));
+        opener.open(&a).unwrap();
+        assert_eq!(opener.open(&a), Err(OpenError::Repeated { seq: 1, expected: 2 }));
+        assert_eq!(opener.open(&c), Err(OpenError::Gap { seq: 3, expected: 2 }));
+        opener.open(&b).unwrap();
+        opener.open(&c).unwrap();
+        assert_eq!(opener.last_seq(), 3);
+        let first = Opener::new(b"two").open(&a);
+        assert_eq!(first, Err(OpenError::Chain { seq: 1 }), "of another handoff");
+    }
+
+    #[test]
+    fn a_refused_segment_changes_nothing() {
+        let [a, b, _] = three().try_into().unwrap();
+        let mut opener = Opener::new(b"one");
+        opener.open(&a).unwrap();
+        let mut altered = b.clone();
+        altered.payload = b"B".to_vec();
+        assert_eq!(opener.open(&altered), Err(OpenError::Chain { seq: 2 }));
+        opener.open(&b).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn survives_the_wire(
+            text in "[a-z]{0,50}", round: u32, state: bool, at in any::<prop::sample::Index>(),
+            xor in 1u8..,
+        ) {
+            let kind = if state { SegmentKind::MachineState } else { SegmentKind::Chunks };
+            let segment = Sealer::new(b"one").seal(round, kind, packed(&text));
+            let mut bytes = Vec::new();
+            segment.encode_into(&mut bytes);
+            prop_assert_eq!(bytes.len(), segment.encoded_len());
+            prop_assert_eq!(&Segment::decode(&bytes).unwrap(), &segment);
+            prop_assert!(Segment::decode(&bytes[..bytes.len() - 1]).is_err());
+            prop_assert!(Segment::decode(&[&bytes[..], &[0]].concat()).is_err());
+
+            // Every bit is covered by the decoder's checks, the number, or the chain.
+            let at = at.index(bytes.len());
+            bytes[at] ^= xor;
+            if let Ok(altered) = Segment::decode(&bytes) {
+                prop_assert!(Opener::new(b"one").open(&altered).is_err());
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(segment) = Segment::decode(&bytes) {
+                let mut out = Vec::new();
+                segment.encode_into(&mut out);
+                prop_assert_eq!(out, bytes);
+            }
+        }
+    }
+}
