@@ -103,10 +103,10 @@ pub struct Report {
 
 /// The downtime and its bounds.
 ///
-/// The clocks of two machines are not compared. The source takes the time from the return of its
-/// VM's pause to the peer's word that the guest runs. That word travelled for half a round trip or
-/// thereabouts, and had the guest running before it was sent; so the whole is an upper bound, and
-/// less half a round trip it is the estimate.
+/// The clocks of two machines are not compared. The source takes the time from the moment it asks
+/// its VM to pause, after which the guest may still run for a little, to the peer's word that the
+/// guest runs, which is sent when it does. So the whole is an upper bound, and less half a round
+/// trip, the word's way back, it is the estimate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Downtime {
     /// The upper bound less half a round trip.
@@ -198,4 +198,85 @@ pub fn class_shares(stats: &Stats) -> Vec<StageShare> {
         cpu_s: share.cpu_ns as f64 / 1e9,
     };
     stats.iter().map(share).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn sample() -> Report {
+        let until_word = Duration::from_millis(180);
+        let downtime = Downtime::measured(until_word, Duration::from_millis(50), None);
+        Report {
+            handoff: "00ff".into(),
+            outcome: Outcome::Moved,
+            downtime_ms: Some(downtime.estimate_ms),
+            downtime: Some(downtime),
+            rounds: vec![Round { number: 1, chunks: 10, ..Round::default() }],
+            stages: class_shares(&Stats::default()),
+            cutover: Some(Cutover::default()),
+            ..Report::default()
+        }
+    }
+
+    fn types(schema: &Value) -> Vec<&str> {
+        match &schema["type"] {
+            Value::String(one) => vec![one],
+            Value::Array(several) => several.iter().filter_map(Value::as_str).collect(),
+            _ => vec![],
+        }
+    }
+
+    /// As much of JSON Schema as the report's schema uses.
+    fn check(at: &str, schema: &Value, value: &Value) {
+        if let Value::Array(allowed) = &schema["enum"] {
+            return assert!(allowed.contains(value), "{at}: {value} is none of {allowed:?}");
+        }
+        let kind = match value {
+            Value::Null => "null",
+            Value::Bool(_) => "boolean",
+            Value::Number(n) if n.is_u64() => "integer",
+            Value::Number(_) => "number",
+            Value::String(_) => "string",
+            Value::Array(_) => "array",
+            Value::Object(_) => "object",
+        };
+        assert!(types(schema).contains(&kind), "{at}: {kind} is none of {:?}", types(schema));
+        for (i, item) in value.as_array().into_iter().flatten().enumerate() {
+            check(&format!("{at}[{i}]"), &schema["items"], item);
+        }
+        let Some(fields) = value.as_object() else { return };
+        let mut required: Vec<_> =
+            schema["required"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+        let mut described: Vec<_> = schema["properties"].as_object().unwrap().keys().collect();
+        let mut present: Vec<_> = fields.keys().collect();
+        required.sort_unstable();
+        described.sort_unstable();
+        present.sort_unstable();
+        assert_eq!(present, described, "{at}: fields and properties");
+        assert_eq!(present, required, "{at}: fields and required");
+        for (name, field) in fields {
+            check(&format!("{at}.{name}"), &schema["properties"][name], field);
+        }
+    }
+
+    #[test]
+    fn the_schema_describes_the_report() {
+        let schema = serde_json::from_str(include_str!("../../docs/report.schema.json")).unwrap();
+        let report = sample();
+        check("report", &schema, &serde_json::to_value(&report).unwrap());
+        check("report", &schema, &serde_json::to_value(Report::default()).unwrap());
+        let text = serde_json::to_string(&report).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
+    }
+
+    #[test]
+    fn downtime_is_bounded() {
+        let downtime = sample().downtime.unwrap();
+        assert_eq!((downtime.estimate_ms, downtime.upper_bound_ms), (155.0, 180.0));
+        let odd = Downtime::measured(Duration::from_millis(10), Duration::from_secs(1), None);
+        assert_eq!(odd.estimate_ms, 0.0);
+    }
 }
