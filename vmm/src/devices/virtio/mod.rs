@@ -6,7 +6,7 @@
 //!  KVM  <── irqfd ── interrupt <──────────────────────────┘
 //! ```
 //!
-//! [`mmio`] holds what the driver configures and the status state machine; [`worker`] owns the
+//! [`mmio`] holds what the driver configures and the status state machine; the worker owns the
 //! queues and the backend from the moment the driver is ready until it resets the device;
 //! [`queue`] turns descriptors that the guest wrote into [`queue::Chain`]s that lie in RAM.
 //! A backend is only what is particular to its kind of device.

@@ -1,12 +1,12 @@
 //! virtio-blk over a copy-on-write disk, with io_uring.
 //!
-//! A request is parsed ([`request`]), waits while an earlier one works on the same chunks, is split
-//! by where its chunks are ([`plan`]), and becomes operations on a ring ([`ring`]). When the last of
+//! A request is parsed (`request`), waits while an earlier one works on the same chunks, is split
+//! by where its chunks are (`plan`), and becomes operations on a ring (`ring`). When the last of
 //! them ends its effects are made visible, in this order: chunk states flip, dirty bits are set, the
 //! status is written, the request is published. Only then may another request touch its chunks, so
 //! the guest sees some serial order of its requests per sector.
 //!
-//! Flushes follow the overlay's order ([`flush`]). A driver that did not negotiate flushing gets a
+//! Flushes follow the overlay's order (`flush`). A driver that did not negotiate flushing gets a
 //! write-through disk: each change is made durable before it is reported.
 
 mod dirty;

@@ -330,6 +330,23 @@ proptest! {
         }
     }
 
+    /// Every page of guest RAM that differs afterwards is marked: data, status bytes, rings.
+    #[test]
+    fn every_change_of_ram_is_marked(batch in prop::collection::vec(asks(), 1..16)) {
+        let mut disk = disk(FLUSH);
+        let ram = disk.driver.ram.clone();
+        batch.iter().enumerate().for_each(|(n, ask)| { disk.ask(n, ask); });
+        let before = disk.driver.get(0, (DATA + 16 * SLOT_BYTES) as usize);
+        ram.iter().for_each(|region| region.get_mmap().bitmap().reset());
+        disk.driver.kick(0);
+        disk.driver.device.pause().unwrap();
+        let after = disk.driver.get(0, before.len());
+        let region = ram.iter().next().unwrap();
+        for (page, (now, then)) in after.chunks(4096).zip(before.chunks(4096)).enumerate() {
+            prop_assert!(now == then || region.bitmap().dirty_at(page * 4096), "page {}", page);
+        }
+    }
+
     /// Headers and lengths that make no sense are answered or break the device; nothing panics, and
     /// the disk is as it was unless the request was right.
     #[test]
@@ -389,7 +406,8 @@ fn tells_its_shape_and_name() {
 fn refuses_what_it_cannot_do() {
     let mut disk = disk(FLUSH);
     let slot = Disk::slot(0);
-    let cases: [(&str, u32, u64, &[(u64, u32)], &[(u64, u32)], u32); 8] = [
+    type Pieces<'a> = &'a [(u64, u32)];
+    let cases: [(&str, u32, u64, Pieces, Pieces, u32); 8] = [
         ("read past the end", VIRTIO_BLK_T_IN, SECTORS - 1, &[], &[(slot, 1024)], 1),
         ("write past the end", VIRTIO_BLK_T_OUT, SECTORS, &[(slot, 512)], &[], 1),
         ("sector that overflows", VIRTIO_BLK_T_OUT, u64::MAX, &[(slot, 512)], &[], 1),
