@@ -20,6 +20,8 @@ howdah-agent: a guest workload that shows whether the guest was moved without ha
   howdah-agent client ADDR [--interval-ms N] [--duration-s N] [--out FILE]
       probes the agent at ADDR (port 7777 unless given) until stopped by SIGTERM or SIGINT;
       a line of JSON per answer goes to FILE, a summary to FILE and to standard output
+  howdah-agent set-clock ADDR
+      brings the clock of the guest at ADDR in step with this machine's; prints how far it was off
   howdah-agent verify FILE
       checks a records file; prints what it holds; exit 0 only if all of it is sound";
 
@@ -29,6 +31,7 @@ pub(crate) enum Action {
     Help,
     Run(RunOptions),
     Client(ClientOptions),
+    SetClock(SocketAddr),
     Verify(PathBuf),
 }
 
@@ -87,6 +90,10 @@ pub(crate) fn parse(args: impl Iterator<Item = String>) -> Result<Action, ArgsEr
         None | Some("help" | "--help" | "-h") => Ok(Action::Help),
         Some("run") => parse_run(args).map(Action::Run),
         Some("client") => parse_client(args).map(Action::Client),
+        Some("set-clock") => match (args.0.next(), args.0.next()) {
+            (Some(address), None) => parse_address("set-clock", &address).map(Action::SetClock),
+            _ => Err(ArgsError::Usage("set-clock takes one address".into())),
+        },
         Some("verify") => match (args.0.next(), args.0.next()) {
             (Some(file), None) => Ok(Action::Verify(file.into())),
             _ => Err(ArgsError::Usage("verify takes one file".into())),
@@ -149,7 +156,7 @@ fn parse_client(mut args: Args<impl Iterator<Item = String>>) -> Result<ClientOp
             }
             "--out" => options.out = Some(args.value(&option)?.into()),
             address if agent.is_none() && !address.starts_with('-') => {
-                agent = Some(parse_address(address)?);
+                agent = Some(parse_address("client", address)?);
             }
             _ => return Err(ArgsError::Usage(format!("client takes no '{option}'"))),
         }
@@ -158,11 +165,11 @@ fn parse_client(mut args: Args<impl Iterator<Item = String>>) -> Result<ClientOp
     Ok(options)
 }
 
-fn parse_address(value: &str) -> Result<SocketAddr, ArgsError> {
+fn parse_address(command: &str, value: &str) -> Result<SocketAddr, ArgsError> {
     let with_port = value.parse::<SocketAddr>();
     let bare = || value.parse().map(|ip| SocketAddr::new(ip, probe::PORT));
     with_port.or_else(|_| bare()).map_err(|_| ArgsError::BadValue {
-        option: "client".into(),
+        option: command.to_owned(),
         value: value.to_owned(),
         expected: "expected an IP address, with or without a port",
     })
@@ -228,6 +235,8 @@ mod tests {
             "client example.org",
             "client 1.2.3.4 5.6.7.8",
             "verify",
+            "set-clock",
+            "set-clock host",
             "verify a b",
         ] {
             assert!(parse_words(line).is_err(), "{line}");

@@ -1,8 +1,11 @@
 //! The guest's clocks, and a watch that notices when one of them steps back.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use nix::time::{ClockId, clock_gettime};
+use nix::errno::Errno;
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime, clock_settime};
 
 const NS_PER_S: i64 = 1_000_000_000;
 
@@ -21,14 +24,6 @@ fn read(clock: ClockId) -> i64 {
     clock_gettime(clock).map_or(0, |t| t.tv_sec() * NS_PER_S + t.tv_nsec())
 }
 
-/// Remembers the last reading of both clocks and counts steps backward.
-///
-/// The guest sets its clock only at boot, so a REALTIME that goes back was moved by the VMM.
-#[derive(Debug, Default)]
-pub(crate) struct Watch {
-    last: Option<Reading>,
-}
-
 /// Both clocks, read one after the other.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Reading {
@@ -42,25 +37,53 @@ impl Reading {
     }
 }
 
-/// What a [`Watch`] has seen; read by whoever answers probes.
+/// Remembers the last reading of both clocks and counts steps backward.
+///
+/// In the guest nobody but [`Watch::step`] sets the clock: a REALTIME that goes back otherwise was
+/// moved by the VMM.
 #[derive(Debug, Default)]
-pub(crate) struct Findings {
-    /// Readings, of either clock, lower than the one before.
-    pub(crate) violations: AtomicU64,
-    /// The longest time, by CLOCK_MONOTONIC, between two readings.
-    pub(crate) longest_gap_ns: AtomicU64,
+pub(crate) struct Watch {
+    last: Mutex<Option<Reading>>,
+    violations: AtomicU64,
+    longest_gap_ns: AtomicU64,
 }
 
 impl Watch {
-    /// Takes a reading in; called at every tick.
-    pub(crate) fn observe(&mut self, now: Reading, findings: &Findings) {
-        if let Some(last) = self.last.replace(now) {
+    /// Looks at the clocks; called at every tick.
+    pub(crate) fn look(&self) {
+        // Read under the lock, so that a step is not seen as a violation.
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        self.compare(&mut last, Reading::now());
+    }
+
+    fn compare(&self, last: &mut Option<Reading>, now: Reading) {
+        if let Some(last) = last.replace(now) {
             let steps = u64::from(now.realtime_ns < last.realtime_ns)
                 + u64::from(now.monotonic_ns < last.monotonic_ns);
-            findings.violations.fetch_add(steps, Ordering::Relaxed);
+            self.violations.fetch_add(steps, Ordering::Relaxed);
             let gap = u64::try_from(now.monotonic_ns.saturating_sub(last.monotonic_ns));
-            findings.longest_gap_ns.fetch_max(gap.unwrap_or(0), Ordering::Relaxed);
+            self.longest_gap_ns.fetch_max(gap.unwrap_or(0), Ordering::Relaxed);
         }
+    }
+
+    /// Moves CLOCK_REALTIME, forward or back, on the asker's wish.
+    pub(crate) fn step(&self, by_ns: i64) -> nix::Result<()> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let to_ns = realtime_ns().checked_add(by_ns).filter(|ns| *ns > 0).ok_or(Errno::EINVAL)?;
+        let to = TimeSpec::new(to_ns / NS_PER_S, to_ns % NS_PER_S);
+        clock_settime(ClockId::CLOCK_REALTIME, to)?;
+        *last = None;
+        Ok(())
+    }
+
+    /// Readings, of either clock, lower than the one before.
+    pub(crate) fn violations(&self) -> u64 {
+        self.violations.load(Ordering::Relaxed)
+    }
+
+    /// The longest time, by CLOCK_MONOTONIC, between two readings.
+    pub(crate) fn longest_gap_ns(&self) -> u64 {
+        self.longest_gap_ns.load(Ordering::Relaxed)
     }
 }
 
@@ -69,11 +92,11 @@ mod tests {
     use super::*;
 
     fn observe_all(readings: &[(i64, i64)]) -> (u64, u64) {
-        let (mut watch, findings) = (Watch::default(), Findings::default());
+        let (watch, mut last) = (Watch::default(), None);
         for &(realtime_ns, monotonic_ns) in readings {
-            watch.observe(Reading { realtime_ns, monotonic_ns }, &findings);
+            watch.compare(&mut last, Reading { realtime_ns, monotonic_ns });
         }
-        (findings.violations.into_inner(), findings.longest_gap_ns.into_inner())
+        (watch.violations(), watch.longest_gap_ns())
     }
 
     #[test]
@@ -90,5 +113,15 @@ mod tests {
     fn real_clocks_read() {
         let now = Reading::now();
         assert!(now.realtime_ns > 0 && now.monotonic_ns > 0);
+        let watch = Watch::default();
+        watch.look();
+        watch.look();
+        assert_eq!(watch.violations(), 0);
+    }
+
+    #[test]
+    fn a_step_to_before_1970_is_refused() {
+        assert_eq!(Watch::default().step(i64::MIN), Err(Errno::EINVAL));
+        assert_eq!(Watch::default().step(i64::MAX), Err(Errno::EINVAL));
     }
 }

@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Load(Load),
     /// `free`: give the RAM back.
     Free,
+    /// `step-clock NS`: move the guest's CLOCK_REALTIME by so much.
+    StepClock(i64),
     /// `sync`: flush every file system.
     Sync,
     /// `verify-records`: read all records back and check them.
@@ -48,12 +50,14 @@ pub(crate) enum Command {
 pub(crate) enum CommandError {
     #[error(
         "unknown command '{0}': use status, write on RATE, write off, \
-         dirty PAGES_PER_S MIB [RANDOM_PERCENT], fill MIB, free, sync, verify-records, verify-ram \
-         or poweroff"
+         dirty PAGES_PER_S MIB [RANDOM_PERCENT], fill MIB, free, step-clock NS, sync, \
+         verify-records, verify-ram or poweroff"
     )]
     Unknown(String),
     #[error("{what} must be a number from 0 to {max}, not '{got}'")]
     Number { what: &'static str, max: u32, got: String },
+    #[error("the clock cannot be stepped by '{0}' nanoseconds")]
+    Step(String),
 }
 
 impl FromStr for Command {
@@ -78,6 +82,9 @@ impl FromStr for Command {
             ["dirty", rate, mib, percent] => load(rate, mib, Some(percent)),
             ["fill", mib] => load("0", mib, None),
             ["free"] => Ok(Self::Free),
+            ["step-clock", ns] => {
+                ns.parse().map(Self::StepClock).map_err(|_| CommandError::Step(ns.to_owned()))
+            }
             ["sync"] => Ok(Self::Sync),
             ["verify-records"] => Ok(Self::VerifyRecords),
             ["verify-ram"] => Ok(Self::VerifyRam),
@@ -101,6 +108,7 @@ impl Command {
             Self::Write(rate) => agent.throttle.set(rate),
             Self::Load(load) => agent.ram.set(load, vitals)?,
             Self::Free => agent.ram.free(vitals),
+            Self::StepClock(by_ns) => vitals.clock.step(by_ns)?,
             Self::Sync => nix::unistd::sync(),
             Self::VerifyRecords => {
                 return Ok(serde_json::to_value(records::verify_file(&agent.records_path)?)?);
@@ -181,6 +189,7 @@ mod tests {
         assert_eq!("status\r\n".parse(), Ok(Command::Status));
         assert_eq!("write on 50".parse(), Ok(Command::Write(50)));
         assert_eq!("write off".parse(), Ok(Command::Write(0)));
+        assert_eq!("step-clock -5".parse(), Ok(Command::StepClock(-5)));
         assert_eq!("dirty 200 20".parse::<Command>(), load(200, 20, 25));
         assert_eq!("dirty 200 20 100".parse::<Command>(), load(200, 20, 100));
         assert_eq!(" fill  64 ".parse::<Command>(), load(0, 64, 25));
@@ -191,6 +200,7 @@ mod tests {
         for line in ["", "status now", "write on", "dirty 1", "dirty 1 2 3 4", "reboot"] {
             assert!(matches!(line.parse::<Command>(), Err(CommandError::Unknown(_))), "{line}");
         }
+        assert_eq!("step-clock x".parse::<Command>(), Err(CommandError::Step("x".into())));
         for line in ["write on -1", "write on 10001", "dirty x 1", "dirty 1 1 101"] {
             assert!(matches!(line.parse::<Command>(), Err(CommandError::Number { .. })), "{line}");
         }

@@ -26,6 +26,7 @@ mod probe;
 mod ram;
 mod records;
 mod serve;
+mod setclock;
 mod summary;
 mod vitals;
 
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Ok(Action::Help) => say(args::USAGE),
         Ok(Action::Run(options)) => serve::run(&options).map_err(Into::into),
         Ok(Action::Verify(file)) => return verify(&file),
+        Ok(Action::SetClock(agent)) => setclock::run(agent).map_err(Into::into),
         Ok(Action::Client(options)) => client::run(&options).map_err(Into::into),
         Err(error) => Err(error.into()),
     };

@@ -11,7 +11,6 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::args::RunOptions;
-use crate::clock::{Reading, Watch};
 use crate::ram::{LoadError, Ram};
 use crate::records::{Throttle, Writer};
 use crate::vitals::{Identity, Vitals};
@@ -93,9 +92,8 @@ fn start(
 
 /// Counts, and looks at the clocks, at every tick.
 fn tick(vitals: &Vitals, period: Duration) -> ! {
-    let mut watch = Watch::default();
     loop {
-        watch.observe(Reading::now(), &vitals.clock);
+        vitals.clock.look();
         vitals.counter.fetch_add(1, Ordering::AcqRel);
         thread::sleep(period);
     }

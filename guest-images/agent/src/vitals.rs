@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use crate::clock::{Findings, Reading};
+use crate::clock::{Reading, Watch};
 
 /// Who this guest is: unchanged for as long as its RAM is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(crate) struct Vitals {
     pub(crate) identity: Identity,
     /// Grows at every tick, in RAM only.
     pub(crate) counter: AtomicU64,
-    pub(crate) clock: Findings,
+    pub(crate) clock: Watch,
     /// The last record known to be on the disk; 0 for none.
     pub(crate) durable_seq: AtomicU64,
     pub(crate) write_errors: AtomicU64,
@@ -68,7 +68,7 @@ impl Vitals {
         Self {
             identity,
             counter: AtomicU64::new(0),
-            clock: Findings::default(),
+            clock: Watch::default(),
             durable_seq: AtomicU64::new(0),
             write_errors: AtomicU64::new(0),
             ram_errors: AtomicU64::new(0),
@@ -89,8 +89,8 @@ impl Vitals {
             durable_seq: get(&self.durable_seq),
             realtime_ns: now.realtime_ns,
             monotonic_ns: now.monotonic_ns,
-            clock_violations: get(&self.clock.violations),
-            longest_tick_gap_ns: get(&self.clock.longest_gap_ns),
+            clock_violations: self.clock.violations(),
+            longest_tick_gap_ns: self.clock.longest_gap_ns(),
             write_errors: get(&self.write_errors),
             ram_errors: get(&self.ram_errors),
             ram_pages: get(&self.ram_pages),
