@@ -13,7 +13,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use guest_images::{Base, CHUNK_SIZE, overlay::Overlay};
@@ -63,14 +63,21 @@ fn options() -> Result<Options, Box<dyn Error>> {
     Ok(options)
 }
 
-/// Writes through at once: the console is a terminal.
-struct Console;
+/// Writes whole lines, each with the host's time in front: to compare the guest's clock with.
+#[derive(Default)]
+struct Console(Vec<u8>);
 
 impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let mut out = std::io::stdout().lock();
-        out.write_all(bytes)?;
-        out.flush()?;
+        for byte in bytes {
+            self.0.push(*byte);
+            if *byte == b'\n' {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let mut out = std::io::stdout().lock();
+                write!(out, "{}.{:06} ", now.as_secs(), now.subsec_micros())?;
+                out.write_all(&std::mem::take(&mut self.0))?;
+            }
+        }
         Ok(bytes.len())
     }
 
@@ -92,7 +99,7 @@ fn config(
         cmdline: options.cmdline.clone(),
         disk,
         net: options.tap.clone().map(|tap| NetConfig { tap, mac: [0x02, 0, 0, 0, 0, 1] }),
-        console: Box::new(Console),
+        console: Box::new(Console::default()),
         events,
     }
 }

@@ -53,6 +53,7 @@ const POWER: u32 = 6;
 const PERFORMANCE: u32 = 0xa;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
+const XSAVE: u32 = 0xd;
 const KVM_SIGNATURE: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const AMD_FEATURES: u32 = 0x8000_0001;
@@ -64,6 +65,7 @@ const AMD_TOPOLOGY: u32 = 0x8000_001e;
 const AMD_PERFORMANCE: u32 = 0x8000_0022;
 
 const ECX1_TSC_DEADLINE: u32 = 1 << 24;
+const ECX1_XSAVE: u32 = 1 << 26;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
 const EDX1_HTT: u32 = 1 << 28;
 
@@ -235,6 +237,13 @@ pub fn vendor(table: &[Entry]) -> Option<String> {
     let bytes: Vec<u8> =
         [leaf.ebx, leaf.edx, leaf.ecx].iter().flat_map(|register| register.to_le_bytes()).collect();
     Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// All extended states that the CPU has, as XCR0 names them; `None` without XSAVE.
+pub fn xcr0(table: &[Entry]) -> Option<u64> {
+    let has_xsave = find(table, BASIC_FEATURES, 0)?.ecx & ECX1_XSAVE != 0;
+    let leaf = find(table, XSAVE, 0).filter(|_| has_xsave)?;
+    Some(u64::from(leaf.eax) | u64::from(leaf.edx) << 32)
 }
 
 /// Bits of a guest-physical address.

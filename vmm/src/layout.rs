@@ -98,6 +98,8 @@ pub const CMDLINE_MAX: usize = 2048;
 pub const EBDA_START: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first: where guests search for one without being told.
 pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Where a CPU goes to start over in real mode. ACPI tables end before it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where high memory begins, and with it RAM that e820 gives to the guest again.
 pub const HIMEM_START: u64 = 0x10_0000;
 /// Where a bzImage is loaded: its preferred address.

@@ -20,8 +20,8 @@ use super::BootError;
 use crate::{
     layout::{
         ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_S5_SLEEP_TYPE, ACPI_SLEEP_CONTROL_PORT,
-        ACPI_SLEEP_STATUS_PORT, ACPI_TABLES, COM1_GSI, COM1_PORT, COM1_PORTS, HIMEM_START,
-        IOAPIC_ADDRESS, LAPIC_ADDRESS, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_address,
+        ACPI_SLEEP_STATUS_PORT, ACPI_TABLES, COM1_GSI, COM1_PORT, COM1_PORTS, IOAPIC_ADDRESS,
+        LAPIC_ADDRESS, RESET_VECTOR, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_address,
     },
     memory::GuestRam,
 };
@@ -44,7 +44,7 @@ pub(super) fn write(ram: &GuestRam, vcpus: u8, slots: &[usize]) -> Result<GuestA
     let mut put = |bytes: &[u8]| -> Result<u64, BootError> {
         let at = next;
         let end = at + bytes.len() as u64;
-        if end > HIMEM_START {
+        if end > RESET_VECTOR {
             return Err(BootError::AcpiTooLarge);
         }
         ram.write_slice(bytes, GuestAddress(at))?;

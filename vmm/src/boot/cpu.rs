@@ -1,12 +1,15 @@
 //! How the first vCPU starts: long mode, flat segments, low 4 GiB mapped one to one.
 
-use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
 use crate::{
-    layout::{BOOT_GDT, BOOT_IDT, BOOT_PAGE_TABLES, BOOT_STACK, ZERO_PAGE},
+    layout::{
+        ACPI_RESET_PORT, ACPI_RESET_VALUE, BOOT_GDT, BOOT_IDT, BOOT_PAGE_TABLES, BOOT_STACK,
+        RESET_VECTOR, ZERO_PAGE,
+    },
     memory::GuestRam,
 };
 
@@ -54,8 +57,23 @@ pub struct BootCpu {
     pub entry: GuestAddress,
 }
 
-/// Writes GDT, IDT and page tables.
+/// Real-mode code at the reset vector, for kernels that restart by jumping there: asks for a reset
+/// through the ACPI register, then halts.
+const RESET_CODE: [u8; 9] = [
+    0xba,
+    ACPI_RESET_PORT as u8,
+    (ACPI_RESET_PORT >> 8) as u8, // mov dx, port
+    0xb0,
+    ACPI_RESET_VALUE, // mov al, value
+    0xee,             // out dx, al
+    0xf4,             // hlt
+    0xeb,
+    0xfd, // jmp to hlt
+];
+
+/// Writes GDT, IDT, page tables and the reset vector.
 pub(super) fn write_tables(ram: &GuestRam) -> Result<(), BootError> {
+    ram.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))?;
     for (n, entry) in GDT.iter().enumerate() {
         ram.write_obj(*entry, GuestAddress(BOOT_GDT + n as u64 * 8))?;
     }
@@ -107,7 +125,16 @@ impl BootCpu {
 }
 
 /// What every vCPU has after reset and KVM does not give: FPU, memory types, interrupt wiring.
-pub fn setup_vcpu(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+///
+/// `xcr0` are all extended states of its CPUID. They are switched on from the start, not only when
+/// the guest does it: a host that is itself a guest may run on a hypervisor that does not tell KVM of
+/// the guest's XSETBV (QEMU's emulated SVM), and KVM would then lose the guest's vector registers.
+pub fn setup_vcpu(vcpu: &VcpuFd, xcr0: Option<u64>) -> Result<(), kvm_ioctls::Error> {
+    if let Some(value) = xcr0 {
+        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+        xcrs.xcrs[0].value = value;
+        vcpu.set_xcrs(&xcrs)?;
+    }
     vcpu.set_fpu(&kvm_fpu { fcw: FPU_CONTROL, mxcsr: MXCSR, ..Default::default() })?;
     let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     let msrs = [

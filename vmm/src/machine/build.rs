@@ -49,8 +49,9 @@ pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
     let slots = wiring::slots(config.disk.is_some(), config.net.is_some());
     let boot_cpu = boot::load(&ram, source, config.vcpus, &slots)?;
     let bare = Bare::new(host, ram, profile)?;
+    let xcr0 = cpuid::xcr0(&bare.profile.cpuid);
     for vcpu in &bare.vcpus {
-        boot::setup_vcpu(&vcpu.fd).map_err(kvm("initial vCPU state"))?;
+        boot::setup_vcpu(&vcpu.fd, xcr0).map_err(kvm("initial vCPU state"))?;
     }
     if let Some(first) = bare.vcpus.first() {
         boot_cpu.apply(&first.fd).map_err(kvm("initial vCPU registers"))?;
