@@ -6,7 +6,7 @@ use ::handoff::{ChunkId, ChunkSet, Geometry, SourceVm, Space, TargetVm, vm::VmEr
 use guest_images::{Chunk, overlay::Overlay};
 
 use crate::{
-    machine::{MachineError, Paused, Running, Vm, VmConfig, check_config, full_hash},
+    machine::{MachineError, Paused, Prepared, Running, Vm, VmConfig, full_hash},
     memory::{self, GuestRam},
     profile::MachineProfile,
 };
@@ -157,8 +157,8 @@ impl SourceVm for VmSource {
 }
 
 enum Stage {
-    /// Chunks are being written; there is no machine yet.
-    Receiving(Box<VmConfig>),
+    /// Chunks are being written; the machine lacks its state.
+    Receiving(Box<Prepared>),
     Loaded(Vm<Paused>),
     Running(Vm<Running>),
     Gone,
@@ -167,7 +167,6 @@ enum Stage {
 /// A machine that arrives: first only RAM and disk, then the machine, then it runs.
 pub struct IncomingVm {
     stage: Stage,
-    profile: MachineProfile,
     /// Given up by `discard`.
     ram: Option<GuestRam>,
     disk: Option<Arc<Overlay>>,
@@ -186,14 +185,13 @@ impl std::fmt::Debug for IncomingVm {
 }
 
 impl IncomingVm {
-    /// Reserves RAM for a machine that was announced. `config` must describe the same machine; its
-    /// disk must be equal to the base. Whether the host can carry it is for the caller to ask:
-    /// [`MachineProfile::check_compatible`].
+    /// Makes the machine that was announced, but for its state: RAM is zero, the disk must be equal to
+    /// its base. Fails if `config` describes another machine or this host cannot carry it.
     pub fn new(profile: MachineProfile, config: VmConfig) -> Result<Self, MachineError> {
-        check_config(&config, &profile)?;
         let ram = memory::allocate(profile.memory_bytes)?;
         let disk = config.disk.clone();
-        Ok(Self { stage: Stage::Receiving(Box::new(config)), profile, ram: Some(ram), disk })
+        let prepared = Prepared::new(config, profile, ram.clone())?;
+        Ok(Self { stage: Stage::Receiving(Box::new(prepared)), ram: Some(ram), disk })
     }
 
     /// How many chunks RAM and disk have.
@@ -248,17 +246,18 @@ impl TargetVm for IncomingVm {
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), VmError> {
-        let ram = self.ram()?.clone();
-        // Building takes the configuration apart, so a state that is refused ends this machine.
-        let config = match std::mem::replace(&mut self.stage, Stage::Gone) {
-            Stage::Receiving(config) => *config,
+        // Half of a state may be in the machine when the other half is refused, so that ends it.
+        match std::mem::replace(&mut self.stage, Stage::Gone) {
+            Stage::Receiving(prepared) => {
+                self.stage = Stage::Loaded(prepared.restore(state)?);
+                Ok(())
+            }
+            Stage::Gone => Err(OutOfTurn::Gone.into()),
             other => {
                 self.stage = other;
-                return Err(OutOfTurn::Loaded.into());
+                Err(OutOfTurn::Loaded.into())
             }
-        };
-        self.stage = Stage::Loaded(Vm::restore(config, self.profile.clone(), ram, state)?);
-        Ok(())
+        }
     }
 
     fn full_hash(&mut self) -> Result<[u8; 32], VmError> {

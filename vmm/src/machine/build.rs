@@ -1,7 +1,11 @@
 //! Making a machine: a new one that boots, or one that goes on from a saved state.
 
-use std::sync::Arc;
+use std::{
+    io::Write,
+    sync::{Arc, mpsc::Sender},
+};
 
+use guest_images::overlay::Overlay;
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 
@@ -18,7 +22,7 @@ use crate::{
     memory::{self, GuestRam},
     profile::{HostProfile, MachineProfile},
     state::{DeviceStates, VmState},
-    vcpu::{RunContext, Vcpu},
+    vcpu::{RunContext, Vcpu, VmEvent},
 };
 
 /// KVM's part of a machine: made first, the same for both ways.
@@ -29,6 +33,22 @@ struct Bare {
     log: KvmLog,
     ram: GuestRam,
     profile: MachineProfile,
+}
+
+/// What of the host a machine uses.
+struct Parts {
+    backends: Backends,
+    disk: Option<Arc<Overlay>>,
+    console: Box<dyn Write + Send>,
+    events: Sender<VmEvent>,
+}
+
+impl Parts {
+    fn open(config: VmConfig) -> Result<Self, MachineError> {
+        let VmConfig { disk, net, console, events, .. } = config;
+        let backends = Backends::open(disk.as_ref(), net.as_ref())?;
+        Ok(Self { backends, disk, console, events })
+    }
 }
 
 pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
@@ -56,30 +76,39 @@ pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
     if let Some(first) = bare.vcpus.first() {
         boot_cpu.apply(&first.fd).map_err(kvm("initial vCPU registers"))?;
     }
-    bare.complete(config, None)
+    bare.complete(Parts::open(config)?, None)
 }
 
-pub(super) fn restore(
-    config: VmConfig,
-    profile: MachineProfile,
-    ram: GuestRam,
-    state: &[u8],
-) -> Result<Vm<Paused>, MachineError> {
-    check_config(&config, &profile)?;
-    memory::check(&ram, profile.memory_bytes)?;
-    let state = VmState::decode(state, &profile)?;
-    let host = HostCheck::run()?;
-    profile.check_compatible(&HostProfile::of(&host)?)?;
-    let bare = Bare::new(host, ram, profile)?;
-    state.restore(&bare.host, &bare.vm, &bare.vcpus)?;
-    bare.complete(config, Some(&state.devices))
+/// A machine that only lacks its state: all that can be refused, and all that takes time, has been
+/// done while the guest still runs elsewhere.
+pub(crate) struct Prepared {
+    bare: Bare,
+    parts: Parts,
+}
+
+impl Prepared {
+    pub(crate) fn new(
+        config: VmConfig,
+        profile: MachineProfile,
+        ram: GuestRam,
+    ) -> Result<Self, MachineError> {
+        check_config(&config, &profile)?;
+        memory::check(&ram, profile.memory_bytes)?;
+        let host = HostCheck::run()?;
+        profile.check_compatible(&HostProfile::of(&host)?)?;
+        Ok(Self { bare: Bare::new(host, ram, profile)?, parts: Parts::open(config)? })
+    }
+
+    pub(crate) fn restore(self, state: &[u8]) -> Result<Vm<Paused>, MachineError> {
+        let Self { bare, parts } = self;
+        let state = VmState::decode(state, &bare.profile)?;
+        state.restore(&bare.host, &bare.vm, &bare.vcpus)?;
+        bare.complete(parts, Some(&state.devices))
+    }
 }
 
 /// Whether the configuration makes the machine that the profile describes.
-pub(crate) fn check_config(
-    config: &VmConfig,
-    profile: &MachineProfile,
-) -> Result<(), MachineError> {
+fn check_config(config: &VmConfig, profile: &MachineProfile) -> Result<(), MachineError> {
     let mismatch = |what, profile: &dyn std::fmt::Debug, config: &dyn std::fmt::Debug| {
         let (profile, config) = (format!("{profile:?}"), format!("{config:?}"));
         Err(MachineError::Mismatch { what, profile, config })
@@ -122,11 +151,10 @@ impl Bare {
 
     fn complete(
         self,
-        config: VmConfig,
+        parts: Parts,
         saved: Option<&DeviceStates>,
     ) -> Result<Vm<Paused>, MachineError> {
-        let VmConfig { disk, net, console, events, .. } = config;
-        let backends = Backends::open(disk.as_ref(), net.as_ref())?;
+        let Parts { backends, disk, console, events } = parts;
         let dirty_disk = disk
             .as_ref()
             .zip(backends.disk_dirty.clone())

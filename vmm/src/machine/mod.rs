@@ -32,7 +32,7 @@ use crate::{
     devices::{
         bus::BusError,
         serial::{Serial, SerialError},
-        virtio::{VirtioError, block::RingError},
+        virtio::{VirtioError, block::RingError, net::TapError},
     },
     dirty::{DirtyError, Disk, KvmLog, Tracker},
     host::{Host, HostError},
@@ -41,7 +41,7 @@ use crate::{
     state::{StateError, VmState},
     vcpu::{RunContext, Vcpu, VcpuThread, VmEvent},
 };
-pub(crate) use build::check_config;
+pub(crate) use build::Prepared;
 use wiring::Devices;
 
 /// The network device.
@@ -145,6 +145,12 @@ pub enum MachineError {
     /// The disk device cannot be made.
     #[error("cannot set up the disk: {0}")]
     Disk(#[source] RingError),
+    /// The host's TAP device.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The network cannot be told where the guest is.
+    #[error("cannot announce the guest on its TAP device: {0}")]
+    Announce(#[source] io::Error),
     /// The disk cannot be read or written.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
@@ -246,7 +252,7 @@ impl Vm<Paused> {
         ram: GuestRam,
         state: &[u8],
     ) -> Result<Self, MachineError> {
-        build::restore(config, profile, ram, state)
+        Prepared::new(config, profile, ram)?.restore(state)
     }
 
     /// Lets the guest run.
@@ -421,6 +427,6 @@ impl<S> Vm<S> {
 
     /// Tells the network where the guest is now.
     pub fn announce(&self) -> Result<(), MachineError> {
-        Ok(())
+        self.core.devices.announce().map_err(MachineError::Announce)
     }
 }

@@ -1,6 +1,9 @@
 //! Which device hangs where, and how its interrupts and notifications reach KVM.
 
-use std::{io::Write, sync::Arc};
+use std::{
+    io::{self, Write},
+    sync::Arc,
+};
 
 use guest_images::overlay::Overlay;
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -16,6 +19,7 @@ use crate::{
             VirtioBackend, VirtioError, VirtioMmio,
             block::{Block, DiskDirty},
             mmio::QUEUE_NOTIFY_OFFSET,
+            net::{Announcer, Net, Tap},
             rng::Rng,
         },
     },
@@ -47,6 +51,7 @@ pub(super) fn slots(disk: bool, net: bool) -> Vec<usize> {
 pub(super) struct Backends {
     slots: Vec<(usize, Box<dyn VirtioBackend>)>,
     pub(super) disk_dirty: Option<Arc<DiskDirty>>,
+    announcer: Option<Announcer>,
 }
 
 impl Backends {
@@ -61,7 +66,11 @@ impl Backends {
             backends.disk_dirty = Some(block.dirty());
             backends.slots.push((DISK_SLOT, Box::new(block)));
         }
-        let _ = net;
+        if let Some(net) = net {
+            let device = Net::new(Tap::open(&net.tap)?, net.mac);
+            backends.announcer = Some(device.announcer());
+            backends.slots.push((NET_SLOT, Box::new(device)));
+        }
         backends.slots.push((RNG_SLOT, Box::new(Rng::new())));
         Ok(backends)
     }
@@ -77,6 +86,7 @@ struct Slot {
 pub(super) struct Devices {
     serial: Arc<Serial>,
     slots: Vec<Slot>,
+    announcer: Option<Announcer>,
 }
 
 /// The buses under construction, with the VM that interrupts go to.
@@ -165,7 +175,7 @@ impl Devices {
             .map(|(number, backend)| board.virtio(number, backend, ram))
             .collect::<Result<Vec<_>, _>>()?;
         (context.ports, context.mmio) = (Arc::new(board.ports), Arc::new(board.mmio));
-        let devices = Self { serial, slots };
+        let devices = Self { serial, slots, announcer: backends.announcer };
         if let Some(saved) = saved {
             devices.restore(&saved.virtio)?;
         }
@@ -214,6 +224,11 @@ impl Devices {
             .map(|slot| Ok(SlotState { slot: slot.number as u8, state: slot.device.save()? }))
             .collect::<Result<_, VirtioError>>()?;
         Ok(DeviceStates { serial: self.serial.state(), virtio })
+    }
+
+    /// Tells the network where the guest is now.
+    pub(super) fn announce(&self) -> io::Result<()> {
+        self.announcer.as_ref().map_or(Ok(()), Announcer::announce)
     }
 
     pub(super) fn serial(&self) -> &Arc<Serial> {
