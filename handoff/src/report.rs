@@ -92,6 +92,9 @@ pub struct Report {
     pub link_rate_bytes_per_s: Option<f64>,
     /// Bytes sent ÷ (that rate × the time from the first round's start to the last segment sent).
     pub utilisation: Option<f64>,
+    /// BLAKE3 of all RAM and disk while the guest was paused, in hex, if the handoff was audited: both
+    /// sides computed it, and the target had to find the same.
+    pub full_hash: Option<String>,
     /// The rounds, the one at cutover included.
     pub rounds: Vec<Round>,
     /// What became of the chunks, in the order in which classes are tried, and then the stages that
