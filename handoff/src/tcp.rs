@@ -147,7 +147,8 @@ impl LinkGauge for TcpGauge {
         Some(LinkReading {
             rtt: Duration::from_micros(info.tcpi_rtt.into()),
             min_rtt: Duration::from_micros(info.tcpi_min_rtt.into()),
-            delivered_bytes: info.tcpi_bytes_acked,
+            // The kernel counts the connecting side's SYN as one byte (RFC 4898).
+            delivered_bytes: info.tcpi_bytes_acked.saturating_sub(1),
             unacked_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss)
                 + u64::from(info.tcpi_notsent_bytes),
         })
