@@ -48,7 +48,7 @@ apt_lists() {
 # depends on; nothing if there is none. After apt_lists PACKAGE.
 apt_dependency() {
     apt-cache "${apt_options[@]}" show --no-all-versions "$1" |
-        sed -n 's/^Depends: //p' | tr ',|' '\n\n' | sed 's/^ *//; s/[ (:].*//' |
+        sed -n 's/^Depends: //p' | sed 's/[,|]/\n/g' | sed 's/^ *//; s/[ (:].*//' |
         awk -v wanted="$2" '!found && $0 ~ wanted { print; found = 1 }'
 }
 
