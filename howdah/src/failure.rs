@@ -92,6 +92,15 @@ pub(crate) fn describe(error: &anyhow::Error) -> Failure {
     }
 }
 
+/// Runs `work` so that a panic in it becomes a failure that its caller can tell: whoever waits for
+/// the result of a thread must not wait forever for one that is gone.
+pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T, Failure> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).map_err(|_| {
+        let why = "a defect of this program ended it; nothing was decided that is not on disk";
+        Failure::new(Exit::Failed, what, why, "report it with the VM's vm.log")
+    })
+}
+
 /// Folds whitespace, so that text from elsewhere cannot break "one line" nor drive the terminal.
 pub(crate) fn one_line(text: &str) -> String {
     let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
@@ -106,6 +115,12 @@ mod tests {
     fn a_failure_stays_on_one_line() {
         let failure = Failure::new(Exit::Failed, "a\nb", "c\r\n\x1b[2Jd", "e");
         assert_eq!(failure.to_string(), "a b: c [2Jd; e");
+    }
+
+    #[test]
+    fn a_panic_becomes_a_failure() {
+        assert_eq!(guarded("a", || 1).unwrap(), 1);
+        assert!(guarded("a", || panic!("b")).unwrap_err().message.starts_with("a: "));
     }
 
     #[test]

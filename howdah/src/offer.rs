@@ -86,7 +86,7 @@ mod tests {
             memory_bytes: 512 << 20,
             disk: true,
             mac: Some([2, 0, 0, 0, 0, 1]),
-            cpuid: Vec::new(),
+            cpuid: vec![Default::default()],
             tsc_khz: 2_000_000,
             xsave_bytes: 4096,
         };

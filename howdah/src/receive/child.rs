@@ -23,7 +23,7 @@ use crate::{
     cli::ReceiveProcessArgs,
     console::Console,
     control::{Envelope, Phase, Reply, Request, channel::Channel, server, server::Asked},
-    failure::{Exit, Failure},
+    failure::{Exit, Failure, guarded},
     home::{Home, VmDir},
     lock::Lock,
     spawn::{self, Ready},
@@ -125,7 +125,8 @@ fn receive(
     let host = Host::new(args, home, dir, console, events.clone());
     let (tell, details) = bounded(1);
     std::thread::spawn(move || {
-        let arrived = work(incoming, host, &relinks, peer, &tell);
+        let work = || work(incoming, host, &relinks, peer, &tell);
+        let arrived = guarded("reception", work).and_then(|received| received);
         let _ = events.send(Event::Arrived(arrived));
     });
     let ready = Box::new(move || spawn::say(&Ready::Running(details.try_recv().ok())));

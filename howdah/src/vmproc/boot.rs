@@ -11,7 +11,7 @@ use super::{Coming, End, Event, Process, kvm, machine::Machine, settle::settle, 
 use crate::{
     console::Console,
     control::{Phase, server},
-    failure::{Exit, Failure},
+    failure::{Exit, Failure, guarded},
     home::{Home, VmDir},
     output::Output,
     spawn::{self, Ready},
@@ -65,7 +65,8 @@ pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End>
     let shown = Arc::clone(&console);
     let (starting_dir, starting_home) = (dir.clone(), home.clone());
     std::thread::spawn(move || {
-        let arrived = start(&starting_dir, &starting_home, &console, &events);
+        let work = || start(&starting_dir, &starting_home, &console, &events);
+        let arrived = guarded("start of the VM", work).and_then(|started| started);
         let _ = events.send(Event::Arrived(arrived));
     });
     let ready = Box::new(move || match front {

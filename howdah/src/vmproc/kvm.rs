@@ -92,15 +92,18 @@ fn net(config: &VmConfig) -> Result<Option<NetConfig>, Failure> {
     let Some(mac) = &config.mac else { return Ok(None) };
     let mac: Mac =
         mac.parse().map_err(|e| Failure::new(Exit::Corrupt, "config.json", e, "correct it"))?;
-    match &config.tap {
-        Some(tap) => Ok(Some(NetConfig { tap: tap.clone(), mac: mac.0 })),
-        None => Err(Failure::new(
-            Exit::Host,
-            "network of the VM",
-            "it has a network device, and no TAP device of this host is named for it",
-            "name one with --tap (`ip tuntap add NAME mode tap` makes one)",
-        )),
+    let what = "network of the VM";
+    let way_out = "name one with --tap (`ip tuntap add NAME mode tap` makes one)";
+    let Some(tap) = &config.tap else {
+        let why = "it has a network device, and no TAP device of this host is named for it";
+        return Err(Failure::new(Exit::Host, what, why, way_out));
+    };
+    // Opening a TAP device that is not there would make one, joined to nothing.
+    if nix::net::if_::if_nametoindex(tap.as_str()).is_err() {
+        let why = format!("this host has no network device {tap}");
+        return Err(Failure::new(Exit::Host, what, why, way_out));
     }
+    Ok(Some(NetConfig { tap: tap.clone(), mac: mac.0 }))
 }
 
 /// The VMM's events, as this process's.

@@ -10,7 +10,7 @@ use crate::{
         HandoffRequest, Phase, Progress, Reply, Request, Status,
         server::{Answer, Asked},
     },
-    failure::{Exit, Failure, describe},
+    failure::{Exit, Failure, describe, guarded},
     home::{VmDir, write_json},
 };
 
@@ -327,7 +327,9 @@ impl Process {
         });
         // No thread to be had aborts the process as a failed allocation would; nothing was sent.
         std::thread::spawn(move || {
-            let _ = events.send(Event::HandoffEnded(machine.hand_off(&request, &watch)));
+            let end = guarded("handoff", || machine.hand_off(&request, &watch))
+                .unwrap_or_else(|failure| HandoffEnd::Undecided { failure });
+            let _ = events.send(Event::HandoffEnded(end));
         });
     }
 
@@ -473,6 +475,7 @@ mod tests {
             match self.outcome {
                 "moved" => HandoffEnd::Moved { report: serde_json::json!({"total_ms": 1}) },
                 "undecided" => HandoffEnd::Undecided { failure },
+                "panic" => panic!("a defect, for this test"),
                 "doubt" => {
                     watch.in_doubt("silence");
                     loop {
@@ -613,8 +616,10 @@ mod tests {
 
     #[test]
     fn an_undecided_end_is_an_error_of_the_process() {
-        let bench = bench("undecided");
-        assert!(matches!(bench.call(handoff()), Reply::Failed(_)));
-        bench.thread.join().unwrap().unwrap_err();
+        for outcome in ["undecided", "panic"] {
+            let bench = bench(outcome);
+            assert!(matches!(bench.call(handoff()), Reply::Failed(_)));
+            bench.thread.join().unwrap().unwrap_err();
+        }
     }
 }
