@@ -17,7 +17,7 @@ use crate::{
     offer::MachineOffer,
     vmproc::{
         Event,
-        kvm::{self, BaseFiles, KvmMachine},
+        kvm::{self, KvmMachine},
         machine::Machine,
     },
 };
@@ -78,7 +78,7 @@ impl Host {
     /// What opens bases by their id.
     pub(super) fn bases(&self) -> Bases {
         let home = self.home.clone();
-        Box::new(move |id| Ok(Arc::new(BaseFiles(open_base(&home, id)?))))
+        Box::new(move |id| Ok(open_base(&home, id)?))
     }
 
     /// The guest that came, as a machine of this process.

@@ -1,9 +1,13 @@
 //! A real machine: the VMM's, with its disk, its base and its ownership journal.
 
-use std::{io, path::Path, sync::Arc, sync::mpsc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
 
 use crossbeam_channel::Sender;
-use guest_images::{Base, BaseId, Chunk, ChunkHash, Part, Place, overlay::Overlay};
+use guest_images::{Base, overlay::Overlay};
 use handoff::{
     BaseView, SourceVm,
     engine::{self, KeptReason, Limits, Recovery, SendError, SendOptions, SendOutcome},
@@ -164,7 +168,7 @@ impl Machine for KvmMachine {
             Ok(options) => options,
             Err(failure) => return HandoffEnd::Kept { machine: self, failure },
         };
-        let base: Arc<dyn BaseView> = Arc::new(BaseFiles(Arc::clone(&self.base)));
+        let base: Arc<dyn BaseView> = self.base.clone();
         let mut connect = TcpConnect::new(&request.peer);
         let peer = request.peer.clone();
         let sent = engine::send(
@@ -274,25 +278,4 @@ impl KvmMachine {
 
 fn as_json<T: serde::Serialize>(value: &T) -> serde_json::Value {
     serde_json::to_value(value).unwrap_or_default()
-}
-
-/// An open base, as the engine reads it.
-pub(crate) struct BaseFiles(pub(crate) Arc<Base>);
-
-impl BaseView for BaseFiles {
-    fn id(&self) -> BaseId {
-        self.0.id()
-    }
-
-    fn lookup(&self, hash: &ChunkHash) -> Option<Place> {
-        self.0.lookup(hash)
-    }
-
-    fn read(&self, place: Place, into: &mut Chunk) -> io::Result<()> {
-        self.0.read(place, into)
-    }
-
-    fn part_chunks(&self, part: Part) -> u64 {
-        self.0.part_chunks(part)
-    }
 }
