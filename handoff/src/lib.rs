@@ -10,6 +10,7 @@
 pub mod base_view;
 pub mod chunks;
 pub mod engine;
+mod health;
 pub mod link;
 pub mod order;
 pub mod ownership;
@@ -18,6 +19,7 @@ pub mod report;
 pub mod root;
 pub mod source;
 pub mod stage;
+pub mod target;
 pub mod tcp;
 pub mod vm;
 pub mod wire;

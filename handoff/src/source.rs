@@ -1,4 +1,402 @@
 //! The source's half of the protocol, without I/O and without a clock.
+//!
+//! The driver feeds it what happens (links, frames, time) and takes out what to send and what that
+//! means. It keeps segments until the target says they are applied, so that a link which broke
+//! goes on where it stopped and nothing applied is sent again.
+
+use std::{collections::VecDeque, time::Duration};
+
+use crate::{
+    Refusal,
+    health::{Health, Pulse},
+    ownership::{Question, Verdict, bounded_text},
+    root::StateRoot,
+    stage::Segment,
+    wire::{Commit, Frame, Hello, Intent, Prepare, Resumed, Versions},
+};
 
 /// Bytes of segments that may be unacknowledged.
 pub const DEFAULT_WINDOW_BYTES: u64 = 8 << 20;
+
+/// What the target's frames mean to the source's driver.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceEvent {
+    /// The target takes the handoff; segments flow.
+    Welcomed {
+        /// The version both speak.
+        version: u32,
+    },
+    /// A later link goes on after this segment.
+    Relinked {
+        /// The last segment that the target had applied.
+        applied_up_to: u64,
+    },
+    /// The target does not take the handoff, or no longer knows it.
+    Refused(Refusal),
+    /// The target verified everything, and its copy is durable where it must be.
+    Prepared {
+        /// The root it computed.
+        root: StateRoot,
+        /// Its hash of all RAM and disk, if auditing.
+        full_hash: Option<[u8; 32]>,
+    },
+    /// The target durably declined.
+    Declined(String),
+    /// The guest runs or has run at the target.
+    Resumed(Resumed),
+    /// The target gave up.
+    Aborted(String),
+    /// The target holds only its record of this handoff, which says this.
+    Answer(Verdict),
+}
+
+/// Why a frame of the target is not accepted. The link is given up.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// A frame that has no place here and now.
+    #[error("{frame} came {when}")]
+    Unexpected {
+        /// The frame.
+        frame: &'static str,
+        /// The phase.
+        when: &'static str,
+    },
+    /// An acknowledgement of what was not sent, or that takes one back.
+    #[error("segment {acked} was acknowledged; {from} to {to} are possible")]
+    Ack {
+        /// What came.
+        acked: u64,
+        /// The last acknowledged before.
+        from: u64,
+        /// The last sent.
+        to: u64,
+    },
+    /// A frame of another handoff.
+    #[error("{0} is about another handoff")]
+    OtherHandoff(&'static str),
+    /// A version that was not offered.
+    #[error("the peer chose version {0}, which was not offered")]
+    Version(u32),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down,
+    /// Hello is on its way.
+    Greeting,
+    Up,
+}
+
+/// What was said last and waits for an answer; said again on a later link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    None,
+    Prepare(Prepare),
+    Commit(Commit),
+    Over,
+}
+
+/// The source's session: one handoff, over any number of links.
+#[derive(Debug)]
+pub struct SourceSession {
+    hello: Hello,
+    link: Link,
+    welcomed: bool,
+    progressed: bool,
+    /// Segments not known to be applied, oldest first, numbered without gaps.
+    window: VecDeque<Segment>,
+    window_used: u64,
+    window_bytes: u64,
+    /// How many of `window` were sent on this link.
+    sent: usize,
+    last_submitted: u64,
+    applied_up_to: u64,
+    word: Word,
+    word_sent: bool,
+    outbox: VecDeque<Frame>,
+    events: VecDeque<SourceEvent>,
+    health: Health,
+}
+
+impl SourceSession {
+    /// A handoff that begins with `hello`.
+    pub fn new(hello: Hello, silence: Duration, ping_every: Duration) -> Self {
+        Self {
+            hello,
+            link: Link::Down,
+            welcomed: false,
+            progressed: false,
+            window: VecDeque::new(),
+            window_used: 0,
+            window_bytes: DEFAULT_WINDOW_BYTES,
+            sent: 0,
+            last_submitted: 0,
+            applied_up_to: 0,
+            word: Word::None,
+            word_sent: false,
+            outbox: VecDeque::new(),
+            events: VecDeque::new(),
+            health: Health::new(silence, ping_every),
+        }
+    }
+
+    /// The handoff.
+    pub fn handoff(&self) -> Question {
+        self.hello.handoff
+    }
+
+    /// There is a link.
+    pub fn link_up(&mut self, now: Duration) {
+        self.link = Link::Greeting;
+        self.health.link_up(now);
+        self.sent = 0;
+        self.word_sent = false;
+        self.outbox.clear();
+        if self.welcomed {
+            self.hello.intent = Intent::Resume;
+        }
+        self.outbox.push_back(Frame::Hello(Box::new(self.hello.clone())));
+    }
+
+    /// The link is gone.
+    pub fn link_down(&mut self) {
+        self.link = Link::Down;
+        self.outbox.clear();
+    }
+
+    /// Whether another segment may be submitted now.
+    pub fn has_room(&self) -> bool {
+        self.window_used < self.window_bytes
+    }
+
+    /// Takes the next segment to send. The window may be overrun by one segment, never by more:
+    /// the driver asks [`SourceSession::has_room`] first.
+    pub fn submit(&mut self, segment: Segment) {
+        debug_assert_eq!(segment.seq, self.last_submitted + 1);
+        self.last_submitted = segment.seq;
+        self.window_used += segment.encoded_len() as u64;
+        self.window.push_back(segment);
+    }
+
+    /// Says, right behind the last segment, that this was all.
+    pub fn prepare(&mut self, root: StateRoot, full_hash: Option<[u8; 32]>) {
+        let (handoff, last_seq) = (self.hello.handoff, self.last_submitted);
+        self.say(Word::Prepare(Prepare { handoff, last_seq, root, full_hash }));
+    }
+
+    /// Says that the epoch is the target's. Only after that is durable here.
+    pub fn commit(&mut self) {
+        self.say(Word::Commit(Commit { handoff: self.hello.handoff }));
+    }
+
+    /// Says that the handoff is over. Only where it is durable that it was not committed.
+    pub fn abort(&mut self, reason: &str) {
+        self.say(Word::Over);
+        if self.link != Link::Down {
+            let (handoff, reason) = (self.hello.handoff, bounded_text(reason));
+            self.outbox.push_back(Frame::Abort { handoff, reason });
+        }
+    }
+
+    /// Says that this side has let go. Only after that is durable here.
+    pub fn release(&mut self) {
+        self.say(Word::Over);
+        if self.link != Link::Down {
+            self.outbox.push_back(Frame::Released(self.hello.handoff));
+        }
+    }
+
+    fn say(&mut self, word: Word) {
+        self.word = word;
+        self.word_sent = false;
+    }
+
+    /// Bytes of segments that the target has not applied yet, as far as is known.
+    pub fn unapplied_bytes(&self) -> u64 {
+        self.window_used
+    }
+
+    /// The last segment that the target has applied.
+    pub fn applied_up_to(&self) -> u64 {
+        self.applied_up_to
+    }
+
+    /// The smoothed and the shortest round trip of pings.
+    pub fn rtt(&self) -> Option<(Duration, Duration)> {
+        self.health.rtt().zip(self.health.rtt_min())
+    }
+
+    /// Whether this link, or an earlier one since this was last asked, got as far as Welcome.
+    pub fn take_progress(&mut self) -> bool {
+        std::mem::take(&mut self.progressed)
+    }
+
+    /// Time passes. `false` if nothing was heard for so long that the link must be given up.
+    #[must_use]
+    pub fn tick(&mut self, now: Duration) -> bool {
+        if self.link == Link::Down {
+            return true;
+        }
+        match self.health.pulse(now) {
+            Pulse::Dead => return false,
+            Pulse::Ping(nonce) if self.link == Link::Up => {
+                self.outbox.push_back(Frame::Ping(nonce));
+            }
+            Pulse::Ping(_) | Pulse::Fine => {}
+        }
+        true
+    }
+
+    /// The next frame to send on the present link.
+    pub fn poll_transmit(&mut self) -> Option<Frame> {
+        if let Some(frame) = self.outbox.pop_front() {
+            return Some(frame);
+        }
+        if self.link != Link::Up {
+            return None;
+        }
+        if let Some(segment) = self.window.get(self.sent) {
+            // Once the handoff is over, what was not sent need not be.
+            if self.word != Word::Over {
+                self.sent += 1;
+                return Some(Frame::Segment(segment.clone()));
+            }
+        }
+        let frame = match self.word {
+            _ if self.word_sent => return None,
+            Word::None | Word::Over => return None,
+            Word::Prepare(prepare) => Frame::Prepare(prepare),
+            Word::Commit(commit) => Frame::Commit(commit),
+        };
+        self.word_sent = true;
+        Some(frame)
+    }
+
+    /// What happened.
+    pub fn poll_event(&mut self) -> Option<SourceEvent> {
+        self.events.pop_front()
+    }
+
+    /// Takes a frame that came in on the present link.
+    pub fn handle(&mut self, frame: Frame, now: Duration) -> Result<(), Violation> {
+        self.health.heard(now);
+        let unexpected = |frame: &Frame, when| Violation::Unexpected { frame: frame.name(), when };
+        if self.link == Link::Greeting {
+            return match frame {
+                Frame::Welcome(welcome) => {
+                    self.welcome(welcome.version, welcome.applied_up_to, welcome.window_bytes)
+                }
+                Frame::Refuse(refusal) => self.tell(SourceEvent::Refused(refusal)),
+                Frame::Status { question, verdict } => {
+                    self.about("Status", question)?;
+                    self.tell(SourceEvent::Answer(verdict))
+                }
+                Frame::Ping(nonce) => self.answer(Frame::Pong(nonce)),
+                frame => Err(unexpected(&frame, "before Welcome")),
+            };
+        }
+        match frame {
+            Frame::Ack(ack) => self.applied(ack.applied_up_to),
+            Frame::Prepared { handoff, root, full_hash } => {
+                self.about("Prepared", handoff)?;
+                match self.word {
+                    Word::Prepare(prepare) if self.word_sent => {
+                        self.applied(prepare.last_seq)?;
+                        self.tell(SourceEvent::Prepared { root, full_hash })
+                    }
+                    // Said twice, or when it no longer matters.
+                    Word::Prepare(_) | Word::None => Err(Violation::Unexpected {
+                        frame: "Prepared",
+                        when: "before everything was sent",
+                    }),
+                    Word::Commit(_) | Word::Over => Ok(()),
+                }
+            }
+            Frame::Declined { handoff, reason } => {
+                self.about("Declined", handoff)?;
+                self.tell(SourceEvent::Declined(reason))
+            }
+            Frame::Resumed(resumed) => {
+                self.about("Resumed", resumed.handoff)?;
+                match self.word {
+                    Word::Commit(_) | Word::Over => self.tell(SourceEvent::Resumed(resumed)),
+                    Word::Prepare(_) | Word::None => {
+                        Err(Violation::Unexpected { frame: "Resumed", when: "before the commit" })
+                    }
+                }
+            }
+            Frame::Abort { handoff, reason } => {
+                self.about("Abort", handoff)?;
+                self.tell(SourceEvent::Aborted(reason))
+            }
+            Frame::Ping(nonce) => self.answer(Frame::Pong(nonce)),
+            Frame::Pong(nonce) => {
+                self.health.pong(nonce, now);
+                Ok(())
+            }
+            Frame::Query(question) => {
+                let verdict = self.standing(question);
+                self.answer(Frame::Status { question, verdict })
+            }
+            frame => Err(unexpected(&frame, "from the target")),
+        }
+    }
+
+    /// How this handoff stands, for a target that asks. Commit is durable before the session is
+    /// told of it, so saying so is safe.
+    fn standing(&self, question: Question) -> Verdict {
+        match self.word {
+            _ if question != self.hello.handoff => Verdict::Unknown,
+            Word::None | Word::Prepare(_) => Verdict::Pending,
+            Word::Commit(_) => Verdict::Committed,
+            // Over may mean aborted or released: the record knows, this session does not.
+            Word::Over => Verdict::Unknown,
+        }
+    }
+
+    fn welcome(&mut self, version: u32, applied: u64, window: u64) -> Result<(), Violation> {
+        let Versions { min, max } = self.hello.versions;
+        if !(min..=max).contains(&version) {
+            return Err(Violation::Version(version));
+        }
+        self.applied(applied)?;
+        self.link = Link::Up;
+        self.sent = 0;
+        self.window_bytes = DEFAULT_WINDOW_BYTES.min(window);
+        self.progressed = true;
+        let first = !std::mem::replace(&mut self.welcomed, true);
+        self.tell(if first {
+            SourceEvent::Welcomed { version }
+        } else {
+            SourceEvent::Relinked { applied_up_to: applied }
+        })
+    }
+
+    fn applied(&mut self, acked: u64) -> Result<(), Violation> {
+        let (from, to) = (self.applied_up_to, self.last_submitted);
+        if acked < from || acked > to {
+            return Err(Violation::Ack { acked, from, to });
+        }
+        while self.window.front().is_some_and(|s| s.seq <= acked) {
+            let Some(segment) = self.window.pop_front() else { break };
+            self.window_used -= segment.encoded_len() as u64;
+            self.sent = self.sent.saturating_sub(1);
+        }
+        self.applied_up_to = acked;
+        Ok(())
+    }
+
+    fn about(&self, frame: &'static str, question: Question) -> Result<(), Violation> {
+        if question == self.hello.handoff { Ok(()) } else { Err(Violation::OtherHandoff(frame)) }
+    }
+
+    fn answer(&mut self, frame: Frame) -> Result<(), Violation> {
+        self.outbox.push_back(frame);
+        Ok(())
+    }
+
+    fn tell(&mut self, event: SourceEvent) -> Result<(), Violation> {
+        self.events.push_back(event);
+        Ok(())
+    }
+}

@@ -2,13 +2,18 @@
 
 use std::io;
 
+use super::Limits;
 use crate::{
     Clock, Refusal, Transport,
-    ownership::{Record, answer},
-    wire::{Frame, FrameReader, Hello, Intent, ReadError, write_frame},
+    ownership::{
+        Guest, Journal, JournalError, OwnershipError, Record, Verdict, answer,
+        target::{self, Event, Say},
+    },
+    wire::{Frame, FrameReader, Hello, ReadError, Resumed, write_frame},
 };
 
-use super::Limits;
+/// Ticks or frames that a closing side waits for the peer to close first.
+const LINGER_READS: u32 = 10;
 
 /// A link whose Hello was read.
 pub struct Incoming<L: Transport> {
@@ -35,6 +40,20 @@ pub enum AcceptError {
     NotHello(&'static str),
 }
 
+/// Why a handoff that is over could not be settled with the peer that asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SettleLinkError {
+    /// The link broke.
+    #[error("the link broke: {0}")]
+    Io(#[from] io::Error),
+    /// The record could not be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The peer's word contradicts the record.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+}
+
 /// Reads the Hello of a link that came in, within [`Limits::greeting`].
 pub fn accept<L: Transport>(
     link: L,
@@ -55,22 +74,85 @@ pub fn accept<L: Transport>(
 }
 
 impl<L: Transport> Incoming<L> {
-    /// Whether the peer begins a new handoff, to be given to [`super::receive()`]. Otherwise it
-    /// goes on with one: give it to that one's `relinks`, or [`Incoming::settle`] it.
+    /// Whether the peer begins a new handoff, to be given to [`super::receive()`]. A link of a
+    /// handoff that is under way, new or not, belongs to that one's `relinks`; any other is to be
+    /// [settled](Incoming::settle).
     pub fn is_new(&self) -> bool {
-        self.hello.intent == Intent::New
+        self.hello.offer().is_some()
     }
 
     /// Says no, and closes.
     pub fn refuse(mut self, refusal: Refusal) -> io::Result<()> {
-        write_frame(&mut self.tx, &Frame::Refuse(refusal), &mut Vec::new()).map(drop)
+        write_frame(&mut self.tx, &Frame::Refuse(refusal), &mut Vec::new())?;
+        self.linger();
+        Ok(())
     }
 
-    /// Tells a peer that asks about a handoff which is over here how it ended, and closes.
-    pub fn settle(mut self, record: Option<&Record>) -> io::Result<()> {
-        let question = self.hello.handoff;
-        let verdict = answer(record, question);
-        let status = Frame::Status { question, verdict };
+    /// Tells a peer that asks about a handoff which is over here how it ended, from a record that
+    /// this process only reads, and closes.
+    pub fn answer(mut self, record: Option<&Record>) -> io::Result<()> {
+        self.say_verdict(answer(record, self.hello.handoff))?;
+        self.linger();
+        Ok(())
+    }
+
+    /// As [`Incoming::answer`], and takes note of what the peer says to that: that it aborted, or
+    /// that it has let go. For the process that holds the journal.
+    pub fn settle(
+        mut self,
+        journal: &mut Journal,
+        limits: &Limits,
+        clock: &dyn Clock,
+    ) -> Result<(), SettleLinkError> {
+        self.say_verdict(answer(journal.record(), self.hello.handoff))?;
+        let deadline = clock.now() + limits.release;
+        while clock.now() < deadline {
+            let event = match self.reader.read_frame() {
+                Ok(Some(Frame::Released(question))) => Event::Released(question),
+                Ok(Some(Frame::Abort { handoff, .. })) => Event::Aborted(handoff),
+                Ok(Some(Frame::Commit(commit))) => Event::Commit(commit.handoff),
+                Ok(Some(_)) => return Ok(()),
+                Ok(None) => continue,
+                // The peer has heard enough.
+                Err(_) => return Ok(()),
+            };
+            let over = !matches!(event, Event::Commit(_));
+            let step = target::step(journal.record(), event)?;
+            // Without a copy in memory nothing can be committed here: only words are repeated.
+            if step.guest != Guest::Run {
+                if let Some(record) = step.write {
+                    journal.write(record)?;
+                }
+                self.say(step.say)?;
+            }
+            if over {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, say: Option<Say>) -> io::Result<()> {
+        let frame = match say {
+            Some(Say::Declined(handoff, reason)) => Frame::Declined { handoff, reason },
+            Some(Say::Resumed(handoff)) => Frame::Resumed(Resumed::untimed(handoff)),
+            Some(Say::Prepared(..) | Say::Ask(_)) | None => return Ok(()),
+        };
+        write_frame(&mut self.tx, &frame, &mut Vec::new()).map(drop)
+    }
+
+    fn say_verdict(&mut self, verdict: Verdict) -> io::Result<()> {
+        let status = Frame::Status { question: self.hello.handoff, verdict };
         write_frame(&mut self.tx, &status, &mut Vec::new()).map(drop)
+    }
+
+    /// Lets the peer read what was said before the link is closed: closing with unread bytes on
+    /// this side may destroy it on its way.
+    fn linger(mut self) {
+        for _ in 0..LINGER_READS {
+            if self.reader.read_frame().is_err() {
+                return;
+            }
+        }
     }
 }

@@ -10,15 +10,24 @@
 //! The contract of [`send()`] in one line: the guest is **paused on success, resumed on failure**.
 
 mod accept;
+mod arriving;
+mod courier;
+mod meter;
 mod options;
+mod pipe;
+mod reader;
 mod receive;
 mod send;
 mod settle;
+mod worker;
 
-pub use accept::{AcceptError, Incoming, accept};
+pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
 pub use options::{
     KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendError, SendOptions, SendOutcome,
 };
 pub use receive::{BaseResolver, receive};
 pub use send::send;
-pub use settle::{Recovery, SettleError, recover, send_resume};
+pub use settle::{Recovery, SettleError, recover, send_resume, takeover};
+
+/// The most that a machine's state may have besides RAM and disk.
+pub const MAX_MACHINE_STATE_BYTES: usize = 64 << 20;

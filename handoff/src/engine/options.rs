@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::{
     Refusal,
     ownership::{JournalError, OwnershipError, Record},
+    policy::CutOverPolicy,
     report::Report,
     vm::VmError,
     wire::Versions,
@@ -24,6 +25,8 @@ pub struct Limits {
     /// How long a broken link may stay broken before the handoff is aborted. After it, the guest
     /// runs again on the source at once.
     pub relink_grace: Duration,
+    /// How long the target may leave segments unapplied while the link works.
+    pub stall: Duration,
     /// From Prepare sent until Prepared; disk and verification at the target fall into it.
     pub prepare: Duration,
     /// After Committed, how long the source keeps trying before it reports
@@ -44,6 +47,7 @@ impl Default for Limits {
             silence: s(10),
             ping_every: s(1),
             relink_grace: s(10),
+            stall: s(180),
             prepare: s(120),
             commit: s(60),
             hold_prepared: s(600),
@@ -65,6 +69,8 @@ pub struct SendOptions {
     pub versions: Versions,
     /// Whether both sides hash all RAM and disk at cutover. Costs downtime.
     pub audit: bool,
+    /// When to cut over.
+    pub policy: CutOverPolicy,
     /// Bounds on waits.
     pub limits: Limits,
 }
@@ -78,6 +84,7 @@ impl SendOptions {
             machine,
             versions: Versions::OURS,
             audit: false,
+            policy: CutOverPolicy::default(),
             limits: Limits::default(),
         }
     }

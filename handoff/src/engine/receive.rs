@@ -1,22 +1,45 @@
 //! The target's driver.
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Select, TryRecvError, unbounded};
 use guest_images::BaseId;
 
-use super::{Incoming, ReceiveError, ReceiveOptions, Received};
-use crate::{BaseView, Clock, Refusal, TargetHost, Transport, ownership::Journal};
+use super::{
+    Incoming, ReceiveError, ReceiveOptions, Received,
+    arriving::{Arriving, Settled},
+    reader::{Heard, read_link, weight},
+};
+use crate::{
+    BaseView, Clock, Offer, Refusal, TargetHost, Transport,
+    ownership::{Journal, answer, target},
+    target::TargetSession,
+    vm::TargetVm,
+    wire::{Frame, Hello, Intent, write_frame},
+};
 
 /// Opens a base by its id.
 pub type BaseResolver<'a> = &'a dyn Fn(BaseId) -> Result<Arc<dyn BaseView>, Refusal>;
+
+/// How long the engine sleeps when nothing comes.
+const TICK: Duration = Duration::from_millis(10);
+/// How long a side that has said its last word waits for the other to close.
+const LINGER: Duration = Duration::from_secs(2);
+/// How many links one handoff may use.
+const MAX_LINKS: u32 = 256;
 
 /// Receives one guest over a link whose Hello begins a handoff. Returns when the guest runs here
 /// and the source has let go (or did not say so in time), or when it is settled that it will not.
 ///
 /// `relinks` brings later links of the same handoff, after the first one broke.
 pub fn receive<L: Transport, H: TargetHost>(
-    first: Incoming<L>,
+    mut first: Incoming<L>,
     host: &mut H,
     bases: BaseResolver<'_>,
     journal: &mut Journal,
@@ -24,7 +47,294 @@ pub fn receive<L: Transport, H: TargetHost>(
     options: &ReceiveOptions,
     clock: &dyn Clock,
 ) -> Result<Received<H::Vm>, ReceiveError> {
-    let _ = (host, bases, journal, relinks, options, clock);
-    drop(first);
-    unimplemented!()
+    let admitted = admit(&first.hello, host, bases, journal, options);
+    let (vm, base, offer) = match admitted {
+        Ok(admitted) => admitted,
+        Err(refusal) => {
+            // A peer that is gone already need not be told.
+            let _ = first.refuse(refusal.clone());
+            return Err(refusal.into());
+        }
+    };
+    let limits = &options.limits;
+    let handoff = first.hello.handoff;
+    let audit = first.hello.audit;
+    let session =
+        TargetSession::new(handoff, options.window_bytes, limits.silence, limits.ping_every);
+    let mut arriving =
+        Arriving::new(vm, base, offer.geometry, session, journal, options, audit, clock)?;
+    let counts = Counts::default();
+    for _ in 0..MAX_LINKS {
+        let why = match serve(first, &mut arriving, relinks, options, clock, &counts) {
+            Served::Settled => return arriving.finish(&counts),
+            Served::Replaced(link) => {
+                first = link;
+                continue;
+            }
+            Served::Broke(why) => why,
+        };
+        tracing::warn!(why, "link lost");
+        first = match next_link(&mut arriving, relinks, clock) {
+            Some(link) => link,
+            None => {
+                arriving.give_up(why);
+                return arriving.finish(&counts);
+            }
+        };
+    }
+    arriving.give_up(format!("{MAX_LINKS} links broke"));
+    arriving.finish(&counts)
+}
+
+/// Bytes on all links.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    pub(super) received: AtomicU64,
+    pub(super) sent: AtomicU64,
+}
+
+type Admitted<Vm> = (Vm, Arc<dyn BaseView>, Offer);
+
+/// Checks all that an offer needs, the cheap things first.
+fn admit<H: TargetHost>(
+    hello: &Hello,
+    host: &mut H,
+    bases: BaseResolver<'_>,
+    journal: &Journal,
+    options: &ReceiveOptions,
+) -> Result<Admitted<H::Vm>, Refusal> {
+    options.versions.agree(hello.versions)?;
+    let Intent::New(offer) = &hello.intent else {
+        return Err(Refusal::Other("this handoff is not under way here".into()));
+    };
+    target::admit(journal.record(), hello.handoff).map_err(Refusal::Conflict)?;
+    let base = bases(offer.base)?;
+    let vm = host.prepare(offer)?;
+    Ok((vm, base, offer.clone()))
+}
+
+/// Waits for the source to come back, for as long as it makes sense in the present state.
+fn next_link<L: Transport, Vm: TargetVm>(
+    arriving: &mut Arriving<'_, Vm>,
+    relinks: &Receiver<Incoming<L>>,
+    clock: &dyn Clock,
+) -> Option<Incoming<L>> {
+    let deadline = arriving.relink_deadline(clock.now());
+    loop {
+        let left = deadline.saturating_sub(clock.now());
+        let link = relinks.recv_timeout(left).ok()?;
+        match check_relink(link, arriving) {
+            Some(link) => return Some(link),
+            None => continue,
+        }
+    }
+}
+
+/// A link that is not of this handoff is refused.
+fn check_relink<L: Transport, Vm: TargetVm>(
+    link: Incoming<L>,
+    arriving: &Arriving<'_, Vm>,
+) -> Option<Incoming<L>> {
+    if link.hello.handoff == arriving.handoff() {
+        return Some(link);
+    }
+    let busy = Refusal::Conflict("another handoff of it is under way".into());
+    let _ = link.refuse(busy);
+    None
+}
+
+/// Why a link is no longer served.
+enum Served<L: Transport> {
+    /// It is settled whether the guest runs here.
+    Settled,
+    /// The source made a new link.
+    Replaced(Incoming<L>),
+    /// It broke.
+    Broke(String),
+}
+
+/// Serves one link. A second thread reads it, so that pings are answered while this one is busy
+/// with a disk or a machine.
+fn serve<L: Transport, Vm: TargetVm>(
+    link: Incoming<L>,
+    arriving: &mut Arriving<'_, Vm>,
+    relinks: &Receiver<Incoming<L>>,
+    options: &ReceiveOptions,
+    clock: &dyn Clock,
+    counts: &Counts,
+) -> Served<L> {
+    let Incoming { hello, tx, reader } = link;
+    let version = match options.versions.agree(hello.versions) {
+        Ok(version) => version,
+        Err(refusal) => return Served::Broke(refusal.to_string()),
+    };
+    let now = clock.now();
+    match hello.intent {
+        Intent::Settle => {
+            let verdict = answer(arriving.record(), hello.handoff);
+            arriving.session.link_up_to_settle(verdict, now);
+        }
+        Intent::New(_) | Intent::Resume => arriving.session.link_up(version, now),
+    }
+    // In an option, so that ending here closes the link under the reading thread too.
+    let tx = Mutex::new(Some(tx));
+    let (stop, queued) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (to, heard) = unbounded();
+    std::thread::scope(|scope| {
+        let (tx, stop, queued) = (&tx, &stop, &queued);
+        scope.spawn(move || {
+            let mut scratch = Vec::new();
+            let most = options.window_bytes.saturating_mul(2);
+            let pong = |frame| match frame {
+                Frame::Ping(nonce) => {
+                    // A link that cannot be written is noticed by the engine's own next write.
+                    if let Ok(bytes) = send_on(tx, &Frame::Pong(nonce), &mut scratch) {
+                        counts.sent.fetch_add(bytes, Relaxed);
+                    }
+                    Some(Frame::Pong(nonce))
+                }
+                frame => Some(frame),
+            };
+            read_link(reader, &to, clock, stop, &counts.received, (queued, most), pong);
+        });
+        let mut talk = Talk { tx, heard, queued, counts, clock };
+        let served = talk.converse(arriving, relinks);
+        if matches!(served, Served::Settled) {
+            talk.linger();
+        }
+        stop.store(true, Relaxed);
+        drop(lock(tx).take());
+        served
+    })
+}
+
+/// One link while it is served.
+struct Talk<'a, Tx> {
+    tx: &'a Mutex<Option<Tx>>,
+    heard: Receiver<Heard>,
+    queued: &'a AtomicU64,
+    counts: &'a Counts,
+    clock: &'a dyn Clock,
+}
+
+impl<Tx: std::io::Write> Talk<'_, Tx> {
+    fn converse<L: Transport, Vm: TargetVm>(
+        &mut self,
+        arriving: &mut Arriving<'_, Vm>,
+        relinks: &Receiver<Incoming<L>>,
+    ) -> Served<L> {
+        let mut scratch = Vec::new();
+        let mut received = 0;
+        loop {
+            let broke = self.hear(arriving).err();
+            while let Some(frame) = arriving.session.poll_transmit() {
+                match send_on(self.tx, &frame, &mut scratch) {
+                    Ok(bytes) => self.counts.sent.fetch_add(bytes, Relaxed),
+                    Err(e) => return Served::Broke(format!("the link broke: {e}")),
+                };
+            }
+            if arriving.is_settled() {
+                return Served::Settled;
+            }
+            if let Some(why) = broke {
+                return Served::Broke(why);
+            }
+            if let Ok(link) = relinks.try_recv()
+                && let Some(link) = check_relink(link, arriving)
+            {
+                return Served::Replaced(link);
+            }
+            let now = self.clock.now();
+            arriving.check_time(now);
+            // Part of a long frame on a slow link is a sign of life too.
+            let bytes = self.counts.received.load(Relaxed);
+            if std::mem::replace(&mut received, bytes) != bytes {
+                arriving.session.heard(now);
+            }
+            if !arriving.session.tick(now) {
+                return Served::Broke("nothing heard for too long".into());
+            }
+            let mut select = Select::new();
+            select.recv(&self.heard);
+            // Ready or not, the loop looks at everything again.
+            let _ = select.ready_timeout(TICK);
+        }
+    }
+
+    /// Handles what the source said, one frame after the other, acknowledging in between.
+    fn hear<Vm: TargetVm>(&mut self, arriving: &mut Arriving<'_, Vm>) -> Result<(), String> {
+        match self.heard.try_recv() {
+            Ok(Ok((Frame::Pong(_), at))) => {
+                // The reading thread answered a ping, or the source did.
+                self.queued.fetch_sub(weight(&Frame::Pong(0)), Relaxed);
+                arriving.session.heard(at);
+                Ok(())
+            }
+            Ok(Ok((frame, _))) => {
+                self.queued.fetch_sub(weight(&frame), Relaxed);
+                // Now and not when it came: a busy engine has not heard silence.
+                let now = self.clock.now();
+                arriving.session.handle(frame, now).map_err(|e| e.to_string())?;
+                arriving.act();
+                Ok(())
+            }
+            Ok(Err(e)) => Err(e.to_string()),
+            Err(TryRecvError::Empty) => Ok(()),
+            Err(TryRecvError::Disconnected) => Err("the link broke".into()),
+        }
+    }
+}
+
+impl<Tx> Talk<'_, Tx> {
+    /// Lets the source read the last word before the link is closed: closing it under data that
+    /// still comes in may destroy what was said.
+    fn linger(&mut self) {
+        let deadline = self.clock.now() + LINGER;
+        while self.clock.now() < deadline {
+            match self.heard.recv_timeout(TICK) {
+                Ok(Ok((frame, _))) => _ = self.queued.fetch_sub(weight(&frame), Relaxed),
+                Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // What is inside is replaced whole or not at all: a panic elsewhere leaves it usable.
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn send_on<Tx: std::io::Write>(
+    tx: &Mutex<Option<Tx>>,
+    frame: &Frame,
+    scratch: &mut Vec<u8>,
+) -> std::io::Result<u64> {
+    match lock(tx).as_mut() {
+        Some(tx) => write_frame(tx, frame, scratch),
+        None => Err(std::io::ErrorKind::BrokenPipe.into()),
+    }
+}
+
+impl<Vm: TargetVm> Arriving<'_, Vm> {
+    /// What came of it.
+    fn finish(mut self, counts: &Counts) -> Result<Received<Vm>, ReceiveError> {
+        match self.take_settled() {
+            Settled::Runs { released } => {
+                let (vm, record, full_hash) = self.into_running()?;
+                Ok(Received {
+                    vm,
+                    record,
+                    released,
+                    full_hash,
+                    bytes_received: counts.received.load(Relaxed),
+                    bytes_sent: counts.sent.load(Relaxed),
+                })
+            }
+            Settled::Failed(error) => {
+                self.discard();
+                Err(error)
+            }
+        }
+    }
 }

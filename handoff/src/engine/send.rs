@@ -1,9 +1,38 @@
 //! The source's driver.
 
-use std::sync::{Arc, atomic::AtomicBool};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    thread,
+};
 
-use super::{SendError, SendOptions, SendOutcome};
-use crate::{BaseView, Clock, Connect, SourceVm, ownership::Journal, report::Progress};
+use crossbeam_channel::unbounded;
+use guest_images::{BaseId, CHUNK_SIZE, Chunk};
+
+use super::{
+    KeptReason, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
+    courier::{Courier, LinkStatus, Order, pipeline_queue},
+    meter::Meter,
+    pipe::{Pipe, Word},
+    worker::{Job, WorkerStats, work},
+};
+use crate::{
+    BaseView, ChunkSet, Clock, Connect, Offer, SourceVm, Space,
+    order::RoundOrder,
+    ownership::{
+        Guest, HandoffId, Journal, Question, Verdict,
+        source::{self, Event},
+    },
+    report::{Outcome, Progress, Report},
+    root::StateRoot,
+    source::SourceSession,
+    stage::{BatchBuilder, Classifier, SegmentKind, pack::MAX_BATCH_BYTES},
+    vm::VmError,
+    wire::{Hello, Intent, Resumed},
+};
+
+/// A round is harvested when so little of the last one is left that the link will not run dry
+/// meanwhile: 50 ms at 10 Mbps.
+const LOW_WATER_BYTES: u64 = 64 << 10;
 
 /// Hands the guest off to the peer that `connect` reaches.
 ///
@@ -21,6 +50,424 @@ pub fn send<C: Connect + Send>(
     progress: &mut dyn FnMut(&Progress),
     cancel: &AtomicBool,
 ) -> Result<SendOutcome, SendError> {
-    let _ = (vm, base, connect, options, clock, progress, cancel);
-    journal.record().ok_or(SendError::NoRecord).map(|_| unimplemented!())
+    let record = journal.record().ok_or(SendError::NoRecord)?;
+    let begin = Event::Begin { handoff: HandoffId::random(), peer: options.peer.clone() };
+    if let Some(record) = source::step(record, begin)?.write {
+        journal.write(record)?;
+    }
+    let record = journal.record().ok_or(SendError::NoRecord)?;
+    let handoff = source::question(record)?.ok_or(SendError::NoRecord)?;
+
+    let mut guest = HeldGuest { vm, tracking: false, paused: false };
+    let (status, worker) = (LinkStatus::default(), WorkerStats::default());
+    let base_id = base.id().to_string();
+    let meter = Meter::new(handoff, options, progress, (&status, &worker), clock);
+    let changed = match guest.start_tracking() {
+        Ok(changed) => changed,
+        Err(reason) => {
+            let told = meter.report(Outcome::KeptHere, Some(reason.to_string()), None, base_id);
+            return keep(&mut guest, journal, reason, told);
+        }
+    };
+    let hello = hello(&guest, &*base, handoff, options, &changed);
+    thread::scope(|scope| {
+        let (jobs, jobs_rx) = pipeline_queue();
+        let (sealed, sealed_rx) = pipeline_queue();
+        let (orders, orders_rx) = unbounded();
+        let (notices, notices_rx) = unbounded();
+        let (status, worker, limits) = (&status, &worker, &options.limits);
+        let from_worker = notices.clone();
+        scope.spawn(move || work(handoff.handoff, &jobs_rx, &sealed, &from_worker, worker, clock));
+        let session = SourceSession::new(hello, limits.silence, limits.ping_every);
+        let mut courier = Courier {
+            session,
+            connect,
+            sealed: sealed_rx,
+            orders: orders_rx,
+            notices,
+            status,
+            limits,
+            clock,
+            committed: false,
+            over: false,
+            submitted_bytes: 0,
+        };
+        scope.spawn(move || courier.run());
+        let applied = (clock.now(), 0);
+        let notices = notices_rx;
+        let pipe = Pipe { jobs, orders, notices, status, limits, clock, cancel, applied, meter };
+        let classifier = Classifier::new(Arc::clone(&base), guest.vm.geometry());
+        let mut run =
+            Run { guest, pipe, classifier, journal, options, base: base.id(), handoff, round: 0 };
+        match walk(&mut run, changed) {
+            Ok(settled) => settle(&mut run, settled),
+            Err(reason) => {
+                let words = reason.to_string();
+                let report = run.report(Outcome::KeptHere, Some(words.clone()));
+                let kept = keep(&mut run.guest, run.journal, reason, report);
+                // After what was decided is durable; a courier that has ended needs no order.
+                let _ = run.pipe.orders.send(Order::Abort(words));
+                kept
+            }
+        }
+    })
+}
+
+/// The phases in order. **Paused on success, resumed on failure**: an error is a failure before
+/// the commit, and [`keep`] sets the guest running again whatever phase it comes from.
+fn walk(run: &mut Run<'_>, changed: ChunkSet) -> Result<Settled, KeptReason> {
+    let negotiated = Negotiated::await_welcome(run)?; //   the target has reserved all it needs
+    let live = negotiated.live_rounds(changed)?; //        the guest runs; little is left to send
+    let paused = live.pause()?; //                         nothing of the guest changes any more
+    let sent = paused.last_round()?; //                    everything is on its way, state included
+    let prepared = sent.await_prepared()?; //              the target holds it all, verified
+    let committed = prepared.commit()?; //                 durable: no way back from here
+    Ok(committed.await_verdict())
+}
+
+/// How a committed handoff was settled.
+enum Settled {
+    /// The target runs the guest.
+    Moved,
+    /// The target durably declined.
+    Declined(String),
+    /// Nobody said.
+    InDoubt,
+}
+
+/// The guest, and what must be undone if the handoff fails.
+struct HeldGuest<'a> {
+    vm: &'a mut dyn SourceVm,
+    tracking: bool,
+    paused: bool,
+}
+
+impl HeldGuest<'_> {
+    fn start_tracking(&mut self) -> Result<ChunkSet, KeptReason> {
+        self.tracking = true;
+        self.vm.start_tracking().map_err(failed("starting to track changes"))
+    }
+
+    /// Sets the guest running again as it was before the handoff. The dirty bits that were
+    /// harvested need no putting back: the next handoff starts from all that differs from base.
+    fn restore(&mut self) -> Result<(), VmError> {
+        if std::mem::take(&mut self.paused) {
+            self.vm.resume()?;
+        }
+        if std::mem::take(&mut self.tracking)
+            && let Err(e) = self.vm.stop_tracking()
+        {
+            tracing::warn!(error = %e, "the guest runs, but its changes are still tracked");
+        }
+        Ok(())
+    }
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(VmError) -> KeptReason {
+    move |source| KeptReason::Vm { doing, source }
+}
+
+fn hello(
+    guest: &HeldGuest<'_>,
+    base: &dyn BaseView,
+    handoff: Question,
+    options: &SendOptions,
+    changed: &ChunkSet,
+) -> Hello {
+    let offer = Offer {
+        vm_name: options.vm_name.clone(),
+        base: base.id(),
+        geometry: guest.vm.geometry(),
+        changed_disk_chunks: changed.iter().filter(|id| id.space == Space::Disk).count() as u64,
+        machine: options.machine.clone(),
+    };
+    let (versions, audit) = (options.versions, options.audit);
+    Hello { versions, handoff, intent: Intent::New(offer), audit }
+}
+
+/// The handoff failed before the commit: the guest goes on here.
+fn keep(
+    guest: &mut HeldGuest<'_>,
+    journal: &mut Journal,
+    reason: KeptReason,
+    report: Report,
+) -> Result<SendOutcome, SendError> {
+    // The record allows the guest to run already, so that it need not wait for the disk.
+    guest
+        .restore()
+        .map_err(|source| SendError::NotResumed { reason: reason.to_string(), source })?;
+    let record = journal.record().ok_or(SendError::NoRecord)?;
+    if let Some(record) = source::step(record, Event::Abort)?.write {
+        // Not fatal: the record still says that the guest may run here, and asking the target
+        // after a crash settles the rest.
+        if let Err(e) = journal.write(record) {
+            tracing::warn!(error = %e, "the guest runs, but the end of the handoff is not on disk");
+        }
+    }
+    Ok(SendOutcome::KeptHere { reason, report })
+}
+
+/// After the commit: what was decided is written, then said, then done.
+fn settle(run: &mut Run<'_>, settled: Settled) -> Result<SendOutcome, SendError> {
+    let order = match &settled {
+        Settled::Moved => Order::Release,
+        Settled::Declined(why) => Order::Abort(why.clone()),
+        Settled::InDoubt => Order::Leave,
+    };
+    let handoff = run.handoff.handoff;
+    let outcome = match settled {
+        Settled::Moved => run
+            .record(Event::Resumed { handoff, epoch: run.handoff.epoch })
+            .map(|_| SendOutcome::Moved(run.report(Outcome::Moved, None))),
+        Settled::Declined(why) => run.take_back(why),
+        Settled::InDoubt => {
+            let why = Some("the peer did not confirm in time".to_owned());
+            Ok(SendOutcome::InDoubt { report: run.report(Outcome::InDoubt, why) })
+        }
+    };
+    // What could not be written must not be said.
+    let order = if outcome.is_ok() { order } else { Order::Leave };
+    let _ = run.pipe.orders.send(order);
+    outcome
+}
+
+/// One handoff from the source's side.
+struct Run<'a> {
+    guest: HeldGuest<'a>,
+    pipe: Pipe<'a>,
+    classifier: Classifier,
+    journal: &'a mut Journal,
+    options: &'a SendOptions,
+    base: BaseId,
+    handoff: Question,
+    round: u32,
+}
+
+impl Run<'_> {
+    fn report(&self, outcome: Outcome, reason: Option<String>) -> Report {
+        let (stats, base) = (self.classifier.stats(), self.base.to_string());
+        self.pipe.meter.report(outcome, reason, Some(stats), base)
+    }
+
+    /// Writes what an event makes of the ownership record.
+    fn record(&mut self, event: Event) -> Result<Guest, SendError> {
+        let record = self.journal.record().ok_or(SendError::NoRecord)?;
+        let step = source::step(record, event)?;
+        if let Some(record) = step.write {
+            self.journal.write(record)?;
+        }
+        Ok(step.guest)
+    }
+
+    /// The target durably declined after the commit: the guest goes on here.
+    fn take_back(&mut self, why: String) -> Result<SendOutcome, SendError> {
+        let report = self.report(Outcome::KeptHere, Some(why.clone()));
+        if self.record(Event::Declined { handoff: self.handoff.handoff })? == Guest::Run {
+            let restored = self.guest.restore();
+            restored.map_err(|source| SendError::NotResumed { reason: why.clone(), source })?;
+        }
+        Ok(SendOutcome::KeptHere { reason: KeptReason::Declined(why), report })
+    }
+
+    /// Reads, classifies and gives to the pipeline every chunk of `set`, as one round.
+    fn send_round(&mut self, set: ChunkSet) -> Result<(), KeptReason> {
+        self.round += 1;
+        self.pipe.meter.round_begins(self.round, set.len());
+        let mut chunk: Chunk = [0; CHUNK_SIZE];
+        let mut batch = BatchBuilder::new(self.round);
+        for id in RoundOrder::shuffled(set, rand::random()) {
+            self.guest.vm.read_chunk(id, &mut chunk).map_err(failed("reading the guest"))?;
+            let op = self.classifier.classify(id, &chunk).map_err(|e| KeptReason::Vm {
+                doing: "comparing with the base",
+                source: e.into(),
+            })?;
+            self.pipe.meter.chunk_done();
+            if batch.push(id, op, &chunk).is_err() {
+                self.push_batch(std::mem::replace(&mut batch, BatchBuilder::new(self.round)))?;
+                // An empty batch has room for any one chunk.
+                let _ = batch.push(id, op, &chunk);
+            }
+        }
+        if !batch.is_empty() {
+            self.push_batch(batch)?;
+        }
+        Ok(())
+    }
+
+    fn push_batch(&mut self, batch: BatchBuilder) -> Result<(), KeptReason> {
+        let body = batch.finish().body;
+        self.pipe.push(Job::Body { round: self.round, kind: SegmentKind::Chunks, body })
+    }
+
+    fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {
+        self.guest.vm.harvest().map_err(failed("asking for changed memory"))
+    }
+}
+
+/// The target took the offer.
+struct Negotiated<'r, 'a>(&'r mut Run<'a>);
+
+impl<'r, 'a> Negotiated<'r, 'a> {
+    fn await_welcome(run: &'r mut Run<'a>) -> Result<Self, KeptReason> {
+        let limit = run.options.limits.connect + run.options.limits.greeting;
+        match run.pipe.await_word("the peer's answer", limit)? {
+            (Word::Welcomed, _) => Ok(Self(run)),
+            (word, _) => Err(KeptReason::Protocol(format!("{word:?} instead of Welcome"))),
+        }
+    }
+
+    /// Sends round after round while the guest runs, until the policy says to pause it.
+    fn live_rounds(self, changed: ChunkSet) -> Result<Live<'r, 'a>, KeptReason> {
+        let run = self.0;
+        let mut set = changed;
+        loop {
+            run.send_round(set)?;
+            run.pipe.drain_to(LOW_WATER_BYTES)?;
+            run.pipe.meter.round_ends();
+            set = run.harvest()?;
+            if run.pipe.meter.cut_over_now(set.len()) {
+                return Ok(Live { run, left: set });
+            }
+        }
+    }
+}
+
+/// The guest runs, and `left` is what to send once it does not.
+struct Live<'r, 'a> {
+    run: &'r mut Run<'a>,
+    left: ChunkSet,
+}
+
+impl<'r, 'a> Live<'r, 'a> {
+    fn pause(self) -> Result<Paused<'r, 'a>, KeptReason> {
+        let Self { run, mut left } = self;
+        // Set before, so that a pause which fails half way is undone too.
+        run.guest.paused = true;
+        run.pipe.meter.pausing();
+        run.guest.vm.pause().map_err(failed("pausing the guest"))?;
+        run.pipe.meter.paused();
+        left.union(&run.harvest()?);
+        Ok(Paused { run, left })
+    }
+}
+
+/// Nothing of the guest changes any more.
+struct Paused<'r, 'a> {
+    run: &'r mut Run<'a>,
+    left: ChunkSet,
+}
+
+impl<'r, 'a> Paused<'r, 'a> {
+    /// Sends what is left. The machine's state is saved while the chunks are on their way.
+    fn last_round(self) -> Result<Sent<'r, 'a>, KeptReason> {
+        let Self { run, left } = self;
+        let mut chunks = left.len();
+        run.send_round(left)?;
+        run.pipe.meter.final_round_packed(chunks);
+        let state = run.guest.vm.save_state().map_err(failed("saving the machine's state"))?;
+        if state.len() > MAX_MACHINE_STATE_BYTES {
+            let why = format!("{} bytes, at most {MAX_MACHINE_STATE_BYTES}", state.len());
+            return Err(KeptReason::Vm { doing: "saving the machine's state", source: why.into() });
+        }
+        // Saving may have written to guest memory.
+        let touched = run.harvest()?;
+        if !touched.is_empty() {
+            chunks += touched.len();
+            run.send_round(touched)?;
+            run.pipe.meter.final_round_packed(chunks);
+        }
+        for piece in state.chunks(MAX_BATCH_BYTES) {
+            let (round, kind) = (run.round, SegmentKind::MachineState);
+            run.pipe.push(Job::Body { round, kind, body: piece.to_vec() })?;
+        }
+        let full_hash = match run.options.audit {
+            true => Some(run.guest.vm.full_hash().map_err(failed("hashing the guest"))?),
+            false => None,
+        };
+        run.pipe.meter.state_packed(state.len(), full_hash);
+        let root = run.classifier.root();
+        // Right behind the last segment: a round trip is saved.
+        run.pipe.push(Job::Prepare(root, full_hash))?;
+        Ok(Sent { run, root, full_hash })
+    }
+}
+
+/// Everything is on its way.
+struct Sent<'r, 'a> {
+    run: &'r mut Run<'a>,
+    root: StateRoot,
+    full_hash: Option<[u8; 32]>,
+}
+
+impl<'r, 'a> Sent<'r, 'a> {
+    fn await_prepared(self) -> Result<Prepared<'r, 'a>, KeptReason> {
+        let Self { run, root, full_hash } = self;
+        // What is on its way may take as long as it takes, as long as it moves.
+        run.pipe.drain_to(0)?;
+        let limit = run.options.limits.prepare;
+        match run.pipe.await_word("the peer's verification", limit)? {
+            (Word::Prepared { root: theirs, full_hash: hash }, _) if hash == full_hash => {
+                run.pipe.meter.prepared();
+                Ok(Prepared { run, root, theirs })
+            }
+            (Word::Prepared { full_hash: theirs, .. }, _) => {
+                let why = format!("its RAM and disk hash to {theirs:x?}, here {full_hash:x?}");
+                Err(KeptReason::Protocol(why))
+            }
+            (word, _) => Err(KeptReason::Protocol(format!("{word:?} instead of Prepared"))),
+        }
+    }
+}
+
+/// The target holds everything, verified.
+struct Prepared<'r, 'a> {
+    run: &'r mut Run<'a>,
+    root: StateRoot,
+    theirs: StateRoot,
+}
+
+impl<'r, 'a> Prepared<'r, 'a> {
+    fn commit(self) -> Result<Committed<'r, 'a>, KeptReason> {
+        let Self { run, root: ours, theirs } = self;
+        let event = Event::Prepared { handoff: run.handoff.handoff, theirs, ours };
+        run.record(event).map_err(|e| match e {
+            SendError::NotHere(e) => KeptReason::Ownership(e),
+            SendError::Journal(e) => KeptReason::Journal(e),
+            other => KeptReason::Protocol(other.to_string()),
+        })?;
+        run.pipe.meter.committed();
+        // Should the courier have ended, its last notice says why, and the verdict is in doubt.
+        let _ = run.pipe.orders.send(Order::Commit);
+        Ok(Committed(run))
+    }
+}
+
+/// The epoch is the target's. No failure leads back; only the target's durable word does.
+struct Committed<'r, 'a>(&'r mut Run<'a>);
+
+impl Committed<'_, '_> {
+    fn await_verdict(self) -> Settled {
+        let run = self.0;
+        let deadline = run.pipe.clock.now() + run.options.limits.commit;
+        loop {
+            let Some((word, at)) = run.pipe.await_verdict(deadline) else {
+                return Settled::InDoubt;
+            };
+            match word {
+                Word::Resumed(resumed) => {
+                    run.pipe.meter.resumed(at, &resumed);
+                    return Settled::Moved;
+                }
+                Word::Answer(Verdict::Owner | Verdict::Superseded { .. }) => {
+                    run.pipe.meter.resumed(at, &Resumed::untimed(run.handoff));
+                    return Settled::Moved;
+                }
+                Word::Declined(why) | Word::Answer(Verdict::Declined { reason: why }) => {
+                    return Settled::Declined(why);
+                }
+                // Prepared, or nothing known: Commit is said again on the next link.
+                Word::Answer(_) | Word::Welcomed | Word::Prepared { .. } => {}
+            }
+        }
+    }
 }

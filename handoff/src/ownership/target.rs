@@ -24,6 +24,12 @@ pub enum Event {
     Commit(Question),
     /// The guest runs here now.
     Started,
+    /// The guest could not be started, and not one instruction of it ran here. Only the process
+    /// that wrote the ownership may say so, and only before it said anything else.
+    NeverRan {
+        /// Why, for a person.
+        reason: String,
+    },
     /// This side cannot or will not run the guest.
     Decline {
         /// The handoff and the epoch it would give.
@@ -215,6 +221,7 @@ fn unconfirmed(
     };
     match event {
         Event::Started => Ok(Step::saying(Say::Resumed(asked))),
+        Event::NeverRan { reason } => Ok(declined(asked, bounded_text(reason))),
         Event::Released(which) if which == asked => Ok(confirmed(Guest::Leave)),
         // Only the disk is left; before the guest boots from it, the source is asked whether an
         // operator took the VM back meanwhile.

@@ -103,8 +103,6 @@ pub struct Hello {
     pub versions: Versions,
     /// The handoff and the epoch that it gives to the target.
     pub handoff: Question,
-    /// What is offered.
-    pub offer: Offer,
     /// Why this link was made.
     pub intent: Intent,
     /// Whether both sides hash all RAM and disk at cutover, for tests and audits.
@@ -112,10 +110,10 @@ pub struct Hello {
 }
 
 /// Why a link was made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Intent {
-    /// A handoff begins.
-    New,
+    /// A handoff begins with this offer.
+    New(Offer),
     /// The link of a running handoff broke; it goes on here.
     Resume,
     /// Only to learn, or to say again, how a handoff ended.
@@ -173,11 +171,17 @@ pub struct Resumed {
     pub resume_us: u64,
 }
 
+impl Resumed {
+    /// Said from the record alone, by a process that did not take the times.
+    pub fn untimed(handoff: Question) -> Self {
+        Self { handoff, prepare_us: 0, commit_us: 0, resume_us: 0 }
+    }
+}
+
 /// The part of a Hello that depends on the version.
 #[derive(Serialize, Deserialize)]
 pub(super) struct HelloBody {
     pub(super) handoff: Question,
-    pub(super) offer: Offer,
     pub(super) intent: Intent,
     pub(super) audit: bool,
 }
@@ -210,6 +214,14 @@ impl Hello {
     /// The handoff, for logs.
     pub fn id(&self) -> HandoffId {
         self.handoff.handoff
+    }
+
+    /// What is offered, if a handoff begins.
+    pub fn offer(&self) -> Option<&Offer> {
+        match &self.intent {
+            Intent::New(offer) => Some(offer),
+            Intent::Resume | Intent::Settle => None,
+        }
     }
 
     /// The epoch that the handoff gives to the target.

@@ -1,0 +1,343 @@
+//! A guest on its way in: applies what came, and carries out what the ownership machine decides.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions, worker::micros};
+use crate::{
+    BaseView, Clock, Geometry,
+    ownership::{
+        Guest, Journal, Question, Record, Step, Verdict,
+        target::{self, Event, Say},
+    },
+    stage::{Decompressor, Resolver, Segment, SegmentKind},
+    target::{TargetEvent, TargetSession},
+    vm::TargetVm,
+    wire::{Prepare, Resumed},
+};
+
+/// How it ended.
+#[derive(Debug)]
+pub(super) enum Settled {
+    /// The guest runs here.
+    Runs {
+        /// Whether the source said that it let go.
+        released: bool,
+    },
+    /// It does not, and will not from this handoff.
+    Failed(ReceiveError),
+}
+
+pub(super) struct Arriving<'a, Vm> {
+    pub(super) session: TargetSession,
+    vm: Vm,
+    running: bool,
+    resolver: Resolver,
+    decompressor: Decompressor,
+    state: Vec<u8>,
+    round: u32,
+    journal: &'a mut Journal,
+    handoff: Question,
+    options: &'a ReceiveOptions,
+    audit: bool,
+    full_hash: Option<[u8; 32]>,
+    clock: &'a dyn Clock,
+    prepare_us: u64,
+    /// When Prepared was said, or when the guest began to run.
+    since: Duration,
+    settled: Option<Settled>,
+}
+
+impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        vm: Vm,
+        base: Arc<dyn BaseView>,
+        geometry: Geometry,
+        session: TargetSession,
+        journal: &'a mut Journal,
+        options: &'a ReceiveOptions,
+        audit: bool,
+        clock: &'a dyn Clock,
+    ) -> Result<Self, ReceiveError> {
+        let handoff = session.handoff();
+        let decompressor =
+            Decompressor::new().map_err(|e| ReceiveError::Declined(format!("zstd: {e}")))?;
+        Ok(Self {
+            session,
+            vm,
+            running: false,
+            resolver: Resolver::new(base, geometry),
+            decompressor,
+            state: Vec::new(),
+            round: 0,
+            journal,
+            handoff,
+            options,
+            audit,
+            full_hash: None,
+            clock,
+            prepare_us: 0,
+            since: clock.now(),
+            settled: None,
+        })
+    }
+
+    pub(super) fn handoff(&self) -> Question {
+        self.handoff
+    }
+
+    pub(super) fn record(&self) -> Option<&Record> {
+        self.journal.record()
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled.is_some()
+    }
+
+    fn limits(&self) -> &'a Limits {
+        &self.options.limits
+    }
+
+    /// Acts on everything that the session took from the last frame.
+    pub(super) fn act(&mut self) {
+        while let Some(event) = self.session.poll_event() {
+            match event {
+                TargetEvent::Segment(segment) => {
+                    if let Err(why) = self.apply(&segment) {
+                        self.decline(why);
+                        return;
+                    }
+                    self.session.applied(&segment, self.clock.now());
+                }
+                TargetEvent::Prepare(prepare) => self.prepare(&prepare),
+                // Said twice, or answered late: the guest runs already.
+                TargetEvent::Commit | TargetEvent::Answer(_) if self.running => {}
+                TargetEvent::Commit => self.commit(Event::Commit(self.handoff)),
+                TargetEvent::Answer(verdict @ Verdict::Committed) => {
+                    self.commit(Event::Answer(verdict));
+                }
+                TargetEvent::Answer(verdict) => self.take_note(Event::Answer(verdict), "asked"),
+                TargetEvent::Aborted(why) => {
+                    self.take_note(Event::Aborted(self.handoff), &why);
+                    if !self.running {
+                        self.settle(Settled::Failed(ReceiveError::Aborted(why)));
+                    }
+                }
+                TargetEvent::Released => {
+                    self.take_note(Event::Released(self.handoff), "released");
+                    if self.running {
+                        self.settle(Settled::Runs { released: true });
+                    }
+                }
+            }
+        }
+    }
+
+    fn settle(&mut self, settled: Settled) {
+        self.settled.get_or_insert(settled);
+    }
+
+    fn apply(&mut self, segment: &Segment) -> Result<(), String> {
+        let Segment { codec, raw_len, .. } = *segment;
+        if segment.round > self.round {
+            self.round = segment.round;
+            // While the next round is on its way, so that little is left to do at the end.
+            self.vm
+                .make_disk_durable()
+                .map_err(|e| format!("the disk could not be made durable: {e}"))?;
+        }
+        let body = self
+            .decompressor
+            .decompress(codec, raw_len, &segment.payload)
+            .map_err(|e| format!("segment {}: {e}", segment.seq))?;
+        match segment.kind {
+            SegmentKind::Chunks => {
+                self.resolver
+                    .apply(&mut self.vm, body)
+                    .map_err(|e| format!("segment {}: {e}", segment.seq))?;
+            }
+            SegmentKind::MachineState => {
+                if self.state.len() + body.len() > MAX_MACHINE_STATE_BYTES {
+                    return Err(format!(
+                        "the machine's state is larger than {MAX_MACHINE_STATE_BYTES} bytes"
+                    ));
+                }
+                self.state.extend_from_slice(body);
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything came: makes sure of it, makes it durable, and says so.
+    fn prepare(&mut self, prepare: &Prepare) {
+        let start = self.clock.now();
+        if let Err(why) = self.verify(prepare) {
+            return self.decline(why);
+        }
+        let peer = self.options.peer.clone();
+        let event = Event::Prepare { offered: self.handoff, peer, root: prepare.root };
+        match self.step(event) {
+            Ok(Step { say: Some(Say::Prepared(..)), .. }) => {
+                let now = self.clock.now();
+                self.prepare_us = micros(now.saturating_sub(start));
+                self.since = now;
+                self.session.prepared(prepare.root, self.full_hash, now);
+            }
+            Ok(_) => self.decline("the record here forbids it".into()),
+            Err(why) => self.decline(why),
+        }
+    }
+
+    fn verify(&mut self, prepare: &Prepare) -> Result<(), String> {
+        let root = self.resolver.root();
+        if root != prepare.root {
+            return Err(format!(
+                "RAM and disk here have root {root}, the source says {}",
+                prepare.root
+            ));
+        }
+        self.vm
+            .make_disk_durable()
+            .map_err(|e| format!("the disk could not be made durable: {e}"))?;
+        if self.audit {
+            let hash = self.vm.full_hash().map_err(|e| format!("hashing the guest: {e}"))?;
+            if prepare.full_hash != Some(hash) {
+                return Err("RAM and disk here do not hash to what the source says".into());
+            }
+            self.full_hash = Some(hash);
+        }
+        // Before the source commits: a state that cannot be loaded must not cost it the guest.
+        let state = std::mem::take(&mut self.state);
+        self.vm
+            .load_state(&state)
+            .map_err(|e| format!("the machine's state cannot be loaded here: {e}"))
+    }
+
+    /// The source committed: the ownership on disk, then the guest, then the word.
+    fn commit(&mut self, event: Event) {
+        let start = self.clock.now();
+        match self.step(event) {
+            Ok(Step { guest: Guest::Run, .. }) => {}
+            Ok(_) => return,
+            // Whether the ownership is on disk is not known. If a refusal can be written over it,
+            // it is known again; if not, nothing is said, and a restart finds out from the disk.
+            Err(why) => return self.decline(why),
+        }
+        let durable = self.clock.now();
+        if let Err(e) = self.vm.resume() {
+            // Nothing was said yet, so the source still holds the guest.
+            let reason = format!("the guest could not be started: {e}");
+            match self.step(Event::NeverRan { reason: reason.clone() }) {
+                Ok(_) => {
+                    self.session.declined(&reason);
+                    self.settle(Settled::Failed(ReceiveError::Declined(reason)));
+                }
+                Err(_) => self.settle(Settled::Failed(ReceiveError::NotStarted(e))),
+            }
+            return;
+        }
+        self.running = true;
+        let now = self.clock.now();
+        self.since = now;
+        self.session.resumed(Resumed {
+            handoff: self.handoff,
+            prepare_us: self.prepare_us,
+            commit_us: micros(durable.saturating_sub(start)),
+            resume_us: micros(now.saturating_sub(durable)),
+        });
+    }
+
+    /// Carries out an event that starts nothing; what it makes of a prepared copy is final.
+    fn take_note(&mut self, event: Event, why: &str) {
+        match self.step(event) {
+            Ok(Step { guest: Guest::Drop, say, .. }) => {
+                let why = match say {
+                    Some(Say::Declined(_, reason)) => reason,
+                    _ => why.to_owned(),
+                };
+                self.session.declined(&why);
+                self.settle(Settled::Failed(ReceiveError::Declined(why)));
+            }
+            Ok(_) => {}
+            Err(e) => tracing::warn!(error = e, "the ownership record could not be written"),
+        }
+    }
+
+    /// This side will not run the guest: durable, then said. After a failed write the last try
+    /// counts: what cannot be written is not said.
+    fn decline(&mut self, why: String) {
+        tracing::warn!(why, "declining");
+        let event = Event::Decline { offered: self.handoff, reason: why.clone() };
+        match self.step(event) {
+            Ok(_) => {
+                self.session.declined(&why);
+                self.settle(Settled::Failed(ReceiveError::Declined(why)));
+            }
+            Err(e) => {
+                let why = format!("{why}; and that could not be recorded: {e}");
+                self.settle(Settled::Failed(ReceiveError::Link(why)));
+            }
+        }
+    }
+
+    /// Feeds the ownership machine and writes what it asks for.
+    fn step(&mut self, event: Event) -> Result<Step<Say>, String> {
+        let step = target::step(self.journal.record(), event).map_err(|e| e.to_string())?;
+        if let Some(record) = &step.write {
+            self.journal.write(record.clone()).map_err(|e| e.to_string())?;
+        }
+        Ok(step)
+    }
+
+    /// How long it makes sense to wait for a link.
+    pub(super) fn relink_deadline(&self, now: Duration) -> Duration {
+        let limits = self.limits();
+        if self.running {
+            self.since + limits.release
+        } else if self.session.is_prepared() {
+            self.since + limits.hold_prepared
+        } else {
+            now + limits.relink_grace
+        }
+    }
+
+    /// Waits that have a bound although the link works.
+    pub(super) fn check_time(&mut self, now: Duration) {
+        let limits = self.limits();
+        if self.running && now.saturating_sub(self.since) >= limits.release {
+            self.settle(Settled::Runs { released: false });
+        } else if self.session.is_prepared()
+            && now.saturating_sub(self.since) >= limits.hold_prepared
+        {
+            self.decline(format!("no word from the source for {:?}", limits.hold_prepared));
+        }
+    }
+
+    /// No link will come back.
+    pub(super) fn give_up(&mut self, why: String) {
+        if self.running {
+            self.settle(Settled::Runs { released: false });
+        } else if self.session.is_prepared() {
+            self.decline(format!("the source did not come back: {why}"));
+        } else {
+            self.settle(Settled::Failed(ReceiveError::Link(why)));
+        }
+    }
+
+    pub(super) fn take_settled(&mut self) -> Settled {
+        let nothing = || Settled::Failed(ReceiveError::Link("it ended unsettled".into()));
+        self.settled.take().unwrap_or_else(nothing)
+    }
+
+    pub(super) fn discard(&mut self) {
+        if !self.running {
+            self.vm.discard();
+        }
+    }
+
+    pub(super) fn into_running(self) -> Result<(Vm, Record, Option<[u8; 32]>), ReceiveError> {
+        let record = self.journal.record().cloned();
+        let missing = || ReceiveError::Link("the guest runs without an ownership record".into());
+        Ok((self.vm, record.ok_or_else(missing)?, self.full_hash))
+    }
+}

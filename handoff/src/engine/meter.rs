@@ -1,0 +1,333 @@
+//! What the source's driver measures: for the policy, for the live line and for the report.
+
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+
+use super::{SendOptions, courier::LinkStatus, worker::WorkerStats};
+use crate::{
+    Clock,
+    ownership::Question,
+    policy::{Decision, Measurements},
+    report::{
+        Cutover, Downtime, Outcome, Phase, Progress, Report, Round, StageShare, class_shares,
+        millis,
+    },
+    stage::Stats,
+    wire::Resumed,
+};
+
+/// How often the live line is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+/// What a cutover costs whatever is dirty, until one was measured: pause, save, two durable
+/// records, load, resume.
+const FIXED_COST: Duration = Duration::from_millis(60);
+/// The state of a machine with a few vCPUs, compressed.
+const STATE_LINK_BYTES: u64 = 16 << 10;
+
+/// Times of a cutover, each when the step was done.
+#[derive(Debug, Default)]
+struct CutoverTimes {
+    pausing: Option<Duration>,
+    paused: Option<Duration>,
+    final_round: Option<Duration>,
+    state: Option<Duration>,
+    prepared: Option<Duration>,
+    resumed: Option<Duration>,
+    state_bytes: u64,
+    final_chunks: u64,
+    because: String,
+}
+
+pub(super) struct Meter<'a> {
+    clock: &'a dyn Clock,
+    status: &'a LinkStatus,
+    worker: &'a WorkerStats,
+    options: &'a SendOptions,
+    progress: &'a mut dyn FnMut(&Progress),
+    started: Duration,
+    told_at: Option<Duration>,
+    line: Progress,
+    rounds: Vec<Round>,
+    round_began: (Duration, u64),
+    last_sent: Duration,
+    cutover: CutoverTimes,
+    report: Report,
+    predicted: Option<Duration>,
+}
+
+impl<'a> Meter<'a> {
+    pub(super) fn new(
+        handoff: Question,
+        options: &'a SendOptions,
+        progress: &'a mut dyn FnMut(&Progress),
+        (status, worker): (&'a LinkStatus, &'a WorkerStats),
+        clock: &'a dyn Clock,
+    ) -> Self {
+        let started = clock.now();
+        let report = Report {
+            handoff: handoff.handoff.to_string(),
+            vm: options.vm_name.clone(),
+            peer: options.peer.clone(),
+            epoch: handoff.epoch.0,
+            ..Report::default()
+        };
+        Self {
+            clock,
+            status,
+            worker,
+            options,
+            progress,
+            started,
+            told_at: None,
+            line: Progress::default(),
+            rounds: Vec::new(),
+            round_began: (started, 0),
+            last_sent: started,
+            cutover: CutoverTimes::default(),
+            report,
+            predicted: None,
+        }
+    }
+
+    /// Time passes: tells the live line now and then.
+    pub(super) fn tick(&mut self) {
+        let now = self.clock.now();
+        if self.told_at.is_some_and(|at| now.saturating_sub(at) < PROGRESS_EVERY) {
+            return;
+        }
+        self.told_at = Some(now);
+        self.tell();
+    }
+
+    fn tell(&mut self) {
+        self.line.sent_bytes = self.status.bytes_sent.load(Relaxed);
+        self.line.rate_bytes_per_s = self.link_rate().unwrap_or(0.0) as u64;
+        self.line.predicted_downtime_ms = self.predicted.map(millis);
+        (self.progress)(&self.line);
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.line.phase = phase;
+        self.tell();
+    }
+
+    /// The link was lost or is back.
+    pub(super) fn relinking(&mut self, lost: bool) {
+        let paused = self.cutover.pausing.is_some();
+        self.enter(match (lost, paused) {
+            (true, _) => Phase::Relinking,
+            (false, true) => Phase::Cutover,
+            (false, false) => Phase::Rounds,
+        });
+    }
+
+    pub(super) fn round_begins(&mut self, number: u32, chunks: u64) {
+        let now = self.clock.now();
+        self.round_began = (now, self.status.bytes_sent.load(Relaxed));
+        if self.rounds.is_empty() {
+            self.report.link_rate_bytes_per_s = None;
+        }
+        self.rounds.push(Round { number, chunks, ..Round::default() });
+        self.line.round = number;
+        self.line.remaining_chunks = chunks;
+        if self.cutover.pausing.is_none() {
+            self.enter(Phase::Rounds);
+        }
+    }
+
+    pub(super) fn chunk_done(&mut self) {
+        self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(1);
+    }
+
+    /// Everything of the round was given to the link, and taken but for a little.
+    pub(super) fn round_ends(&mut self) {
+        let now = self.clock.now();
+        let bytes = self.status.bytes_sent.load(Relaxed);
+        let (began, bytes_before) = self.round_began;
+        if let Some(round) = self.rounds.last_mut() {
+            round.duration_ms = millis(now.saturating_sub(began));
+            round.bytes = bytes.saturating_sub(bytes_before);
+        }
+        self.last_sent = now;
+    }
+
+    /// Whether the policy says to pause the guest now, with `dirty` chunks left.
+    pub(super) fn cut_over_now(&mut self, dirty: u64) -> bool {
+        if let Some(round) = self.rounds.last_mut() {
+            round.dirty_after = dirty;
+        }
+        let measured = self.measurements(dirty);
+        let decision = self.options.policy.decide(&measured);
+        tracing::debug!(?measured, ?decision, "round done");
+        match decision {
+            Decision::NextRound { predicted_downtime } => {
+                self.predicted = predicted_downtime;
+                false
+            }
+            Decision::CutOver { reason, predicted_downtime } => {
+                self.predicted = predicted_downtime;
+                self.cutover.because = reason.to_string();
+                true
+            }
+        }
+    }
+
+    fn measurements(&self, dirty: u64) -> Measurements {
+        let now = self.clock.now();
+        let sum = |of: fn(&Round) -> f64| self.rounds.iter().map(of).sum::<f64>();
+        let last = self.rounds.last().copied().unwrap_or_default();
+        let previous = if self.rounds.len() > 1 { last.chunks } else { 0 };
+        let per_s = |chunks: u64| match last.duration_ms {
+            ms if ms > 0.0 => chunks as f64 * 1e3 / ms,
+            _ => 0.0,
+        };
+        // The first round has page cache and zeros in it that later ones have not: what was sent
+        // last tells more of what is to come, if there was enough of it.
+        let enough = last.chunks >= 64;
+        let (bytes, chunks) = if enough {
+            (last.bytes as f64, last.chunks as f64)
+        } else {
+            (sum(|r| r.bytes as f64), sum(|r| r.chunks as f64))
+        };
+        Measurements {
+            rounds: u32::try_from(self.rounds.len()).unwrap_or(u32::MAX),
+            elapsed: now.saturating_sub(self.started),
+            remaining_chunks: dirty,
+            previous_chunks: previous,
+            dirty_chunks_per_s: per_s(dirty),
+            link_bytes_per_chunk: if chunks > 0.0 { bytes / chunks } else { 0.0 },
+            link_bytes_per_s: self.link_rate().unwrap_or(0.0),
+            stage_chunks_per_s: 0.0,
+            queued_bytes: self.status.unapplied_bytes.load(Relaxed),
+            rtt: self.rtt(),
+            fixed: FIXED_COST,
+            state_link_bytes: STATE_LINK_BYTES,
+        }
+    }
+
+    /// Bytes a second over the rounds so far.
+    fn link_rate(&self) -> Option<f64> {
+        let (mut bytes, mut seconds) = (0.0, 0.0);
+        for round in &self.rounds {
+            bytes += round.bytes as f64;
+            seconds += round.duration_ms / 1e3;
+        }
+        if seconds <= 0.0 || bytes <= 0.0 {
+            let since = self.clock.now().saturating_sub(self.round_began.0).as_secs_f64();
+            let sent = self.status.bytes_sent.load(Relaxed).saturating_sub(self.round_began.1);
+            return (since > 0.0 && sent > 0).then(|| sent as f64 / since);
+        }
+        Some(bytes / seconds)
+    }
+
+    fn rtt(&self) -> Duration {
+        Duration::from_micros(self.status.rtt_us.load(Relaxed))
+    }
+
+    pub(super) fn pausing(&mut self) {
+        self.cutover.pausing = Some(self.clock.now());
+        self.enter(Phase::Cutover);
+    }
+
+    pub(super) fn paused(&mut self) {
+        self.cutover.paused = Some(self.clock.now());
+    }
+
+    /// The last chunks were given to the pipeline, before the state.
+    pub(super) fn final_round_packed(&mut self, chunks: u64) {
+        self.cutover.final_round = Some(self.clock.now());
+        self.cutover.final_chunks = chunks;
+    }
+
+    /// State and all were given to the pipeline.
+    pub(super) fn state_packed(&mut self, bytes: usize, full_hash: Option<[u8; 32]>) {
+        self.cutover.state = Some(self.clock.now());
+        self.cutover.state_bytes = bytes as u64;
+        self.report.full_hash = full_hash.map(hex::encode);
+    }
+
+    pub(super) fn prepared(&mut self) {
+        self.cutover.prepared = Some(self.clock.now());
+        self.round_ends();
+    }
+
+    pub(super) fn committed(&mut self) {
+        self.enter(Phase::Committing);
+    }
+
+    pub(super) fn resumed(&mut self, at: Duration, resumed: &Resumed) {
+        tracing::debug!(?resumed, "the guest runs at the peer");
+        self.cutover.resumed = Some(at);
+    }
+
+    /// The report as of now.
+    pub(super) fn report(
+        &self,
+        outcome: Outcome,
+        reason: Option<String>,
+        stats: Option<Stats>,
+        base: String,
+    ) -> Report {
+        let now = self.clock.now();
+        let status = self.status;
+        let (sent, received) =
+            (status.bytes_sent.load(Relaxed), status.bytes_received.load(Relaxed));
+        let downtime = self.downtime();
+        let moving = self.last_sent.saturating_sub(self.started).as_secs_f64();
+        let rate = self.link_rate();
+        Report {
+            base,
+            outcome,
+            reason,
+            total_ms: millis(now.saturating_sub(self.started)),
+            downtime_ms: downtime.map(|d| d.estimate_ms),
+            downtime,
+            bytes_on_link: sent + received,
+            bytes_sent: sent,
+            bytes_received: received,
+            links: u32::try_from(status.links.load(Relaxed)).unwrap_or(u32::MAX),
+            link_rate_bytes_per_s: rate,
+            utilisation: rate
+                .filter(|rate| *rate * moving > 0.0)
+                .map(|rate| (sent as f64 / (rate * moving)).min(1.0)),
+            rounds: self.rounds.clone(),
+            stages: self.stages(stats),
+            cutover: self.cutover.pausing.map(|_| self.cutover_shares()),
+            ..self.report.clone()
+        }
+    }
+
+    fn downtime(&self) -> Option<Downtime> {
+        let until = self.cutover.resumed?.saturating_sub(self.cutover.pausing?);
+        Some(Downtime::measured(until, self.rtt(), self.predicted))
+    }
+
+    fn stages(&self, stats: Option<Stats>) -> Vec<StageShare> {
+        let mut shares = stats.as_ref().map(class_shares).unwrap_or_default();
+        shares.push(StageShare {
+            name: "compress".into(),
+            chunks: stats.map_or(0, |s| s.chunks()),
+            bytes_in: self.worker.bytes_in.load(Relaxed),
+            bytes_out: self.worker.bytes_out.load(Relaxed),
+            cpu_s: self.worker.busy_us.load(Relaxed) as f64 / 1e6,
+        });
+        shares
+    }
+
+    fn cutover_shares(&self) -> Cutover {
+        let times = &self.cutover;
+        let between = |from: Option<Duration>, to: Option<Duration>| match (from, to) {
+            (Some(from), Some(to)) => millis(to.saturating_sub(from)),
+            _ => 0.0,
+        };
+        Cutover {
+            pause_ms: between(times.pausing, times.paused),
+            final_round_ms: between(times.paused, times.final_round),
+            state_ms: between(times.final_round, times.state),
+            prepare_ms: between(times.state, times.prepared),
+            commit_ms: between(times.prepared, times.resumed),
+            final_chunks: times.final_chunks,
+            state_bytes: times.state_bytes,
+            cut_because: times.because.clone(),
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The engine's end of the pipeline: gives work, watches what comes back, and never waits without
+//! a bound.
+
+use std::{
+    sync::atomic::{
+        AtomicBool,
+        Ordering::{Acquire, Relaxed},
+    },
+    time::Duration,
+};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
+
+use super::{
+    KeptReason, Limits,
+    courier::{LinkStatus, Notice, Order},
+    meter::Meter,
+    worker::Job,
+};
+use crate::{Clock, ownership::Verdict, root::StateRoot, source::SourceEvent, wire::Resumed};
+
+/// How often a waiting engine looks at cancellation and progress.
+const TICK: Duration = Duration::from_millis(20);
+
+/// A word of the target that the phases wait for, and when it came.
+#[derive(Clone, Debug)]
+pub(super) enum Word {
+    Welcomed,
+    Prepared { root: StateRoot, full_hash: Option<[u8; 32]> },
+    Declined(String),
+    Resumed(Resumed),
+    Answer(Verdict),
+}
+
+pub(super) struct Pipe<'a> {
+    pub(super) jobs: Sender<Job>,
+    pub(super) orders: Sender<Order>,
+    pub(super) notices: Receiver<Notice>,
+    pub(super) status: &'a LinkStatus,
+    pub(super) limits: &'a Limits,
+    pub(super) clock: &'a dyn Clock,
+    pub(super) cancel: &'a AtomicBool,
+    /// When segments were last applied, and how many bytes then.
+    pub(super) applied: (Duration, u64),
+    pub(super) meter: Meter<'a>,
+}
+
+impl Pipe<'_> {
+    /// Gives a job to the pipeline, waiting while it is full.
+    pub(super) fn push(&mut self, job: Job) -> Result<(), KeptReason> {
+        self.status.queued_jobs.fetch_add(1, Relaxed);
+        let mut job = job;
+        loop {
+            self.check()?;
+            match self.jobs.send_timeout(job, TICK) {
+                Ok(()) => return Ok(()),
+                Err(SendTimeoutError::Timeout(back)) => job = back,
+                Err(SendTimeoutError::Disconnected(_)) => return Err(self.pipeline_ended()),
+            }
+        }
+    }
+
+    /// Waits until what the target has not applied is at most `below` bytes.
+    pub(super) fn drain_to(&mut self, below: u64) -> Result<(), KeptReason> {
+        while self.backlog_bytes() > below {
+            self.check()?;
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Bytes on their way to the target; the most there can be while the pipeline holds work.
+    pub(super) fn backlog_bytes(&self) -> u64 {
+        match self.status.queued_jobs.load(Acquire) {
+            0 => self.status.unapplied_bytes.load(Relaxed),
+            _ => u64::MAX,
+        }
+    }
+
+    /// Looks at cancellation and at what came, and fails if the handoff cannot go on.
+    pub(super) fn check(&mut self) -> Result<(), KeptReason> {
+        self.meter.tick();
+        if self.cancel.load(Relaxed) {
+            return Err(KeptReason::Cancelled);
+        }
+        while let Ok(notice) = self.notices.try_recv() {
+            // Nothing is waited for here, so a word that is no failure is none of the target's.
+            if let Some(word) = self.judge(notice)?.map(|(word, _)| word) {
+                return Err(KeptReason::Protocol(format!("unexpected {word:?}")));
+            }
+        }
+        self.check_stall()
+    }
+
+    /// The target must go on applying while there is something to apply.
+    fn check_stall(&mut self) -> Result<(), KeptReason> {
+        let now = self.clock.now();
+        let applied = self.status.applied_bytes.load(Relaxed);
+        if applied != self.applied.1 || self.status.unapplied_bytes.load(Relaxed) == 0 {
+            self.applied = (now, applied);
+        }
+        let limit = self.limits.stall;
+        if now.saturating_sub(self.applied.0) > limit {
+            return Err(KeptReason::TimedOut { what: "the peer's next sign of progress", limit });
+        }
+        Ok(())
+    }
+
+    /// Waits for a word of the target, within `limit`, before the commit.
+    pub(super) fn await_word(
+        &mut self,
+        what: &'static str,
+        limit: Duration,
+    ) -> Result<(Word, Duration), KeptReason> {
+        let deadline = self.clock.now() + limit;
+        while self.clock.now() < deadline {
+            self.meter.tick();
+            if self.cancel.load(Relaxed) {
+                return Err(KeptReason::Cancelled);
+            }
+            match self.notices.recv_timeout(TICK) {
+                Ok(notice) => {
+                    if let Some(word) = self.judge(notice)? {
+                        return Ok(word);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(self.pipeline_ended()),
+            }
+        }
+        Err(KeptReason::TimedOut { what, limit })
+    }
+
+    /// What a notice means before the commit.
+    fn judge(&mut self, notice: Notice) -> Result<Option<(Word, Duration)>, KeptReason> {
+        let (event, at) = match notice {
+            Notice::Event(event, at) => (event, at),
+            Notice::Lost(why) => {
+                tracing::warn!(why, "link lost");
+                self.meter.relinking(true);
+                return Ok(None);
+            }
+            Notice::Gone(why) => return Err(KeptReason::Link(why)),
+            Notice::Compressor(why) => {
+                return Err(KeptReason::Vm { doing: "compressing", source: why.into() });
+            }
+        };
+        let word = match event {
+            SourceEvent::Welcomed { .. } => Word::Welcomed,
+            SourceEvent::Relinked { applied_up_to } => {
+                tracing::info!(applied_up_to, "link is back");
+                self.meter.relinking(false);
+                return Ok(None);
+            }
+            SourceEvent::Refused(refusal) => return Err(refusal.into()),
+            SourceEvent::Aborted(why) => return Err(KeptReason::PeerAborted(why)),
+            SourceEvent::Answer(verdict) => {
+                let why = format!("it gave the handoff up meanwhile ({verdict:?})");
+                return Err(KeptReason::PeerAborted(why));
+            }
+            SourceEvent::Prepared { root, full_hash } => Word::Prepared { root, full_hash },
+            SourceEvent::Declined(why) => return Err(KeptReason::Declined(why)),
+            SourceEvent::Resumed(_) => {
+                return Err(KeptReason::Protocol("Resumed before the commit".into()));
+            }
+        };
+        Ok(Some((word, at)))
+    }
+
+    /// Waits for the target's word on a commit, until `deadline`; `None` if there is none by then.
+    /// Links that break meanwhile are made again, and Commit is said again on each.
+    pub(super) fn await_verdict(&mut self, deadline: Duration) -> Option<(Word, Duration)> {
+        while self.clock.now() < deadline {
+            self.meter.tick();
+            let (event, at) = match self.notices.recv_timeout(TICK) {
+                Ok(Notice::Event(event, at)) => (event, at),
+                Ok(Notice::Gone(why)) => {
+                    tracing::warn!(why, "committed, and the peer cannot be reached");
+                    return None;
+                }
+                Ok(Notice::Lost(_) | Notice::Compressor(_)) => continue,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return None,
+            };
+            match event {
+                SourceEvent::Resumed(resumed) => return Some((Word::Resumed(resumed), at)),
+                SourceEvent::Declined(why) => return Some((Word::Declined(why), at)),
+                SourceEvent::Answer(verdict) => return Some((Word::Answer(verdict), at)),
+                // Not durable words: they decide nothing any more.
+                _ => {}
+            }
+        }
+        None
+    }
+
+    fn pipeline_ended(&mut self) -> KeptReason {
+        // Whoever ended has said why, unless it failed itself.
+        while let Ok(notice) = self.notices.try_recv() {
+            if let Err(reason) = self.judge(notice) {
+                return reason;
+            }
+        }
+        KeptReason::Link("the sending thread ended".into())
+    }
+}

@@ -1,0 +1,292 @@
+//! The target's half of the protocol, without I/O and without a clock.
+//!
+//! It checks that segments come whole, in order and of this handoff, says how far they are applied,
+//! and tells its driver what the source decided. What may be decided here is the work of
+//! [`crate::ownership::target`].
+
+use std::{collections::VecDeque, time::Duration};
+
+use crate::{
+    health::{Health, Pulse},
+    ownership::{Question, Verdict, bounded_text},
+    root::StateRoot,
+    source::Violation,
+    stage::{OpenError, Opener, Segment},
+    wire::{Ack, Frame, Prepare, Resumed, Welcome},
+};
+
+/// An acknowledgement is sent when so many bytes were applied since the last one ...
+pub const ACK_BYTES: u64 = 256 << 10;
+/// ... or so long after the first of them.
+pub const ACK_AFTER: Duration = Duration::from_millis(50);
+/// A target that waits for the word asks when it did not come for so long.
+pub const ASK_AFTER: Duration = Duration::from_secs(2);
+
+/// What the source's frames mean to the target's driver.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TargetEvent {
+    /// The next segment, whole and of this handoff. To be applied, then
+    /// [`TargetSession::applied`].
+    Segment(Segment),
+    /// Everything was sent and applied: verify.
+    Prepare(Prepare),
+    /// The source committed.
+    Commit,
+    /// The source aborted.
+    Aborted(String),
+    /// The source has let go.
+    Released,
+    /// The source answered a question about this handoff.
+    Answer(Verdict),
+}
+
+/// Why the source's frames are not accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// A frame that breaks the protocol.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// A segment that does not continue what came before.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Prepare names another last segment than the one that came.
+    #[error("the source says that segment {said} was the last, {came} came last")]
+    LastSegment {
+        /// What Prepare says.
+        said: u64,
+        /// What came.
+        came: u64,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Segments come.
+    Receiving,
+    /// Everything came; the driver verifies.
+    Verifying,
+    /// Prepared was said.
+    Prepared(StateRoot, Option<[u8; 32]>),
+    /// The guest runs here; the times are said with Resumed.
+    Running(Resumed),
+    /// Declined was said.
+    Declined,
+}
+
+/// The target's session: one handoff, over any number of links.
+#[derive(Debug)]
+pub struct TargetSession {
+    handoff: Question,
+    window_bytes: u64,
+    phase: Phase,
+    opener: Opener,
+    applied_up_to: u64,
+    unacked_bytes: u64,
+    unacked_since: Option<Duration>,
+    asked_at: Duration,
+    declined: String,
+    outbox: VecDeque<Frame>,
+    events: VecDeque<TargetEvent>,
+    health: Health,
+}
+
+impl TargetSession {
+    /// A handoff whose Hello was accepted. Say [`TargetSession::link_up`] for the first link too.
+    pub fn new(
+        handoff: Question,
+        window_bytes: u64,
+        silence: Duration,
+        ping_every: Duration,
+    ) -> Self {
+        Self {
+            handoff,
+            window_bytes,
+            phase: Phase::Receiving,
+            opener: Opener::new(&handoff.handoff.0),
+            applied_up_to: 0,
+            unacked_bytes: 0,
+            unacked_since: None,
+            asked_at: Duration::ZERO,
+            declined: String::new(),
+            outbox: VecDeque::new(),
+            events: VecDeque::new(),
+            health: Health::new(silence, ping_every),
+        }
+    }
+
+    /// A link whose Hello names this handoff; `version` is what both speak.
+    pub fn link_up(&mut self, version: u32, now: Duration) {
+        self.health.link_up(now);
+        self.asked_at = now;
+        self.outbox.clear();
+        self.unacked_bytes = 0;
+        self.unacked_since = None;
+        let (applied_up_to, window_bytes) = (self.applied_up_to, self.window_bytes);
+        self.outbox.push_back(Frame::Welcome(Welcome { version, applied_up_to, window_bytes }));
+    }
+
+    /// A link on which the source, having lost all but its record, asks how this handoff stands.
+    pub fn link_up_to_settle(&mut self, verdict: Verdict, now: Duration) {
+        self.health.link_up(now);
+        self.asked_at = now;
+        self.outbox.clear();
+        self.outbox.push_back(Frame::Status { question: self.handoff, verdict });
+    }
+
+    /// The handoff.
+    pub fn handoff(&self) -> Question {
+        self.handoff
+    }
+
+    /// Whether Prepared was said and nothing decided since.
+    pub fn is_prepared(&self) -> bool {
+        matches!(self.phase, Phase::Prepared(..))
+    }
+
+    /// A segment was applied.
+    pub fn applied(&mut self, segment: &Segment, now: Duration) {
+        self.applied_up_to = segment.seq;
+        self.unacked_bytes += segment.encoded_len() as u64;
+        self.unacked_since.get_or_insert(now);
+        self.ack_if_due(now);
+    }
+
+    fn ack_if_due(&mut self, now: Duration) {
+        let late = self.unacked_since.is_some_and(|t| now.saturating_sub(t) >= ACK_AFTER);
+        if late || self.unacked_bytes >= ACK_BYTES {
+            self.outbox.push_back(Frame::Ack(Ack { applied_up_to: self.applied_up_to }));
+            self.unacked_bytes = 0;
+            self.unacked_since = None;
+        }
+    }
+
+    /// Says Prepared. Only after that is durable here.
+    pub fn prepared(&mut self, root: StateRoot, full_hash: Option<[u8; 32]>, now: Duration) {
+        self.phase = Phase::Prepared(root, full_hash);
+        self.asked_at = now;
+        self.say_again();
+    }
+
+    /// Says Declined. Only after that is durable here.
+    pub fn declined(&mut self, reason: &str) {
+        self.phase = Phase::Declined;
+        self.declined = bounded_text(reason);
+        self.say_again();
+    }
+
+    /// Says Resumed. Only after the guest runs.
+    pub fn resumed(&mut self, resumed: Resumed) {
+        self.phase = Phase::Running(resumed);
+        self.say_again();
+    }
+
+    fn say_again(&mut self) {
+        let handoff = self.handoff;
+        self.outbox.extend(match self.phase {
+            Phase::Receiving | Phase::Verifying => None,
+            Phase::Prepared(root, full_hash) => Some(Frame::Prepared { handoff, root, full_hash }),
+            Phase::Running(resumed) => Some(Frame::Resumed(resumed)),
+            Phase::Declined => Some(Frame::Declined { handoff, reason: self.declined.clone() }),
+        });
+    }
+
+    /// Time passes. `false` if nothing was heard for so long that the link must be given up.
+    #[must_use]
+    pub fn tick(&mut self, now: Duration) -> bool {
+        self.ack_if_due(now);
+        if self.is_prepared() && now.saturating_sub(self.asked_at) >= ASK_AFTER {
+            self.asked_at = now;
+            self.outbox.push_back(Frame::Query(self.handoff));
+        }
+        match self.health.pulse(now) {
+            Pulse::Dead => return false,
+            Pulse::Ping(nonce) => self.outbox.push_back(Frame::Ping(nonce)),
+            Pulse::Fine => {}
+        }
+        true
+    }
+
+    /// The next frame to send on the present link.
+    pub fn poll_transmit(&mut self) -> Option<Frame> {
+        self.outbox.pop_front()
+    }
+
+    /// What happened.
+    pub fn poll_event(&mut self) -> Option<TargetEvent> {
+        self.events.pop_front()
+    }
+
+    /// Something came in on the present link that needs no more than to be heard.
+    pub fn heard(&mut self, now: Duration) {
+        self.health.heard(now);
+    }
+
+    /// Takes a frame that came in on the present link.
+    pub fn handle(&mut self, frame: Frame, now: Duration) -> Result<(), TargetError> {
+        self.health.heard(now);
+        match frame {
+            Frame::Segment(segment) => {
+                if self.phase != Phase::Receiving {
+                    return Err(unexpected("Segment", "after Prepare"));
+                }
+                self.opener.open(&segment)?;
+                self.events.push_back(TargetEvent::Segment(segment));
+            }
+            Frame::Prepare(prepare) => {
+                self.about("Prepare", prepare.handoff)?;
+                self.prepare(prepare)?;
+            }
+            Frame::Commit(commit) => {
+                self.about("Commit", commit.handoff)?;
+                match self.phase {
+                    Phase::Prepared(..) => self.events.push_back(TargetEvent::Commit),
+                    Phase::Running(_) | Phase::Declined => self.say_again(),
+                    Phase::Receiving | Phase::Verifying => {
+                        return Err(unexpected("Commit", "before Prepared"));
+                    }
+                }
+            }
+            Frame::Released(handoff) => {
+                self.about("Released", handoff)?;
+                self.events.push_back(TargetEvent::Released);
+            }
+            Frame::Abort { handoff, reason } => {
+                self.about("Abort", handoff)?;
+                self.events.push_back(TargetEvent::Aborted(reason));
+            }
+            Frame::Status { question, verdict } => {
+                self.about("Status", question)?;
+                self.events.push_back(TargetEvent::Answer(verdict));
+            }
+            Frame::Ping(nonce) => self.outbox.push_back(Frame::Pong(nonce)),
+            Frame::Pong(nonce) => self.health.pong(nonce, now),
+            frame => return Err(unexpected(frame.name(), "from the source")),
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, prepare: Prepare) -> Result<(), TargetError> {
+        match self.phase {
+            Phase::Receiving => {
+                let came = self.opener.last_seq();
+                if prepare.last_seq != came {
+                    return Err(TargetError::LastSegment { said: prepare.last_seq, came });
+                }
+                self.phase = Phase::Verifying;
+                self.events.push_back(TargetEvent::Prepare(prepare));
+            }
+            // On a later link: the answer was lost, or is still to come.
+            Phase::Verifying => {}
+            Phase::Prepared(..) | Phase::Running(_) | Phase::Declined => self.say_again(),
+        }
+        Ok(())
+    }
+
+    fn about(&self, frame: &'static str, question: Question) -> Result<(), Violation> {
+        if question == self.handoff { Ok(()) } else { Err(Violation::OtherHandoff(frame)) }
+    }
+}
+
+fn unexpected(frame: &'static str, when: &'static str) -> TargetError {
+    Violation::Unexpected { frame, when }.into()
+}

@@ -1,0 +1,424 @@
+//! The whole engine: two in-memory VMs, real threads, a link with faults.
+#![allow(clippy::unwrap_used)]
+
+mod sim;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::unbounded;
+use handoff::{
+    BaseView, Refusal,
+    engine::{
+        KeptReason, Limits, ReceiveError, ReceiveOptions, Received, Recovery, SendOptions,
+        SendOutcome, accept, receive, recover, send, send_resume,
+    },
+    ownership::{Journal, Record, State, Tenure, VmId},
+    tcp::MonotonicClock,
+    wire::Versions,
+};
+use sim::{Fault, Host, HostFaults, MemConnect, MemLink, Runners, Source, Target, base};
+
+type Outcome = Result<Received<Target>, ReceiveError>;
+
+fn limits() -> Limits {
+    let ms = Duration::from_millis;
+    Limits {
+        connect: ms(500),
+        greeting: ms(2000),
+        silence: ms(2000),
+        ping_every: ms(100),
+        relink_grace: ms(1000),
+        stall: ms(5000),
+        prepare: ms(5000),
+        commit: ms(1500),
+        hold_prepared: ms(3000),
+        release: ms(500),
+    }
+}
+
+struct Pair {
+    source: Source,
+    connect: MemConnect,
+    runners: Runners,
+    base: Arc<handoff::base_view::testing::MemBase>,
+    journals: tempfile::TempDir,
+    target: JoinHandle<Vec<Outcome>>,
+    options: SendOptions,
+    clock: MonotonicClock,
+}
+
+/// A cloudlet that receives: links of a handoff under way go to it, others are settled from disk.
+fn target_side(
+    links: crossbeam_channel::Receiver<MemLink>,
+    path: PathBuf,
+    mut host: Host,
+) -> JoinHandle<Vec<Outcome>> {
+    thread::spawn(move || {
+        let clock = MonotonicClock::default();
+        let mut outcomes = Vec::new();
+        let mut options = ReceiveOptions::new("source");
+        options.limits = limits();
+        while let Ok(link) = links.recv() {
+            let Ok(first) = accept(link, &limits(), &clock) else { continue };
+            if !first.is_new() {
+                let mut journal = Journal::open(&path).unwrap();
+                let _ = first.settle(&mut journal, &limits(), &clock);
+                continue;
+            }
+            let base = Arc::clone(&host.base);
+            let resolve = |id| match id == base.id() {
+                true => Ok(Arc::clone(&base) as Arc<dyn BaseView>),
+                false => Err(Refusal::UnknownBase(id)),
+            };
+            let (relink, relinks) = unbounded();
+            let over = AtomicBool::new(false);
+            let outcome = thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !over.load(SeqCst) {
+                        if let Ok(link) = links.recv_timeout(Duration::from_millis(5))
+                            && let Ok(link) = accept(link, &limits(), &clock)
+                        {
+                            let _ = relink.send(link);
+                        }
+                    }
+                });
+                let mut journal = Journal::open(&path).unwrap();
+                let outcome =
+                    receive(first, &mut host, &resolve, &mut journal, &relinks, &options, &clock);
+                over.store(true, SeqCst);
+                outcome
+            });
+            outcomes.push(outcome);
+        }
+        outcomes
+    })
+}
+
+fn pair(faults: &[Fault], host_faults: HostFaults, writes_per_s: u64) -> Pair {
+    let (base, runners) = (base(), Runners::default());
+    let journals = tempfile::tempdir().unwrap();
+    let (to, links) = unbounded();
+    let host = Host { base: Arc::clone(&base), runners: runners.clone(), faults: host_faults };
+    let target = target_side(links, journals.path().join("target"), host);
+    let mut options = SendOptions::new("vm", "target", b"one vCPU".to_vec());
+    options.limits = limits();
+    options.audit = true;
+    Journal::open(journals.path().join("source"))
+        .unwrap()
+        .write(Record::created(VmId::random()))
+        .unwrap();
+    Pair {
+        source: Source::new(&base, &runners, writes_per_s),
+        connect: MemConnect {
+            to,
+            faults: faults.iter().copied().collect(),
+            reachable_after: true,
+            bytes_per_s: 0,
+            total: Arc::default(),
+            links: 0,
+        },
+        runners,
+        base,
+        journals,
+        target,
+        options,
+        clock: MonotonicClock::default(),
+    }
+}
+
+impl Pair {
+    fn journal(&self, side: &str) -> Journal {
+        Journal::open(self.journals.path().join(side)).unwrap()
+    }
+
+    fn send(&mut self) -> SendOutcome {
+        self.send_until(&AtomicBool::new(false))
+    }
+
+    fn send_until(&mut self, cancel: &AtomicBool) -> SendOutcome {
+        let mut journal = self.journal("source");
+        let base = Arc::clone(&self.base) as Arc<dyn BaseView>;
+        send(
+            &mut self.source,
+            base,
+            &mut self.connect,
+            &mut journal,
+            &self.options,
+            &self.clock,
+            &mut |_| {},
+            cancel,
+        )
+        .unwrap()
+    }
+
+    /// Ends both sides; what the target has.
+    fn finish(self) -> (Source, Runners, Vec<Outcome>) {
+        let Self { source, connect, runners, target, .. } = self;
+        drop(connect);
+        (source, runners, target.join().unwrap())
+    }
+}
+
+fn state(path: &Path) -> State {
+    Journal::open(path).unwrap().record().unwrap().state.clone()
+}
+
+fn assert_moved(mut pair: Pair) {
+    let outcome = pair.send();
+    let SendOutcome::Moved(report) = outcome else { panic!("{outcome:?}") };
+    let sent = pair.source.guest.memory.lock().unwrap().hash();
+    assert!(!pair.source.guest.is_running());
+    assert!(matches!(state(&pair.journals.path().join("source")), State::Released { .. }));
+    assert!(report.downtime_ms.is_some() && report.full_hash.is_some(), "{report:?}");
+    assert!(report.bytes_on_link > 0 && !report.rounds.is_empty());
+    let target = pair.journals.path().join("target");
+    let (links, kept) = (pair.connect.links, pair.journals.path().to_owned());
+    assert!(kept.exists() && links >= 1);
+    let after = {
+        let path = target.clone();
+        move || state(&path)
+    };
+    let Pair { source, connect, runners, target, journals, .. } = pair;
+    drop(connect);
+    let mut outcomes = target.join().unwrap();
+    let received = outcomes.pop().unwrap().unwrap();
+    assert!(received.vm.guest.is_running());
+    assert_eq!(received.vm.guest.memory.lock().unwrap().hash(), sent);
+    assert_eq!(received.full_hash, Some(sent));
+    assert!(matches!(after(), State::Owner(_)));
+    assert_eq!(runners.now(), 1);
+    assert!(!runners.ever_two());
+    drop((source, journals));
+}
+
+#[test]
+fn an_idle_guest_moves() {
+    assert_moved(pair(&[], HostFaults::default(), 0));
+}
+
+#[test]
+fn a_guest_that_writes_moves_whole() {
+    let mut pair = pair(&[], HostFaults::default(), 2000);
+    pair.connect.bytes_per_s = 4 << 20;
+    assert_moved(pair);
+}
+
+#[test]
+fn a_link_cut_anywhere_goes_on_where_it_stopped() {
+    // Where Hello is, in segments, at the end, and in what the target says.
+    for cut in [10, 100, 400, 5_000, 70_000, 300_000, 500_000] {
+        let up = Fault { cut_up: Some(cut), ..Fault::default() };
+        let down = Fault { cut_down: Some(cut / 100 + 3), ..Fault::default() };
+        assert_moved(pair(&[up, down, up], HostFaults::default(), 500));
+    }
+}
+
+#[test]
+fn a_flipped_bit_costs_a_link_and_nothing_else() {
+    for flip in [300, 20_000, 400_000] {
+        let fault = Fault { flip: Some(flip), ..Fault::default() };
+        assert_moved(pair(&[fault], HostFaults::default(), 200));
+    }
+}
+
+#[test]
+fn what_was_applied_is_not_sent_again() {
+    let mut whole = pair(&[], HostFaults::default(), 0);
+    assert!(matches!(whole.send(), SendOutcome::Moved(_)));
+    let needed = whole.connect.total.load(SeqCst);
+    whole.finish();
+
+    let cut = Fault { cut_up: Some(needed / 2), ..Fault::default() };
+    let mut broken = pair(&[cut], HostFaults::default(), 0);
+    // Slow, so that the target keeps up and little is on its way when the link breaks.
+    broken.connect.bytes_per_s = 4 << 20;
+    assert!(matches!(broken.send(), SendOutcome::Moved(_)));
+    let took = broken.connect.total.load(SeqCst);
+    broken.finish();
+    assert!(took < needed + needed / 2, "{took} bytes, {needed} without a break");
+}
+
+fn assert_kept(mut pair: Pair, why: impl Fn(&KeptReason) -> bool) -> Vec<Outcome> {
+    let outcome = pair.send();
+    let SendOutcome::KeptHere { reason, report } = outcome else { panic!("{outcome:?}") };
+    assert!(why(&reason), "{reason:?}");
+    assert!(report.reason.is_some());
+    assert!(pair.source.guest.is_running(), "{reason}");
+    assert!(pair.journal("source").record().unwrap().may_run());
+    // It can be tried again: bits are back and nothing is left half done.
+    let (_source, runners, outcomes) = pair.finish();
+    assert!(outcomes.iter().all(Result::is_err));
+    assert_eq!(runners.now(), 1);
+    assert!(!runners.ever_two());
+    outcomes
+}
+
+#[test]
+fn a_refusal_leaves_the_guest_alone() {
+    let refusal = Refusal::NoSpace { what: "disk".into(), needed_bytes: 2, available_bytes: 1 };
+    let faults = HostFaults { refuse: Some(refusal.clone()), ..HostFaults::default() };
+    let pair = pair(&[], faults, 100);
+    assert_kept(pair, |r| matches!(r, KeptReason::Refused(got) if *got == refusal));
+}
+
+#[test]
+fn an_unknown_version_is_refused() {
+    let mut pair = pair(&[], HostFaults::default(), 100);
+    pair.options.versions = Versions { min: 90, max: 99 };
+    let expected = Refusal::Version { ours: 1, theirs: 99 };
+    assert_kept(pair, |r| matches!(r, KeptReason::Refused(got) if *got == expected));
+}
+
+#[test]
+fn a_machine_that_cannot_be_loaded_is_declined() {
+    let faults = HostFaults { fail_load: true, ..HostFaults::default() };
+    let outcomes = assert_kept(
+        pair(&[], faults, 100),
+        |r| matches!(r, KeptReason::Declined(why) if why.contains("lacks a feature")),
+    );
+    assert!(matches!(outcomes[0], Err(ReceiveError::Declined(_))));
+}
+
+#[test]
+fn a_machine_that_does_not_start_comes_back_after_the_commit() {
+    let faults = HostFaults { fail_resume: true, ..HostFaults::default() };
+    let pair = pair(&[], faults, 100);
+    let path = pair.journals.path().join("source");
+    let seen = path.clone();
+    let outcomes = assert_kept(pair, move |r| {
+        let record = Journal::open(&seen).unwrap().record().unwrap().clone();
+        // The epoch that was given away is not used again.
+        record.epoch.0 == 3
+            && matches!(r, KeptReason::Declined(why) if why.contains("vCPU 0 does not start"))
+    });
+    assert!(matches!(outcomes[0], Err(ReceiveError::Declined(_))));
+}
+
+#[test]
+fn a_state_that_cannot_be_saved_keeps_the_guest() {
+    let mut pair = pair(&[], HostFaults::default(), 100);
+    pair.source.fail_save = true;
+    assert_kept(pair, |r| matches!(r, KeptReason::Vm { .. }));
+}
+
+#[test]
+fn a_peer_that_is_gone_mid_stream_keeps_the_guest_within_the_grace() {
+    let fault = Fault { cut_up: Some(100_000), ..Fault::default() };
+    let mut pair = pair(&[fault], HostFaults::default(), 100);
+    pair.connect.reachable_after = false;
+    let start = Instant::now();
+    assert_kept(pair, |r| matches!(r, KeptReason::Link(_)));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+#[test]
+fn nobody_there_is_an_error_at_once() {
+    let mut pair = pair(&[], HostFaults::default(), 100);
+    pair.connect.reachable_after = false;
+    assert_kept(pair, |r| matches!(r, KeptReason::Link(_)));
+}
+
+#[test]
+fn cancel_keeps_the_guest_and_a_second_try_moves_it() {
+    let mut pair = pair(&[], HostFaults::default(), 500);
+    pair.connect.bytes_per_s = 1 << 20;
+    let cancel = Arc::new(AtomicBool::new(false));
+    let soon = Arc::clone(&cancel);
+    let waiter = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(200));
+        soon.store(true, SeqCst);
+    });
+    let outcome = pair.send_until(&cancel);
+    waiter.join().unwrap();
+    let SendOutcome::KeptHere { reason: KeptReason::Cancelled, .. } = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert!(pair.source.guest.is_running());
+    pair.connect.bytes_per_s = 0;
+    // The target drops the first copy before it takes another offer.
+    thread::sleep(Duration::from_millis(300));
+    assert_moved(pair);
+}
+
+/// The link dies right after Commit was sent, or right before Resumed comes, for good: the source
+/// is in doubt, stays paused, and learns later how it ended.
+#[test]
+fn in_doubt_until_the_peer_can_be_asked() {
+    let mut whole = pair(&[], HostFaults::default(), 0);
+    assert!(matches!(whole.send(), SendOutcome::Moved(_)));
+    whole.finish();
+    // Down: Welcome, acks, pongs, then Prepared; which byte is the last of Prepared varies with
+    // the acks, so cut at many places and look at what became of it.
+    let mut in_doubt = 0;
+    for cut in (40..400).step_by(40) {
+        let fault = Fault { cut_down: Some(cut), ..Fault::default() };
+        let mut pair = pair(&[fault], HostFaults::default(), 0);
+        pair.connect.reachable_after = false;
+        let outcome = pair.send();
+        match outcome {
+            SendOutcome::KeptHere { .. } => assert!(pair.source.guest.is_running()),
+            SendOutcome::Moved(_) => assert!(!pair.source.guest.is_running()),
+            SendOutcome::InDoubt { .. } => {
+                in_doubt += 1;
+                assert!(!pair.source.guest.is_running());
+                pair.connect.reachable_after = true;
+                let mut journal = pair.journal("source");
+                let recovery = send_resume(
+                    &mut pair.source,
+                    &mut journal,
+                    &mut pair.connect,
+                    &limits(),
+                    &pair.clock,
+                )
+                .unwrap();
+                match recovery {
+                    Recovery::Gone { .. } => assert!(!pair.source.guest.is_running()),
+                    Recovery::MayRun => assert!(pair.source.guest.is_running()),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        let (source, runners, outcomes) = pair.finish();
+        assert_eq!(runners.now(), 1, "cut at {cut}: {outcomes:?}", outcomes = outcomes.len());
+        assert!(!runners.ever_two());
+        drop(source);
+    }
+    assert!(in_doubt > 0, "no cut fell between Commit and Resumed");
+}
+
+#[test]
+fn a_source_that_died_before_the_commit_may_run_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path().join("source")).unwrap();
+    let record = Record::created(VmId::random());
+    let handoff = handoff::ownership::HandoffId::random();
+    let state = State::HandingOff { handoff, peer: "target".into() };
+    journal.write(Record { state, ..record }).unwrap();
+    let clock = MonotonicClock::default();
+    let none: Option<&mut MemConnect> = None;
+    assert_eq!(recover(&mut journal, none, &limits(), &clock).unwrap(), Recovery::MayRun);
+    assert_eq!(journal.record().unwrap().state, State::Owner(Tenure::Settled));
+}
+
+#[test]
+fn a_target_that_died_prepared_declines() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path().join("target")).unwrap();
+    let handoff = handoff::ownership::HandoffId::random();
+    let root = handoff::StateRoot([3; 32]);
+    let state = State::Prepared { handoff, peer: "source".into(), root };
+    journal.write(Record { state, ..Record::created(VmId::random()) }).unwrap();
+    let clock = MonotonicClock::default();
+    let none: Option<&mut MemConnect> = None;
+    let recovery = recover(&mut journal, none, &limits(), &clock).unwrap();
+    assert!(matches!(recovery, Recovery::NeverHere { .. }));
+    assert!(matches!(journal.record().unwrap().state, State::Declined { .. }));
+}
