@@ -374,6 +374,7 @@ fn in_doubt_until_the_peer_can_be_asked() {
                 let recovery = send_resume(
                     &mut pair.source,
                     &mut journal,
+                    "vm",
                     &mut pair.connect,
                     &limits(),
                     &pair.clock,
@@ -404,7 +405,7 @@ fn a_source_that_died_before_the_commit_may_run_again() {
     journal.write(Record { state, ..record }).unwrap();
     let clock = MonotonicClock::default();
     let none: Option<&mut MemConnect> = None;
-    assert_eq!(recover(&mut journal, none, &limits(), &clock).unwrap(), Recovery::MayRun);
+    assert_eq!(recover(&mut journal, "vm", none, &limits(), &clock).unwrap(), Recovery::MayRun);
     assert_eq!(journal.record().unwrap().state, State::Owner(Tenure::Settled));
 }
 
@@ -418,7 +419,7 @@ fn a_target_that_died_prepared_declines() {
     journal.write(Record { state, ..Record::created(VmId::random()) }).unwrap();
     let clock = MonotonicClock::default();
     let none: Option<&mut MemConnect> = None;
-    let recovery = recover(&mut journal, none, &limits(), &clock).unwrap();
+    let recovery = recover(&mut journal, "vm", none, &limits(), &clock).unwrap();
     assert!(matches!(recovery, Recovery::NeverHere { .. }));
     assert!(matches!(journal.record().unwrap().state, State::Declined { .. }));
 }

@@ -182,7 +182,8 @@ fn hello(
         machine: options.machine.clone(),
     };
     let (versions, audit) = (options.versions, options.audit);
-    Hello { versions, handoff, intent: Intent::New(offer), audit }
+    let vm_name = options.vm_name.clone();
+    Hello { versions, handoff, vm_name, intent: Intent::New(offer), audit }
 }
 
 /// The handoff failed before the commit: the guest goes on here.

@@ -58,6 +58,7 @@ pub enum SettleError {
 /// `connect` reaches the peer that the record names; `None` if there is no way to reach it.
 pub fn recover<C: Connect>(
     journal: &mut Journal,
+    vm_name: &str,
     connect: Option<&mut C>,
     limits: &Limits,
     clock: &dyn Clock,
@@ -65,16 +66,17 @@ pub fn recover<C: Connect>(
     let Some(record) = journal.record().cloned() else {
         return Ok(Recovery::NeverHere { reason: "there is no ownership record".into() });
     };
+    let asking = Asking { vm_name, limits, clock };
     match &record.state {
         State::Prepared { .. } => {
             apply_target(journal, target::Event::Restart)?;
             read_off(journal)
         }
         State::HandingOff { .. } | State::Committed { .. } => {
-            ask_as_source(journal, &record, connect, limits, clock)
+            ask_as_source(journal, &record, asking, connect)
         }
         State::Owner(Tenure::Unconfirmed { .. }) => {
-            ask_as_target(journal, &record, connect, limits, clock)
+            ask_as_target(journal, &record, asking, connect)
         }
         State::Owner(_) | State::Released { .. } | State::Declined { .. } => read_off(journal),
     }
@@ -85,14 +87,16 @@ pub fn recover<C: Connect>(
 pub fn send_resume<C: Connect>(
     vm: &mut dyn SourceVm,
     journal: &mut Journal,
+    vm_name: &str,
     connect: &mut C,
     limits: &Limits,
     clock: &dyn Clock,
 ) -> Result<Recovery, SendError> {
-    let recovery = recover(journal, Some(connect), limits, clock).map_err(|e| match e {
-        SettleError::Journal(e) => SendError::from(e),
-        SettleError::Ownership(e) => e.into(),
-    })?;
+    let recovery =
+        recover(journal, vm_name, Some(connect), limits, clock).map_err(|e| match e {
+            SettleError::Journal(e) => SendError::from(e),
+            SettleError::Ownership(e) => e.into(),
+        })?;
     if recovery == Recovery::MayRun {
         let reason = "the peer declined".to_owned();
         vm.resume().map_err(|source| SendError::NotResumed { reason, source })?;
@@ -153,23 +157,30 @@ fn apply_target(journal: &mut Journal, event: target::Event) -> Result<Guest, Se
     Ok(step.guest)
 }
 
+/// What asking needs besides a link.
+#[derive(Clone, Copy)]
+struct Asking<'a> {
+    vm_name: &'a str,
+    limits: &'a Limits,
+    clock: &'a dyn Clock,
+}
+
 /// A source that lost its RAM, or its patience, asks the target and does what the answer means.
 fn ask_as_source<C: Connect>(
     journal: &mut Journal,
     record: &Record,
+    asking: Asking<'_>,
     connect: Option<&mut C>,
-    limits: &Limits,
-    clock: &dyn Clock,
 ) -> Result<Recovery, SettleError> {
     let Some(question) = source::question(record)? else { return read_off(journal) };
     let committed = matches!(record.state, State::Committed { .. });
-    let deadline = clock.now() + limits.commit;
+    let deadline = asking.clock.now() + asking.limits.commit;
     let mut connect = connect;
     let why = loop {
         let Some(connect) = connect.as_deref_mut() else {
             break "there is no way to reach the peer".to_owned();
         };
-        let why = match converse(journal, connect, question, limits, clock)? {
+        let why = match converse(journal, connect, question, asking)? {
             Ok(()) if !committed => return read_off(journal),
             Ok(()) => match read_off(journal)? {
                 Recovery::InDoubt { reason, .. } => reason,
@@ -177,7 +188,7 @@ fn ask_as_source<C: Connect>(
             },
             Err(why) => why,
         };
-        if clock.now() + RETRY >= deadline {
+        if asking.clock.now() + RETRY >= deadline {
             break why;
         }
         std::thread::sleep(RETRY);
@@ -194,16 +205,15 @@ fn converse<C: Connect>(
     journal: &mut Journal,
     connect: &mut C,
     question: Question,
-    limits: &Limits,
-    clock: &dyn Clock,
+    asking: Asking<'_>,
 ) -> Result<Result<(), String>, SettleError> {
-    let mut talk = match Talk::open(connect, question, limits) {
+    let mut talk = match Talk::open(connect, question, asking) {
         Ok(talk) => talk,
         Err(e) => return Ok(Err(e)),
     };
-    let deadline = clock.now() + limits.greeting;
+    let deadline = asking.clock.now() + asking.limits.greeting;
     loop {
-        let event = match talk.next(deadline, clock) {
+        let event = match talk.next(deadline, asking.clock) {
             Ok(Frame::Status { verdict, .. }) => source::Event::Answer(verdict),
             Ok(Frame::Declined { handoff, .. }) => {
                 source::Event::Declined { handoff: handoff.handoff }
@@ -245,16 +255,15 @@ fn converse<C: Connect>(
 fn ask_as_target<C: Connect>(
     journal: &mut Journal,
     record: &Record,
+    asking: Asking<'_>,
     connect: Option<&mut C>,
-    limits: &Limits,
-    clock: &dyn Clock,
 ) -> Result<Recovery, SettleError> {
     let answered = match (connect, target::question(record)) {
-        (Some(connect), Some(question)) => Talk::open(connect, question, limits)
+        (Some(connect), Some(question)) => Talk::open(connect, question, asking)
             .and_then(|mut talk| {
                 loop {
                     if let Frame::Status { verdict, .. } =
-                        talk.next(clock.now() + limits.greeting, clock)?
+                        talk.next(asking.clock.now() + asking.limits.greeting, asking.clock)?
                     {
                         break Ok(verdict);
                     }
@@ -278,13 +287,14 @@ impl<L: Transport> Talk<L> {
     fn open<C: Connect<Link = L>>(
         connect: &mut C,
         question: Question,
-        limits: &Limits,
+        asking: Asking<'_>,
     ) -> Result<Self, String> {
-        let link = connect.connect(limits.connect).map_err(|e| e.to_string())?;
+        let link = connect.connect(asking.limits.connect).map_err(|e| e.to_string())?;
         let (tx, rx) = link.split().map_err(|e| e.to_string())?;
         let mut talk = Self { tx, reader: FrameReader::new(rx) };
         let (versions, intent) = (Versions::OURS, Intent::Settle);
-        let hello = Hello { versions, handoff: question, intent, audit: false };
+        let vm_name = asking.vm_name.to_owned();
+        let hello = Hello { versions, handoff: question, vm_name, intent, audit: false };
         talk.say(&Frame::Hello(Box::new(hello)))?;
         Ok(talk)
     }

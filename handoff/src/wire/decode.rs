@@ -124,7 +124,8 @@ fn encode_body(frame: &Frame, out: &mut Vec<u8>) -> Result<u8, WireError> {
             out.extend_from_slice(&hello.versions.min.to_le_bytes());
             out.extend_from_slice(&hello.versions.max.to_le_bytes());
             let (handoff, intent, audit) = (hello.handoff, hello.intent.clone(), hello.audit);
-            let body = HelloBody { handoff, intent, audit };
+            let vm_name = hello.vm_name.clone();
+            let body = HelloBody { handoff, vm_name, intent, audit };
             put(out, name, kind::HELLO, &body)
         }
         Frame::Welcome(m) => put(out, name, kind::WELCOME, m),
@@ -213,8 +214,9 @@ fn decode_hello(body: &[u8]) -> Result<Hello, WireError> {
     let (min, rest) = rest.split_first_chunk::<4>().ok_or_else(cut)?;
     let (max, rest) = rest.split_first_chunk::<4>().ok_or_else(cut)?;
     let versions = Versions { min: u32::from_le_bytes(*min), max: u32::from_le_bytes(*max) };
-    let HelloBody { handoff, intent, audit } = take("Hello", rest)?;
-    Ok(Hello { versions, handoff, intent, audit })
+    let HelloBody { handoff, vm_name, intent, audit } = take("Hello", rest)?;
+    let vm_name = short("Hello", vm_name)?;
+    Ok(Hello { versions, handoff, vm_name, intent, audit })
 }
 
 /// Cuts a stream of bytes into frames. Holds at most one frame that is not complete.

@@ -103,6 +103,8 @@ pub struct Hello {
     pub versions: Versions,
     /// The handoff and the epoch that it gives to the target.
     pub handoff: Question,
+    /// The VM's name at the source, by which the target finds what it knows of it.
+    pub vm_name: String,
     /// Why this link was made.
     pub intent: Intent,
     /// Whether both sides hash all RAM and disk at cutover, for tests and audits.
@@ -182,6 +184,7 @@ impl Resumed {
 #[derive(Serialize, Deserialize)]
 pub(super) struct HelloBody {
     pub(super) handoff: Question,
+    pub(super) vm_name: String,
     pub(super) intent: Intent,
     pub(super) audit: bool,
 }

@@ -140,7 +140,7 @@ impl Listener {
             Ok(incoming) => incoming,
             Err(e) => return dropped(e.to_string()),
         };
-        let name = match incoming.hello.offer.vm_name.parse::<VmName>() {
+        let name = match incoming.hello.vm_name.parse::<VmName>() {
             Ok(name) => name,
             Err(why) => {
                 let _ = incoming.refuse(Refusal::Other(format!("the VM's name: {why}")));
@@ -204,10 +204,10 @@ impl Listener {
                 return Ok(());
             }
             // It does not receive this handoff (any more): its record has the answer.
-            return Ok(incoming.settle(dir.record()?.as_ref())?);
+            return Ok(incoming.answer(dir.record()?.as_ref())?);
         }
         if !dir.path().is_dir() {
-            return Ok(incoming.settle(None)?);
+            return Ok(incoming.answer(None)?);
         }
         // With the lock, so that no process starts between reading the record and answering.
         let _lock = dir.lock()?;
@@ -219,7 +219,7 @@ impl Listener {
                 journal.write(record)?;
             }
         }
-        Ok(incoming.settle(journal.record())?)
+        Ok(incoming.settle(&mut journal, &Limits::default(), &MonotonicClock::default())?)
     }
 }
 

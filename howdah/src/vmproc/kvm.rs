@@ -249,6 +249,7 @@ impl KvmMachine {
             let settled = engine::send_resume(
                 &mut self.source,
                 &mut self.journal,
+                self.dir.name().as_ref(),
                 connect,
                 &Limits::default(),
                 &MonotonicClock::default(),

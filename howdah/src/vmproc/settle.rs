@@ -35,8 +35,14 @@ pub(crate) fn settle(dir: &VmDir, journal: &mut Journal) -> Result<(), Failure> 
     };
     tracing::info!("settling: {record}");
     let mut connect = TcpConnect::new(peer);
-    let recovery = recover(journal, &mut connect, &Limits::default(), &MonotonicClock::default())
-        .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
+    let recovery = recover(
+        journal,
+        name.as_ref(),
+        Some(&mut connect),
+        &Limits::default(),
+        &MonotonicClock::default(),
+    )
+    .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     match recovery {
         Recovery::MayRun => Ok(()),
         Recovery::Gone { peer } => {
