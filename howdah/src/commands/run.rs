@@ -23,7 +23,6 @@ const DEFAULT_MEMORY_MIB: u64 = 512;
 /// Runs `howdah vm run`.
 pub(crate) fn run(args: VmRunArgs, home: &Home, output: Output, verbose: u8) -> anyhow::Result<()> {
     let dir = home.vm(&args.name);
-    vmproc::check_host()?;
     create_or_check(&dir, &args, home)?;
     vmproc::warn_of_slow_host(output);
     if !args.detach {
@@ -63,6 +62,8 @@ fn create_or_check(dir: &VmDir, args: &VmRunArgs, home: &Home) -> Result<(), Fai
         Some(base) => Some(base::store(home)?.get(base).map_err(base::store_failure)?),
         None => None,
     };
+    // Before anything is written, after all that can be said without it.
+    vmproc::check_host()?;
     dir.create()?;
     let lock = dir.lock()?;
     match (dir.record()?, base) {
