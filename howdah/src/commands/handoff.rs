@@ -40,6 +40,9 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
             Reply::Progress(progress) => shown.show(&progress),
             Reply::Moved(report) => {
                 shown.clear();
+                if let Err(e) = super::vm::await_exit(&dir) {
+                    tracing::warn!("{e}");
+                }
                 output.result(&report, |report| summary(&args.vm, &request.peer, report));
                 return Ok(());
             }

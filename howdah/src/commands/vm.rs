@@ -122,11 +122,22 @@ impl From<&Record> for RecordSeen {
 /// Looks at a VM without disturbing it. Damage is shown, not stumbled over.
 fn look(dir: &VmDir) -> Seen {
     let mut problems = Vec::new();
+    let mut alive = matches!(dir.probe(), Ok(Probe::Held { .. }));
+    let process = match alive.then(|| client::status(dir)) {
+        Some(Ok(status)) => Some(status),
+        // It may have ended since.
+        Some(Err(failure)) if matches!(dir.probe(), Ok(Probe::Held { .. })) => {
+            problems.push(failure.message);
+            None
+        }
+        _ => {
+            alive = false;
+            None
+        }
+    };
     let mut noted = |failure: Failure| problems.push(failure.message);
     let record = dir.record().map_err(&mut noted).ok().flatten();
     let config = record.as_ref().and_then(|_| dir.config().map_err(&mut noted).ok());
-    let alive = matches!(dir.probe().map_err(&mut noted), Ok(Probe::Held { .. }));
-    let process = if alive { client::status(dir).map_err(&mut noted).ok() } else { None };
     let state = match (&process, &record) {
         (Some(status), _) => status.phase.name(),
         (None, _) if alive => "not answering",
@@ -222,16 +233,22 @@ fn inspect(dir: &VmDir, output: Output) -> anyhow::Result<()> {
 
 fn stop(dir: &VmDir, force: bool) -> anyhow::Result<()> {
     client::call(dir, Request::Stop { force }, STOP_TIMEOUT)?;
-    // The answer comes before the process ends; the next command shall find it gone.
-    let asked = Instant::now();
+    await_exit(dir)?;
+    Ok(())
+}
+
+/// Waits until the VM's process is gone: its last answer comes before it ends, and the next command
+/// shall find it gone.
+pub(crate) fn await_exit(dir: &VmDir) -> Result<(), Failure> {
+    let since = Instant::now();
     while dir.probe()? != Probe::Free {
-        if asked.elapsed() > EXIT_TIMEOUT {
+        if since.elapsed() > EXIT_TIMEOUT {
             let what = format!("VM {}", dir.name());
             let why = format!("it stopped, but its process has not ended after {EXIT_TIMEOUT:?}");
             let way_out = format!("see {}", dir.vm_log().display());
-            return Err(Failure::new(Exit::Failed, what, why, way_out).into());
+            return Err(Failure::new(Exit::Failed, what, why, way_out));
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(10));
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -29,6 +29,8 @@ use crate::{
 const MAX_CONNECTIONS: usize = 32;
 /// How long a client may take to say what it wants, or to take an answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a process that ends waits for clients to take their answers.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Replies that wait for a slow client; progress beyond this is dropped.
 const MAX_WAITING_REPLIES: usize = 16;
 
@@ -65,6 +67,23 @@ impl Answer {
     }
 }
 
+/// A control server that runs.
+#[derive(Debug)]
+pub(crate) struct Server {
+    answering: Arc<AtomicUsize>,
+}
+
+impl Server {
+    /// Waits until what was answered is on its way to the clients: a process that ends at once would
+    /// take its last words with it.
+    pub(crate) fn finish(&self) {
+        let since = Instant::now();
+        while self.answering.load(Ordering::Acquire) > 0 && since.elapsed() < FINISH_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
 /// Listens in `dir` and sends what is asked to `events`. The caller holds the VM's lock, so a
 /// socket that is there is left over from a process that died.
 pub(crate) fn start<E: Send + 'static>(
@@ -72,7 +91,7 @@ pub(crate) fn start<E: Send + 'static>(
     console: Arc<Console>,
     events: Sender<E>,
     event: fn(Asked) -> E,
-) -> Result<(), Failure> {
+) -> Result<Server, Failure> {
     let path = dir.path().join(VmDir::SOCKET);
     match std::fs::remove_file(&path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -83,6 +102,8 @@ pub(crate) fn start<E: Send + 'static>(
     let listener = with_socket_path(dir.path(), VmDir::SOCKET, |p| UnixListener::bind(p))
         .map_err(|e| Failure::file("listen on", &path, &e))?;
     let open = Arc::new(AtomicUsize::new(0));
+    let server = Server { answering: Arc::default() };
+    let answering = Arc::clone(&server.answering);
     let accept = move || {
         for stream in listener.incoming() {
             let Ok(stream) = stream else {
@@ -92,8 +113,10 @@ pub(crate) fn start<E: Send + 'static>(
             };
             let slot = Slot::take(&open);
             let (events, console) = (events.clone(), Arc::clone(&console));
+            let answering = Arc::clone(&answering);
             let serve = move || {
-                if let Err(e) = serve(stream, slot.is_some(), &console, &events, event) {
+                let to = To { console: &console, events: &events, event, answering: &answering };
+                if let Err(e) = serve(stream, slot.is_some(), &to) {
                     tracing::debug!("control connection: {e}");
                 }
                 drop(slot);
@@ -104,33 +127,39 @@ pub(crate) fn start<E: Send + 'static>(
     std::thread::Builder::new()
         .name("control-accept".into())
         .spawn(accept)
-        .map(|_| ())
+        .map(|_| server)
         .map_err(|e| Failure::new(Exit::Failed, "control", e, "raise the limit on threads"))
 }
 
-/// One of the connections that are served at once.
+/// What a connection is served with.
+struct To<'a, E> {
+    console: &'a Console,
+    events: &'a Sender<E>,
+    event: fn(Asked) -> E,
+    answering: &'a Arc<AtomicUsize>,
+}
+
+/// One of those that are counted, until dropped.
 struct Slot(Arc<AtomicUsize>);
 
 impl Slot {
     fn take(open: &Arc<AtomicUsize>) -> Option<Self> {
-        let slot = Self(Arc::clone(open));
-        (open.fetch_add(1, Ordering::Relaxed) < MAX_CONNECTIONS).then_some(slot)
+        let (slot, others) = Self::count(open);
+        (others < MAX_CONNECTIONS).then_some(slot)
+    }
+
+    fn count(counter: &Arc<AtomicUsize>) -> (Self, usize) {
+        (Self(Arc::clone(counter)), counter.fetch_add(1, Ordering::AcqRel))
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-fn serve<E>(
-    stream: UnixStream,
-    admitted: bool,
-    console: &Console,
-    events: &Sender<E>,
-    event: fn(Asked) -> E,
-) -> io::Result<()> {
+fn serve<E>(stream: UnixStream, admitted: bool, to: &To<E>) -> io::Result<()> {
     let mut channel = Channel::new(stream, Some(CLIENT_TIMEOUT))?;
     if !admitted {
         let why = format!("{MAX_CONNECTIONS} connections are open already");
@@ -155,11 +184,12 @@ fn serve<E>(
     if envelope.request == Request::Console {
         channel.send(&Reply::Attached, None)?;
         let (typed, stream) = channel.into_stream();
-        return console.serve(&typed, stream);
+        return to.console.serve(&typed, stream);
     }
     let (answer, replies) = Answer::new();
     let asked = Asked { request: envelope.request, fd: channel.take_fd(), answer };
-    if events.send(event(asked)).is_err() {
+    let _answering = Slot::count(to.answering);
+    if to.events.send((to.event)(asked)).is_err() {
         let ending = Failure::new(Exit::Conflict, "VM", "its process is ending", "look again");
         return channel.send(&Reply::from(ending), None);
     }

@@ -118,7 +118,7 @@ fn receive(
     let console = Arc::new(Console::new(&dir.console_log())?);
     let (process, events) = Process::new(dir.clone());
     vmproc::watch_signals(events.clone())?;
-    server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
+    let server = server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
     let shown = Arc::clone(&console);
     let (relink, relinks) = bounded(MAX_WAITING_LINKS);
     let links = take_links(incoming.hello.id(), relink);
@@ -131,8 +131,7 @@ fn receive(
     });
     let ready = Box::new(move || spawn::say(&Ready::Running(details.try_recv().ok())));
     let end = process.run(Coming { phase: Phase::Receiving, links: Some(links), ready });
-    shown.flush();
-    vmproc::tidy(dir, end?)
+    vmproc::finish(dir, end, &shown, &server)
 }
 
 /// Receives the guest; what is known of the transfer goes to `details`.

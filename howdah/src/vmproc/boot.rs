@@ -10,7 +10,7 @@ use vmm::host::{HostCheck, HostError};
 use super::{Coming, End, Event, Process, kvm, machine::Machine, settle::settle, signals};
 use crate::{
     console::Console,
-    control::{Phase, server},
+    control::{Phase, server, server::Server},
     failure::{Exit, Failure, guarded},
     home::{Home, VmDir},
     output::Output,
@@ -58,7 +58,7 @@ pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End>
     let console = Arc::new(Console::new(&dir.console_log())?);
     let (process, events) = Process::new(dir.clone());
     signals::watch(events.clone())?;
-    server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
+    let server = server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
     if front == Front::Terminal {
         show_on_stdout(&console);
     }
@@ -74,15 +74,23 @@ pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End>
         Front::Terminal => {}
     });
     let end = process.run(Coming { phase: Phase::Starting, links: None, ready });
-    shown.flush();
-    let end = tidy(dir, end?);
+    let end = finish(dir, end, &shown, &server);
     drop(lock);
     end
 }
 
-/// What is left to do when the guest is gone.
-pub(crate) fn tidy(dir: &VmDir, end: End) -> anyhow::Result<End> {
-    tracing::info!("ended: {end:?}");
+/// What is left to do when the main loop has ended.
+pub(crate) fn finish(
+    dir: &VmDir,
+    end: anyhow::Result<End>,
+    console: &Console,
+    server: &Server,
+) -> anyhow::Result<End> {
+    console.flush();
+    server.finish();
+    // A socket nobody listens on does no harm; a tidy directory says more.
+    let _ = std::fs::remove_file(dir.path().join(VmDir::SOCKET));
+    let end = end?;
     if end == End::HandedOff {
         // Released: the peer runs the guest, this disk is history.
         dir.remove_disk()?;

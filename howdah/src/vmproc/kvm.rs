@@ -12,6 +12,7 @@ use handoff::{
     BaseView, SourceVm,
     engine::{self, KeptReason, Limits, Recovery, SendError, SendOptions, SendOutcome},
     ownership::Journal,
+    policy::CutOverPolicy,
     tcp::{MonotonicClock, TcpConnect},
     vm::VmError,
 };
@@ -214,6 +215,9 @@ impl KvmMachine {
             .map_err(|e| Failure::plain(Exit::Failed, what, e))?;
         let mut options = SendOptions::new(self.dir.name().to_string(), &request.peer, machine);
         options.audit = request.audit;
+        if let Some(downtime_ms) = request.downtime_ms {
+            options.policy = CutOverPolicy::with_downtime(Duration::from_millis(downtime_ms));
+        }
         Ok(options)
     }
 

@@ -8,6 +8,6 @@ mod progress;
 mod settle;
 mod signals;
 
-pub(crate) use boot::{Front, check_host, run, tidy, warn_of_slow_host};
+pub(crate) use boot::{Front, check_host, finish, run, warn_of_slow_host};
 pub(crate) use process::{Coming, End, Event, Links, Process};
 pub(crate) use signals::watch as watch_signals;

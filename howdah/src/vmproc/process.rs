@@ -107,7 +107,7 @@ impl Process {
             let end = match event {
                 Event::Asked(asked) => self.asked(asked)?,
                 Event::GuestEnded(why) => {
-                    tracing::info!("the guest ended: {why}");
+                    tracing::warn!("the guest ended: {why}");
                     self.stop(None, true)?
                 }
                 Event::GuestFailed(why) => return Err(self.failed(why)),
