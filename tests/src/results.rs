@@ -65,6 +65,8 @@ pub(crate) struct Leg {
     pub(crate) link_counter_bytes: u64,
     /// The longest silence that the client met around it.
     pub(crate) client_gap_ms: Option<f64>,
+    /// BLAKE3 of all RAM and disk at cutover, by the source and by the target.
+    pub(crate) hashes: (Option<String>, Option<String>),
     /// When it was asked for and when it was over, by CLOCK_MONOTONIC.
     #[serde(skip)]
     pub(crate) window_ns: (i64, i64),

@@ -5,7 +5,7 @@
 //!   ho  10.77.0.1 ═══ veth, netem ═══ ho  10.77.0.2      the handoff link
 //!   acc (bridge)                    acc (bridge)
 //!    ├─ tap0 ← guest 10.99.0.2       ├─ tap0
-//!    └─ up ──┐                   ┌── up ┘                the access network, not shaped
+//!    └─ to-client ──┐     ┌── to-client ┘             the access network, not shaped
 //!            └── acc (bridge) ───┘
 //!                client, 10.99.0.1
 //! ```
@@ -95,9 +95,11 @@ impl Network {
             ip(&format!("-n {ns} addr add {}/24 dev ho", side.address()))?;
             ip(&format!("-n {ns} link add acc type bridge forward_delay 0 stp_state 0"))?;
             ip(&format!("-n {ns} tuntap add {TAP} mode tap"))?;
-            ip(&format!("link add up netns {ns} type veth peer name to-{letter} netns client"))?;
-            for port in [TAP, "up"] {
-                ip(&format!("-n {ns} link set {port} master acc up"))?;
+            ip(&format!(
+                "link add to-client netns {ns} type veth peer name to-{letter} netns client"
+            ))?;
+            for port in [TAP, "to-client"] {
+                ip(&format!("-n {ns} link set dev {port} master acc up"))?;
             }
             ip(&format!("-n {ns} link set acc up"))?;
             ip(&format!("-n client link set to-{letter} master acc up"))?;

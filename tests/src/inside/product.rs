@@ -84,6 +84,12 @@ impl Running {
         read_text(&self.stderr)
     }
 
+    /// The JSON lines that it has written so far to standard output.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        let text = read_text(&self.stdout);
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
     /// Waits for its end.
     pub(crate) fn wait(mut self, limit: Duration) -> Result<Ended> {
         let started = Instant::now();
@@ -192,7 +198,7 @@ impl Cloudlet {
     /// Starts `howdah receive`, and waits until it listens.
     pub(crate) fn receive(&self) -> Result<Running> {
         let listen = format!("{}:{PORT}", self.side.address());
-        let args = ["receive", "--listen", &listen, "--tap", TAP];
+        let args = ["--json", "receive", "--listen", &listen, "--tap", TAP];
         let mut running = self.start_howdah(&args, "receive")?;
         let started = Instant::now();
         while !self.side.namespace().within(|| listens(PORT))? {

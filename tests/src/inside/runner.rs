@@ -36,6 +36,8 @@ const BOOT: Duration = Duration::from_secs(120);
 const HANDOFF: Duration = Duration::from_secs(300);
 /// How long bytes may take to come before a kill that waits for them.
 const BYTES_COME: Duration = Duration::from_secs(60);
+/// How long a target may take to say that it received a guest.
+const TARGET_SAYS: Duration = Duration::from_secs(10);
 /// howdah's exit status when the guest goes on at the source.
 const EXIT_NOT_MOVED: i32 = 7;
 
@@ -61,7 +63,7 @@ pub(crate) struct Stage<'a> {
     network: Arc<Network>,
     link: Link,
     changer: Option<Changer>,
-    receivers: Vec<Running>,
+    receivers: Vec<(Side, Running)>,
     pending: Option<Pending>,
 }
 
@@ -76,6 +78,7 @@ struct Pending {
     says: Option<String>,
     asked_ns: i64,
     bytes_before: u64,
+    arrived_before: usize,
 }
 
 /// Runs a scenario; never fails, since failing is an outcome.
@@ -218,7 +221,7 @@ impl<'a> Stage<'a> {
 
     fn receive(&mut self, side: Side) -> Result<()> {
         let running = self.cloudlet(side).receive()?;
-        self.receivers.push(running);
+        self.receivers.push((side, running));
         Ok(())
     }
 
@@ -260,6 +263,7 @@ impl<'a> Stage<'a> {
             says: says.clone(),
             asked_ns,
             bytes_before,
+            arrived_before: self.arrivals(*to).len(),
         });
         Ok(())
     }
@@ -283,7 +287,13 @@ impl<'a> Stage<'a> {
             serde_json::from_str(&ended.stdout).unwrap_or(Value::Null)
         };
         let number = |key: &str| report::number(&report, key);
+        // The source compared them already; here each side's own word counts.
+        let theirs = match (pending.audit, outcome) {
+            (true, Expect::Moved) => self.received(pending.to, pending.arrived_before)?,
+            _ => Value::Null,
+        };
         let leg = Leg {
+            hashes: (report::audit_hash(&report), report::audit_hash(&theirs)),
             from: pending.from,
             to: pending.to,
             audit: pending.audit,
@@ -300,6 +310,30 @@ impl<'a> Stage<'a> {
         self.narrator.leg(&leg);
         self.outcome.legs.push(leg);
         judge(pending.expect, outcome, pending.says.as_deref(), &ended)
+    }
+
+    /// What the target said of the guest that it received.
+    fn received(&self, side: Side, arrived_before: usize) -> Result<Value> {
+        let started = Instant::now();
+        loop {
+            let arrivals = self.arrivals(side);
+            if arrivals.len() > arrived_before {
+                let last = arrivals.last().and_then(|event| event.get("details"));
+                return Ok(last.cloned().unwrap_or(Value::Null));
+            }
+            if started.elapsed() > TARGET_SAYS {
+                bail!("the target never said that it received the guest");
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn arrivals(&self, side: Side) -> Vec<Value> {
+        let own = self.receivers.iter().filter(|(on, _)| *on == side);
+        let events = own.flat_map(|(_, running)| running.events());
+        events
+            .filter(|event| event.get("event").and_then(Value::as_str) == Some("received"))
+            .collect()
     }
 
     fn kill(&mut self, who: Side, after_bytes: u64) -> Result<()> {
