@@ -91,6 +91,19 @@ pub(crate) fn wait_ready(limit: Duration) -> Result<Vitals> {
     }
 }
 
+/// Puts right what a slow boot did to the guest's clock, so that a handoff is not blamed for it.
+pub(crate) fn set_clock() -> Result<()> {
+    let output = CLIENT
+        .command(Path::new(AGENT))?
+        .args(["set-clock", &GUEST.to_string()])
+        .output()
+        .context("cannot run the agent")?;
+    if !output.status.success() {
+        bail!("cannot set the guest's clock: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
 /// The client, probing.
 pub(crate) struct Client {
     child: Child,

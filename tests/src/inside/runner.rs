@@ -210,6 +210,7 @@ impl<'a> Stage<'a> {
         }
         self.a.run_vm(plan)?;
         let born = guest::wait_ready(BOOT)?;
+        guest::set_clock()?;
         self.narrator.say(&format!(
             "the guest runs on A: boot id {}, counter {}",
             born.boot_id, born.counter
@@ -273,9 +274,6 @@ impl<'a> Stage<'a> {
         self.narrator.follow(&mut pending.running)?;
         let ended = pending.running.wait(HANDOFF)?;
         let over_ns = monotonic_ns()?;
-        if let Some(stranger) = pending.stranger {
-            stranger.finish()?;
-        }
         let outcome = match ended.status {
             Some(0) => Expect::Moved,
             Some(EXIT_NOT_MOVED) => Expect::Kept,
@@ -309,7 +307,8 @@ impl<'a> Stage<'a> {
         };
         self.narrator.leg(&leg);
         self.outcome.legs.push(leg);
-        judge(pending.expect, outcome, pending.says.as_deref(), &ended)
+        judge(pending.expect, outcome, pending.says.as_deref(), &ended)?;
+        pending.stranger.map_or(Ok(()), LaterVersion::finish)
     }
 
     /// What the target said of the guest that it received.
