@@ -12,6 +12,8 @@
 //! gives the machine back in the state it was in.
 
 mod build;
+#[cfg(test)]
+mod tests;
 mod wiring;
 
 use std::{

@@ -1,0 +1,265 @@
+//! Machines with a few instructions as their kernel. They need /dev/kvm, not hardware: an
+//! interpreted guest is fast enough.
+
+use std::{
+    io::Write as _,
+    sync::{Mutex, mpsc},
+    time::{Duration, Instant},
+};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::{host::HostCheck, layout::MIN_MEMORY_BYTES, state::StateError};
+
+const CODE: u64 = 0x100_0000;
+/// Where the guest counts.
+const COUNTER: u64 = 0x110_0000;
+/// How long a guest is given for something it does at once.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An ELF file of one segment with `code` in it.
+fn kernel(code: &[u8]) -> tempfile::NamedTempFile {
+    const HEADERS: u64 = 64 + 56;
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    elf.extend([2u8, 0, 62, 0, 1, 0, 0, 0]);
+    elf.extend([CODE, 64, 0].map(u64::to_le_bytes).concat());
+    elf.extend([0u8, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    elf.extend([1u8, 0, 0, 0, 7, 0, 0, 0]);
+    let len = code.len() as u64;
+    elf.extend([HEADERS, CODE, CODE, len, len, 4096].map(u64::to_le_bytes).concat());
+    elf.extend(code);
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&elf).unwrap();
+    file
+}
+
+/// Counts at [`COUNTER`] for ever: `inc qword [COUNTER]; jmp`.
+fn counting() -> tempfile::NamedTempFile {
+    let mut code = vec![0x48, 0xff, 0x04, 0x25];
+    code.extend((COUNTER as u32).to_le_bytes());
+    code.extend([0xeb, 0xf6]);
+    kernel(&code)
+}
+
+#[derive(Clone, Default)]
+struct Screen(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Bench {
+    kernel: tempfile::NamedTempFile,
+    screen: Screen,
+    sender: Sender<VmEvent>,
+    events: mpsc::Receiver<VmEvent>,
+    vcpus: u8,
+}
+
+impl Bench {
+    /// `None`, and a word about it, where there is no KVM.
+    fn new(kernel: tempfile::NamedTempFile, vcpus: u8) -> Option<Self> {
+        if let Err(error) = HostCheck::run() {
+            println!("skipped: {error}");
+            return None;
+        }
+        let (sender, events) = mpsc::channel();
+        Some(Self { kernel, screen: Screen::default(), sender, events, vcpus })
+    }
+
+    fn config(&self) -> VmConfig {
+        VmConfig {
+            memory_bytes: MIN_MEMORY_BYTES,
+            vcpus: self.vcpus,
+            kernel: self.kernel.path().into(),
+            initramfs: None,
+            cmdline: "console=ttyS0".into(),
+            disk: None,
+            net: None,
+            console: Box::new(self.screen.clone()),
+            events: self.sender.clone(),
+        }
+    }
+}
+
+fn count<S>(vm: &Vm<S>) -> u64 {
+    vm.ram().read_obj(GuestAddress(COUNTER)).unwrap()
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < PATIENCE, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn copy_of(ram: &GuestRam) -> GuestRam {
+    let copy = memory::allocate(MIN_MEMORY_BYTES).unwrap();
+    let mut chunk = [0; CHUNK_SIZE];
+    for index in 0..memory::chunk_count(ram) {
+        memory::read_chunk(ram, index, &mut chunk).unwrap();
+        if chunk != [0; CHUNK_SIZE] {
+            memory::write_chunk(&copy, index, &chunk).unwrap();
+        }
+    }
+    copy
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_then_goes_on() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let mut vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    for _ in 0..5 {
+        let before = count(&vm);
+        wait_for("the guest counts", || count(&vm) > before + 1000);
+        let paused = vm.pause().unwrap();
+        let stopped = count(&paused);
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(count(&paused), stopped);
+        vm = paused.resume().unwrap();
+    }
+}
+
+#[test]
+fn a_saved_guest_goes_on_in_another_machine() {
+    for vcpus in [1, 2] {
+        let Some(bench) = Bench::new(counting(), vcpus) else { return };
+        let mut vm = Vm::boot(bench.config()).unwrap();
+        for _ in 0..4 {
+            let before = count(&vm);
+            let running = vm.resume().unwrap();
+            wait_for("the guest counts", || count(&running) > before + 1000);
+            let mut paused = running.pause().unwrap();
+            let state = paused.save().unwrap();
+            let (stopped, hash) = (count(&paused), paused.full_hash().unwrap());
+            let ram = copy_of(paused.ram());
+            let profile = paused.profile().clone();
+            drop(paused);
+            let restored = Vm::restore(bench.config(), profile, ram, &state).unwrap();
+            assert_eq!(count(&restored), stopped);
+            assert_eq!(restored.full_hash().unwrap(), hash, "restoring wrote to RAM");
+            vm = restored;
+        }
+    }
+}
+
+#[test]
+fn saving_twice_gives_the_same_but_for_the_time() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    wait_for("the guest counts", || count(&vm) > 0);
+    let mut vm = vm.pause().unwrap();
+    let (one, two) = (vm.save().unwrap(), vm.save().unwrap());
+    assert_eq!(one.len(), two.len());
+    let differing = one.iter().zip(&two).filter(|(a, b)| a != b).count();
+    assert!(differing < 100, "{differing} of {} bytes differ", one.len());
+}
+
+#[test]
+fn kvms_log_and_the_vmms_writes_make_the_dirty_set() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let counter = ChunkId { space: Space::Ram, index: COUNTER / CHUNK_SIZE as u64 };
+    let other = ChunkId { space: Space::Ram, index: counter.index + 100 };
+    let mut vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    wait_for("the guest counts", || count(&vm) > 1000);
+    let initial = vm.start_tracking().unwrap();
+    assert!(initial.contains(counter));
+    assert!(initial.contains(ChunkId { space: Space::Ram, index: CODE / CHUNK_SIZE as u64 }));
+    for _ in 0..3 {
+        let before = count(&vm);
+        wait_for("the guest counts", || count(&vm) > before + 1000);
+        assert!(vm.harvest().unwrap().contains(counter), "KVM's log");
+    }
+    memory::write_chunk(vm.ram(), other.index, &[1; CHUNK_SIZE]).unwrap();
+    assert!(vm.harvest().unwrap().contains(other), "the VMM's own write");
+    let mut vm = vm.pause().unwrap();
+    vm.harvest().unwrap();
+    assert!(vm.harvest().unwrap().is_empty(), "nothing changes while paused");
+    vm.stop_tracking().unwrap();
+}
+
+#[test]
+fn power_off_reset_and_console_reach_the_owner() {
+    // mov dx, 0x3f8; mov al, 'K'; out dx, al; mov dx, PORT; mov al, VALUE; out dx, al; jmp self
+    let guest = |port: u16, value: u8| {
+        let [low, high] = port.to_le_bytes();
+        kernel(&[
+            0x66, 0xba, 0xf8, 0x03, 0xb0, b'K', 0xee, 0x66, 0xba, low, high, 0xb0, value, 0xee,
+            0xeb, 0xfe,
+        ])
+    };
+    for (port, value, expected) in [
+        (0x600, 5 << 2 | 1 << 5, VmEvent::Shutdown),
+        (0x602, 1, VmEvent::Reset),
+        (0x64, 0xfe, VmEvent::Reset),
+    ] {
+        let Some(bench) = Bench::new(guest(port, value), 1) else { return };
+        let vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+        assert_eq!(bench.events.recv_timeout(PATIENCE).unwrap(), expected);
+        assert_eq!(*bench.screen.0.lock().unwrap(), b"K");
+        assert!(vm.is_halted());
+        let mut vm = vm.pause().unwrap();
+        assert!(matches!(vm.save(), Err(MachineError::Halted)));
+    }
+}
+
+#[test]
+fn a_guest_that_crashes_is_an_event() {
+    // ud2, without an IDT to handle it: a triple fault.
+    let Some(bench) = Bench::new(kernel(&[0x0f, 0x0b]), 1) else { return };
+    let _vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    let event = bench.events.recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(event, VmEvent::Reset | VmEvent::Fault(_)), "{event:?}");
+}
+
+#[test]
+fn states_that_are_not_this_machines_are_refused() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let mut vm = Vm::boot(bench.config()).unwrap();
+    let (state, profile) = (vm.save().unwrap(), vm.profile().clone());
+    let ram = vm.ram().clone();
+    let restore = |profile: &MachineProfile, state: &[u8]| {
+        Vm::restore(bench.config(), profile.clone(), ram.clone(), state).map(|_| ())
+    };
+    restore(&profile, &state).unwrap();
+    for cut in [0, 5, 10, 200, state.len() - 1] {
+        let refused = restore(&profile, &state[..cut]).unwrap_err();
+        assert!(matches!(refused, MachineError::State(StateError::Codec(_))), "{refused}");
+    }
+    let mut other = state.clone();
+    other[8] = other[8].wrapping_add(1);
+    let refused = restore(&profile, &other).unwrap_err().to_string();
+    assert!(refused.contains("version"), "{refused}");
+    let slower = MachineProfile { tsc_khz: profile.tsc_khz - 1, ..profile.clone() };
+    let refused = restore(&slower, &state).unwrap_err();
+    assert!(matches!(refused, MachineError::State(StateError::OtherMachine)), "{refused}");
+    let wider = MachineProfile { vcpus: 2, ..profile };
+    assert!(matches!(restore(&wider, &state), Err(MachineError::Mismatch { .. })));
+}
+
+/// Whatever a peer puts into a state, restoring it returns.
+#[test]
+fn damaged_states_never_panic() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let mut vm = Vm::boot(bench.config()).unwrap();
+    let (state, profile) = (vm.save().unwrap(), vm.profile().clone());
+    let ram = vm.ram().clone();
+    drop(vm);
+    let step = state.len() / 60;
+    for at in (10..state.len()).step_by(step.max(1)) {
+        let mut damaged = state.clone();
+        for byte in &mut damaged[at..(at + 3).min(state.len())] {
+            *byte ^= 0xff;
+        }
+        let _ = Vm::restore(bench.config(), profile.clone(), ram.clone(), &damaged);
+    }
+}
