@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! boot --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory-mib N] [--vcpus N]
-//!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS [--copy yes]]
+//!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS [--first MS] [--copy yes]]
+//!      [--type TEXT]
 //! ```
 //!
-//! `--cycle MS` pauses the machine every MS milliseconds, saves it, and goes on in a second machine
+//! `--cycle MS` pauses the machine every MS milliseconds (the first time after `--first`), saves it, and goes on in a second machine
 //! made from the saved state. `--copy yes` gives that machine a copy of the memory and compares the
-//! two; otherwise it takes the memory over.
+//! two; otherwise it takes the memory over. `--type TEXT` types a line at the console before each cycle.
 
 use std::{
     error::Error,
@@ -34,7 +35,9 @@ struct Options {
     tap: Option<String>,
     seconds: u64,
     cycle_ms: Option<u64>,
+    first_ms: Option<u64>,
     copy: bool,
+    line: Option<String>,
 }
 
 fn options() -> Result<Options, Box<dyn Error>> {
@@ -48,7 +51,9 @@ fn options() -> Result<Options, Box<dyn Error>> {
         tap: None,
         seconds: 60,
         cycle_ms: None,
+        first_ms: None,
         copy: false,
+        line: None,
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
@@ -63,6 +68,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--tap" => options.tap = Some(value),
             "--seconds" => options.seconds = value.parse()?,
             "--cycle" => options.cycle_ms = Some(value.parse()?),
+            "--first" => options.first_ms = Some(value.parse()?),
+            "--type" => options.line = Some(value + "\n"),
             "--copy" => options.copy = value == "yes",
             _ => return Err(format!("unknown option {name}").into()),
         }
@@ -174,7 +181,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (sender, events) = mpsc::channel();
     let deadline = Instant::now() + Duration::from_secs(options.seconds);
     let mut vm = Vm::boot(config(&options, disk, sender.clone()))?.resume().map_err(|e| e.error)?;
-    let tick = options.cycle_ms.map_or(Duration::from_secs(3600), Duration::from_millis);
+    let cycle = options.cycle_ms.map_or(Duration::from_secs(3600), Duration::from_millis);
+    let mut tick = options.first_ms.map_or(cycle, Duration::from_millis);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -187,6 +195,10 @@ fn main() -> Result<(), Box<dyn Error>> {
                 return Ok(());
             }
             Err(_) if options.cycle_ms.is_some() => {
+                tick = cycle;
+                if let Some(line) = &options.line {
+                    vm.console_input(line.as_bytes())?;
+                }
                 let began = Instant::now();
                 let paused = vm.pause().map_err(|e| e.error)?;
                 eprintln!("[boot] paused in {:?}", began.elapsed());

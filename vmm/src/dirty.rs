@@ -4,7 +4,7 @@
 //! kernel which pages of RAM exist at all, and the overlay which chunks it holds. The log is turned
 //! on *before* that question: a page that appears in between is reported twice, never missed.
 
-use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::sync::Arc;
 
 use ::handoff::{ChunkId, ChunkSet, Geometry, Space};
 use guest_images::{CHUNK_SIZE, overlay::Overlay};
@@ -15,6 +15,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::{
     devices::virtio::block::DiskDirty,
     memory::{self, GuestRam, MemoryError},
+    pagemap,
 };
 
 /// Why tracking failed.
@@ -164,12 +165,8 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
         let mut first = 0;
         for region in self.ram.iter() {
             let chunks = region.len() / CHUNK_SIZE as u64;
-            let present = present_pages(memory::host_address(region)?, chunks);
-            let present = present.unwrap_or_else(|error| {
-                tracing::warn!(%error, "cannot read /proc/self/pagemap: all of RAM counts as changed");
-                vec![u64::MAX; chunks.div_ceil(64) as usize]
-            });
-            add_words(&mut self.pending, Space::Ram, first, &present);
+            let existing = pagemap::existing(memory::host_address(region)?, chunks);
+            add_words(&mut self.pending, Space::Ram, first, &existing);
             first += chunks;
         }
         if let Some(disk) = &self.disk {
@@ -201,31 +198,6 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
         self.pending = ChunkSet::new(self.geometry());
         self.log.set_enabled(false)
     }
-}
-
-/// Which pages of a mapping of this process exist, in memory or swapped out: one bit for each.
-/// A private page that does not exist has never been written: it is zero.
-fn present_pages(host_address: u64, pages: u64) -> io::Result<Vec<u64>> {
-    const ENTRY_BYTES: usize = 8;
-    const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
-    const BATCH_PAGES: usize = 64 * 1024;
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let mut words = Vec::with_capacity(pages.div_ceil(64) as usize);
-    let mut batch = vec![0; BATCH_PAGES.min(pages as usize) * ENTRY_BYTES];
-    let first = host_address / CHUNK_SIZE as u64;
-    for at in (0..pages).step_by(BATCH_PAGES) {
-        let count = BATCH_PAGES.min((pages - at) as usize);
-        let Some(bytes) = batch.get_mut(..count * ENTRY_BYTES) else { break };
-        pagemap.read_exact_at(bytes, (first + at) * ENTRY_BYTES as u64)?;
-        for entries in bytes.chunks(64 * ENTRY_BYTES) {
-            let present = |(bit, entry): (usize, &[u8])| {
-                let entry = entry.try_into().map_or(u64::MAX, u64::from_le_bytes);
-                u64::from(entry & PRESENT_OR_SWAPPED != 0) << bit
-            };
-            words.push(entries.chunks(ENTRY_BYTES).enumerate().map(present).sum());
-        }
-    }
-    Ok(words)
 }
 
 #[cfg(test)]

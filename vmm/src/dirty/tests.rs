@@ -230,14 +230,3 @@ fn concurrent_marks_are_not_lost() {
         assert_eq!(&now, copied, "chunk {index}");
     }
 }
-
-#[test]
-fn pages_never_touched_do_not_count() {
-    let ram = memory::allocate(MIN_MEMORY_BYTES).unwrap();
-    memory::write_chunk(&ram, 3, &[1; CHUNK_SIZE]).unwrap();
-    let region = ram.iter().next().unwrap();
-    let words = present_pages(memory::host_address(region).unwrap(), RAM_CHUNKS).unwrap();
-    assert_eq!(words.len() as u64, RAM_CHUNKS.div_ceil(64));
-    assert_ne!(words[0] & 1 << 3, 0);
-    assert_eq!(*words.last().unwrap(), 0);
-}

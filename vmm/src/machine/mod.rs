@@ -25,9 +25,11 @@ use std::{
 use ::handoff::{ChunkId, ChunkSet, Geometry, Space};
 use guest_images::{
     CHUNK_SIZE, Chunk,
+    chunk::ZERO_CHUNK,
     overlay::{Overlay, OverlayError},
 };
 use kvm_ioctls::VmFd;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{
     boot::BootError,
@@ -39,6 +41,7 @@ use crate::{
     dirty::{DirtyError, Disk, KvmLog, Tracker},
     host::{Host, HostError},
     memory::{self, GuestRam, MemoryError},
+    pagemap,
     profile::{Incompatible, MachineProfile, ProfileError},
     state::{StateError, VmState},
     vcpu::{RunContext, Vcpu, VcpuThread, VmEvent},
@@ -320,16 +323,28 @@ impl Vm<Running> {
     }
 }
 
-/// The hash of a paused guest.
+/// The hash of a paused guest. Does not touch pages that do not exist: touched, they would count
+/// as written in the next handoff.
 pub(crate) fn full_hash(ram: &GuestRam, disk: Option<&Overlay>) -> Result<[u8; 32], MachineError> {
     let mut hasher = blake3::Hasher::new();
     let mut chunk = [0; CHUNK_SIZE];
-    for index in 0..memory::chunk_count(ram) {
-        memory::read_chunk(ram, index, &mut chunk)?;
-        hasher.update(&chunk);
+    let mut first = 0;
+    for region in ram.iter() {
+        let chunks = region.len() / CHUNK_SIZE as u64;
+        let existing = pagemap::existing(memory::host_address(region)?, chunks);
+        for at in 0..chunks {
+            let word = existing.get((at / 64) as usize).copied().unwrap_or(u64::MAX);
+            if word >> (at % 64) & 1 == 0 {
+                hasher.update(ZERO_CHUNK);
+                continue;
+            }
+            memory::read_chunk(ram, first + at, &mut chunk)?;
+            hasher.update(&chunk);
+        }
+        first += chunks;
     }
-    for index in 0..disk.map_or(0, Overlay::chunks) {
-        if let Some(disk) = disk {
+    if let Some(disk) = disk {
+        for index in 0..disk.chunks() {
             disk.read_chunk(index, &mut chunk)?;
             hasher.update(&chunk);
         }
