@@ -236,14 +236,15 @@ fn what_was_applied_is_not_sent_again() {
     let needed = whole.connect.total.load(SeqCst);
     whole.finish();
 
-    let cut = Fault { cut_up: Some(needed / 2), ..Fault::default() };
+    // The first segment carries most of it; the break comes in a later one.
+    let cut = Fault { cut_up: Some(needed / 10 * 9), ..Fault::default() };
     let mut broken = pair(&[cut], HostFaults::default(), 0);
     // Slow, so that the target keeps up and little is on its way when the link breaks.
     broken.connect.bytes_per_s = 4 << 20;
     assert!(matches!(broken.send(), SendOutcome::Moved(_)));
     let took = broken.connect.total.load(SeqCst);
     broken.finish();
-    assert!(took < needed + needed / 2, "{took} bytes, {needed} without a break");
+    assert!(took < needed + needed / 4, "{took} bytes, {needed} without a break");
 }
 
 fn assert_kept(mut pair: Pair, why: impl Fn(&KeptReason) -> bool) -> Vec<Outcome> {
@@ -343,8 +344,8 @@ fn cancel_keeps_the_guest_and_a_second_try_moves_it() {
     };
     assert!(pair.source.guest.is_running());
     pair.connect.bytes_per_s = 0;
-    // The target drops the first copy before it takes another offer.
-    thread::sleep(Duration::from_millis(300));
+    // The target drops the first copy before it takes another offer: seen in its last link closing.
+    thread::sleep(Duration::from_millis(1500));
     assert_moved(pair);
 }
 

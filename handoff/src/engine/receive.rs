@@ -68,7 +68,7 @@ pub fn receive<L: Transport, H: TargetHost>(
         let why = match serve(first, &mut arriving, relinks, options, clock, &counts) {
             Served::Settled => return arriving.finish(&counts),
             Served::Replaced(link) => {
-                first = link;
+                first = *link;
                 continue;
             }
             Served::Broke(why) => why,
@@ -148,7 +148,7 @@ enum Served<L: Transport> {
     /// It is settled whether the guest runs here.
     Settled,
     /// The source made a new link.
-    Replaced(Incoming<L>),
+    Replaced(Box<Incoming<L>>),
     /// It broke.
     Broke(String),
 }
@@ -242,7 +242,7 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
             if let Ok(link) = relinks.try_recv()
                 && let Some(link) = check_relink(link, arriving)
             {
-                return Served::Replaced(link);
+                return Served::Replaced(Box::new(link));
             }
             let now = self.clock.now();
             arriving.check_time(now);

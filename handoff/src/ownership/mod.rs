@@ -11,8 +11,9 @@
 //! ```
 //!
 //! Only a side whose record is [`State::Owner`] or [`State::HandingOff`] may run the guest. The
-//! record names an *epoch*: it grows by one when the guest changes hands, and once more when the
-//! receiver declined or an operator took over, so an epoch never has two owners. ADR 0001 argues
+//! record names an *epoch*: it grows by one with each offer, and once more when that came to
+//! nothing or an operator took over, so that no epoch has two owners and no offer is taken for
+//! another. ADR 0001 argues
 //! the protocol; `tests/ownership_model.rs` walks through every interleaving of these functions.
 
 mod answer;

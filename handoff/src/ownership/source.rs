@@ -93,7 +93,8 @@ pub fn step(record: &Record, event: Event) -> Result<Step<Say>, OwnershipError> 
 fn idle(record: &Record, event: Event) -> Result<Step<Say>, OwnershipError> {
     match (event, &record.state) {
         (Event::Begin { handoff, peer }, State::Owner(_)) => {
-            record.epoch.next()?.next()?; // A failed commit uses up two: refuse while nothing has happened.
+            // A failed handoff uses up two: refuse while nothing has happened.
+            record.epoch.next()?.next()?;
             let state = State::HandingOff { handoff, peer: bounded_text(peer) };
             Ok(Step { write: Some(record.with(record.epoch, state)), ..Step::nothing() })
         }
@@ -110,8 +111,11 @@ fn handing_off(
     peer: &str,
     event: Event,
 ) -> Result<Step<Say>, OwnershipError> {
+    // The epoch that was offered is used up: a copy of that offer which turns up late, or a target
+    // that still waits for its commit, can be told from the next one.
+    let unused = asked.epoch.next()?;
     let back = || Step {
-        write: Some(record.with(record.epoch, State::Owner(Tenure::Settled))),
+        write: Some(record.with(unused, State::Owner(Tenure::Settled))),
         say: Some(Say::Abort(asked)),
         guest: Guest::Run,
     };

@@ -72,21 +72,21 @@ pub enum Say {
 /// Why a VM that is offered may not be received over what is recorded here.
 pub fn admit(record: Option<&Record>, offered: Question) -> Result<(), String> {
     let Some(record) = record else { return Ok(()) };
-    let newer = record.vm == offered.vm && record.epoch >= offered.epoch;
     match &record.state {
         State::Owner(_) | State::HandingOff { .. } => Err(format!("it runs here: {record}")),
         State::Committed { .. } => Err(format!("it is in doubt here: {record}")),
-        State::Prepared { handoff, .. } if *handoff != offered.handoff => {
-            Err(format!("another handoff of it is not over: {record}"))
+        State::Prepared { .. } => Err(format!("a handoff of it is not over: {record}")),
+        // Each offer has an epoch of its own, so one that is not newer was seen before.
+        State::Released { .. } | State::Declined { .. } if is_newer(record, offered) => Ok(()),
+        State::Released { .. } | State::Declined { .. } => {
+            Err(format!("the offer of epoch {} is out of date: {record}", offered.epoch))
         }
-        State::Declined { handoff, .. } if *handoff == offered.handoff => {
-            Err(format!("this handoff was declined: {record}"))
-        }
-        // A source that went back to its own epoch after an abort offers the same one again.
-        State::Declined { .. } | State::Prepared { .. } => Ok(()),
-        State::Released { .. } if newer => Err(format!("a newer one is known here: {record}")),
-        State::Released { .. } => Ok(()),
     }
+}
+
+/// Whether the offer came after what is recorded: another VM, or a higher epoch.
+fn is_newer(record: &Record, offered: Question) -> bool {
+    record.vm != offered.vm || offered.epoch > record.epoch
 }
 
 /// The target's transition function, over the record of this VM if there is one. An event that is
@@ -129,8 +129,12 @@ fn decline(record: Option<&Record>, offered: Question, reason: String) -> Step<S
         Some((State::Declined { reason, .. }, true)) => {
             Step::saying(Say::Declined(offered, reason.clone()))
         }
-        Some((State::Released { .. } | State::Declined { .. }, _)) => refuse(),
-        // An owner cannot decline any more, and another VM's handoff is none of this one's.
+        Some((State::Released { .. } | State::Declined { .. }, _))
+            if record.is_none_or(|r| is_newer(r, offered)) =>
+        {
+            refuse()
+        }
+        // An owner cannot decline any more; an older offer needs no answer.
         Some(_) => Step::nothing(),
     }
 }
