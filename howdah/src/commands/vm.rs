@@ -180,6 +180,7 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
                     match (&vm.record, vm.problems.first()) {
                         (_, Some(problem)) => one_line(problem),
                         (Some(record), None) => record.ownership.clone(),
+                        (None, None) if vm.process.is_some() => "nobody's yet".into(),
                         (None, None) => "nobody's: may be removed".into(),
                     },
                 ]

@@ -14,6 +14,8 @@ use crate::{
     home::{VmDir, write_json},
 };
 
+/// Commands that wait for a machine that is as good as there.
+const MAX_WAITING: usize = 16;
 /// How often an idle loop looks around; nothing depends on it.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -83,6 +85,8 @@ struct Handoff {
 pub(crate) struct Process {
     dir: VmDir,
     state: State,
+    /// Asked while the machine was on its way, with the record saying that it is ours.
+    waiting: Vec<Asked>,
     events: Receiver<Event>,
     sender: Sender<Event>,
 }
@@ -91,7 +95,8 @@ impl Process {
     /// The loop and the way to send it events.
     pub(crate) fn new(dir: VmDir) -> (Self, Sender<Event>) {
         let (sender, events) = unbounded();
-        let process = Self { dir, state: State::Gone, events, sender: sender.clone() };
+        let process =
+            Self { dir, state: State::Gone, waiting: Vec::new(), events, sender: sender.clone() };
         (process, sender)
     }
 
@@ -115,7 +120,7 @@ impl Process {
                 Event::Progress(progress) => self.progress(progress),
                 Event::InDoubt(why) => self.in_doubt(why),
                 Event::HandoffEnded(end) => self.handoff_ended(end)?,
-                Event::Arrived(Ok(machine)) => self.arrived(machine),
+                Event::Arrived(Ok(machine)) => self.arrived(machine)?,
                 Event::Arrived(Err(failure)) => return Err(failure.into()),
             };
             if let Some(end) = end {
@@ -124,15 +129,38 @@ impl Process {
         }
     }
 
-    fn arrived(&mut self, machine: Box<dyn Machine>) -> Option<End> {
+    fn arrived(&mut self, machine: Box<dyn Machine>) -> anyhow::Result<Option<End>> {
         if let State::Coming(coming) = std::mem::replace(&mut self.state, State::Running(machine)) {
             (coming.ready)();
         }
-        None
+        for asked in std::mem::take(&mut self.waiting) {
+            if let Some(end) = self.asked(asked)? {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the guest is ours already, and only its machine is not: a reception that waits for
+    /// the source's last word, or a start. What is asked meanwhile can wait for it.
+    fn is_about_to_run(&self) -> bool {
+        matches!(self.state, State::Coming(_)) && self.may_run()
+    }
+
+    fn may_run(&self) -> bool {
+        matches!(self.dir.record(), Ok(Some(record)) if record.may_run())
     }
 
     fn asked(&mut self, asked: Asked) -> anyhow::Result<Option<End>> {
-        let Asked { request, answer, .. } = asked;
+        let can_wait = matches!(
+            asked.request,
+            Request::Pause | Request::Stop { force: false } | Request::Handoff(_)
+        );
+        if can_wait && self.waiting.len() < MAX_WAITING && self.is_about_to_run() {
+            self.waiting.push(asked);
+            return Ok(None);
+        }
+        let Asked { request, answer, fd } = asked;
         match request {
             Request::Status => answer.last(Reply::Status(self.status())),
             Request::Pause => self.pause(answer),
@@ -143,7 +171,7 @@ impl Process {
             Request::ExportDisk { path } => self.export(Path::new(&path), answer),
             Request::AdoptLink { .. } => match &self.state {
                 State::Coming(Coming { links: Some(links), .. }) => {
-                    links(Asked { request, answer, fd: asked.fd });
+                    links(Asked { request, answer, fd });
                 }
                 _ => answer.last(self.conflict("it is not being received")),
             },
@@ -160,6 +188,10 @@ impl Process {
             State::Paused(_) => (Phase::Paused, None),
             State::HandingOff(h) if h.in_doubt.is_some() => (Phase::InDoubt, Some(&h.progress)),
             State::HandingOff(h) => (Phase::HandingOff, Some(&h.progress)),
+            // The guest runs; only the source's last word is awaited.
+            State::Coming(coming) if coming.links.is_some() && self.may_run() => {
+                (Phase::Running, None)
+            }
             State::Coming(coming) => (coming.phase, None),
             State::Gone => (Phase::Stopping, None),
         };
@@ -545,6 +577,32 @@ mod tests {
 
     fn refused(reply: &Reply) -> bool {
         matches!(reply, Reply::Failed(failure) if failure.exit == Exit::Conflict)
+    }
+
+    /// A received guest runs before its process has heard the source's last word: what is asked
+    /// in between is done when it has.
+    #[test]
+    fn commands_wait_for_a_guest_that_is_ours() {
+        use handoff::ownership::{Record, VmId};
+        let root = tempfile::tempdir().unwrap();
+        let dir = Home::new(root.path()).unwrap().vm(&"a".parse().unwrap());
+        dir.create().unwrap();
+        let (process, events) = Process::new(dir.clone());
+        let done = Arc::new(Mutex::new(Vec::new()));
+        let fake = Box::new(Fake { done: Arc::clone(&done), outcome: "moved" });
+        let links: Links = Box::new(|_| {});
+        let coming = Coming { phase: Phase::Receiving, links: Some(links), ready: Box::new(|| {}) };
+        let thread = std::thread::spawn(move || process.run(coming));
+        let bench = Bench { _root: root, events, done, thread };
+        assert_eq!(bench.phase(), Phase::Receiving);
+        assert!(refused(&bench.call(Request::Pause)));
+        dir.journal().unwrap().write(Record::created(VmId([1; 16]))).unwrap();
+        assert_eq!(bench.phase(), Phase::Running);
+        let paused = bench.send(Request::Pause);
+        bench.events.send(Event::Arrived(Ok(fake))).unwrap();
+        assert_eq!(paused.iter().last(), Some(Reply::Done));
+        assert_eq!(bench.call(Request::Stop { force: false }), Reply::Done);
+        bench.thread.join().unwrap().unwrap();
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub(crate) fn settle(dir: &VmDir, journal: &mut Journal) -> Result<(), Failure> 
         | State::Prepared { peer, .. } => peer.clone(),
         State::Declined { .. } => String::new(),
     };
-    tracing::info!("settling: {record}");
+    let before = record.to_string();
     let mut connect = TcpConnect::new(peer);
     let recovery = recover(
         journal,
@@ -44,7 +44,10 @@ pub(crate) fn settle(dir: &VmDir, journal: &mut Journal) -> Result<(), Failure> 
     )
     .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     match recovery {
-        Recovery::MayRun => Ok(()),
+        Recovery::MayRun => {
+            tracing::warn!("settled: it may run here (the record said: {before})");
+            Ok(())
+        }
         Recovery::Gone { peer } => {
             dir.remove_disk()?;
             let why = format!("it was handed off and runs at {peer}");
