@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! boot --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory-mib N] [--vcpus N]
-//!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS [--first MS] [--copy yes]]
+//!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS [--first MS] [--copy yes | --same yes]]
 //!      [--type TEXT]
 //! ```
 //!
 //! `--cycle MS` pauses the machine every MS milliseconds (the first time after `--first`), saves it, and goes on in a second machine
 //! made from the saved state. `--copy yes` gives that machine a copy of the memory and compares the
-//! two; otherwise it takes the memory over. `--type TEXT` types a line at the console before each cycle.
+//! two; otherwise it takes the memory over. With `--same yes` the machine itself goes on, as after
+//! a handoff that was aborted. `--type TEXT` types a line at the console before each cycle.
 
 use std::{
     error::Error,
@@ -37,6 +38,7 @@ struct Options {
     cycle_ms: Option<u64>,
     first_ms: Option<u64>,
     copy: bool,
+    same: bool,
     line: Option<String>,
 }
 
@@ -53,6 +55,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         cycle_ms: None,
         first_ms: None,
         copy: false,
+        same: false,
         line: None,
     };
     let mut args = std::env::args().skip(1);
@@ -70,6 +73,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--cycle" => options.cycle_ms = Some(value.parse()?),
             "--first" => options.first_ms = Some(value.parse()?),
             "--type" => options.line = Some(value + "\n"),
+            "--same" => options.same = value == "yes",
             "--copy" => options.copy = value == "yes",
             _ => return Err(format!("unknown option {name}").into()),
         }
@@ -148,6 +152,9 @@ fn reincarnate(
     let began = Instant::now();
     let state = vm.save()?;
     let saved = began.elapsed();
+    if options.same {
+        return Ok(vm);
+    }
     let before = if options.copy { Some(vm.full_hash()?) } else { None };
     let ram = if options.copy { copy(vm.ram())? } else { vm.ram().clone() };
     let (profile, disk) = (vm.profile().clone(), vm.disk().cloned());

@@ -1,7 +1,7 @@
 //! A paused machine as bytes: everything but RAM and disk.
 //!
-//! The order of saving and restoring is that of the two functions [`VmState::save`] and
-//! [`VmState::restore`], and each step says why it stands where it stands. What comes from a peer is
+//! The order of saving and restoring is that of the two functions `VmState::save` and
+//! `VmState::restore`, and each step says why it stands where it stands. What comes from a peer is
 //! plain data until KVM and the devices have accepted it; nothing in it may make this program
 //! panic, allocate without bound, or wait.
 
