@@ -113,7 +113,8 @@ impl From<&Record> for RecordSeen {
         Self {
             vm_id: record.vm.to_string(),
             epoch: record.epoch.0,
-            ownership: record.to_string(),
+            // A peer's words may be in it.
+            ownership: one_line(&record.to_string()),
             may_run: record.may_run(),
         }
     }

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use crossbeam_channel::Sender;
 use handoff::{
     Refusal,
     engine::{Incoming, Limits, accept},
@@ -74,30 +75,7 @@ pub(crate) fn listen(
     let shared =
         Arc::new(Listener { home: home.clone(), output, verbose, args, busy: AtomicUsize::new(0) });
     let (done, ended) = crossbeam_channel::bounded(MAX_LINKS);
-    let accepting = Arc::clone(&shared);
-    std::thread::spawn(move || {
-        loop {
-            let link = listener.accept();
-            while accepting.busy.load(Ordering::Relaxed) >= MAX_LINKS {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            let Ok((stream, peer)) = link else {
-                // Out of descriptors, most likely: let some links end.
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
-            };
-            accepting.busy.fetch_add(1, Ordering::Relaxed);
-            let (listener, done) = (Arc::clone(&accepting), done.clone());
-            std::thread::spawn(move || {
-                let event = listener.link(stream, peer);
-                listener.busy.fetch_sub(1, Ordering::Relaxed);
-                if let Some(event) = event {
-                    event.tell(listener.output);
-                    let _ = done.send(event);
-                }
-            });
-        }
-    });
+    std::thread::spawn(move || accept_links(&listener, &shared, &done));
     loop {
         match ended.recv() {
             Ok(Event::Received { .. }) if once => return Ok(()),
@@ -106,6 +84,38 @@ pub(crate) fn listen(
             }
             Ok(_) => {}
             Err(_) => anyhow::bail!("the listener ended"),
+        }
+    }
+}
+
+/// Takes links as they come, each on a thread of its own.
+fn accept_links(listener: &TcpListener, shared: &Arc<Listener>, done: &Sender<Event>) {
+    loop {
+        let link = listener.accept();
+        while shared.busy.load(Ordering::Relaxed) >= MAX_LINKS {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let (shared, done) = (Arc::clone(shared), done.clone());
+        let handled = link.and_then(|(stream, peer)| {
+            shared.busy.fetch_add(1, Ordering::Relaxed);
+            let working = Arc::clone(&shared);
+            let work = move || {
+                let event = working.link(stream, peer);
+                working.busy.fetch_sub(1, Ordering::Relaxed);
+                if let Some(event) = event {
+                    event.tell(working.output);
+                    let _ = done.send(event);
+                }
+            };
+            let started = std::thread::Builder::new().name("link".into()).spawn(work);
+            started.map(drop).inspect_err(|_| {
+                shared.busy.fetch_sub(1, Ordering::Relaxed);
+            })
+        });
+        if let Err(e) = handled {
+            // Out of descriptors or threads, most likely: let some links end.
+            tracing::warn!("a link could not be taken: {e}");
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::atomic::AtomicBool, time::Duration};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::machine::{Cancel, HandoffEnd, Machine, Watch};
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
         HandoffRequest, Phase, Progress, Reply, Request, Status,
         server::{Answer, Asked},
     },
-    failure::{Exit, Failure, describe, guarded},
+    failure::{Exit, Failure, describe, guarded, one_line},
     home::{VmDir, write_json},
 };
 
@@ -199,7 +199,7 @@ impl Process {
             pid: std::process::id(),
             phase,
             ownership: match &record {
-                Ok(Some(record)) => record.to_string(),
+                Ok(Some(record)) => one_line(&record.to_string()),
                 Ok(None) => "nobody's yet".into(),
                 Err(failure) => failure.to_string(),
             },
@@ -346,8 +346,26 @@ impl Process {
         };
         let cancel = Cancel::default();
         let watch = ToEvents { cancel: cancel.clone(), events: self.sender.clone() };
-        let events = self.sender.clone();
         let progress = Progress { peer: request.peer.clone(), ..Progress::default() };
+        // The machine follows when the thread is there: one that cannot be started must not take
+        // the guest with it.
+        let (give, take) = bounded::<Box<dyn Machine>>(1);
+        let work = move || {
+            let Ok(machine) = take.recv() else { return };
+            let end = guarded("handoff", || machine.hand_off(&request, &watch))
+                .unwrap_or_else(|failure| HandoffEnd::Undecided { failure });
+            let _ = watch.events.send(Event::HandoffEnded(end));
+        };
+        if let Err(e) = std::thread::Builder::new().name("handoff".into()).spawn(work) {
+            self.state = if was_paused { State::Paused(machine) } else { State::Running(machine) };
+            return answer.last(Failure::new(
+                Exit::NotMoved,
+                "handoff",
+                e,
+                "raise the limit on threads",
+            ));
+        }
+        let _ = give.send(machine);
         self.state = State::HandingOff(Handoff {
             answer,
             cancel,
@@ -356,12 +374,6 @@ impl Process {
             stop: Vec::new(),
             end: false,
             was_paused,
-        });
-        // No thread to be had aborts the process as a failed allocation would; nothing was sent.
-        std::thread::spawn(move || {
-            let end = guarded("handoff", || machine.hand_off(&request, &watch))
-                .unwrap_or_else(|failure| HandoffEnd::Undecided { failure });
-            let _ = events.send(Event::HandoffEnded(end));
         });
     }
 
