@@ -109,6 +109,8 @@ pub struct SourceSession {
     window_bytes: u64,
     /// How many of `window` were sent on this link.
     sent: usize,
+    /// Bytes of those.
+    sent_bytes: u64,
     last_submitted: u64,
     applied_up_to: u64,
     word: Word,
@@ -130,6 +132,7 @@ impl SourceSession {
             window_used: 0,
             window_bytes: DEFAULT_WINDOW_BYTES,
             sent: 0,
+            sent_bytes: 0,
             last_submitted: 0,
             applied_up_to: 0,
             word: Word::None,
@@ -150,6 +153,7 @@ impl SourceSession {
         self.link = Link::Greeting;
         self.health.link_up(now);
         self.sent = 0;
+        self.sent_bytes = 0;
         self.word_sent = false;
         self.outbox.clear();
         if self.welcomed {
@@ -258,7 +262,12 @@ impl SourceSession {
         if let Some(segment) = self.window.get(self.sent) {
             // Once the handoff is over, what was not sent need not be.
             if self.word != Word::Over {
+                // The target's window may be smaller than what was taken before it was known.
+                if self.sent > 0 && self.sent_bytes >= self.window_bytes {
+                    return None;
+                }
                 self.sent += 1;
+                self.sent_bytes += segment.encoded_len() as u64;
                 return Some(Frame::Segment(segment.clone()));
             }
         }
@@ -362,6 +371,7 @@ impl SourceSession {
         self.applied(applied)?;
         self.link = Link::Up;
         self.sent = 0;
+        self.sent_bytes = 0;
         self.window_bytes = DEFAULT_WINDOW_BYTES.min(window);
         self.progressed = true;
         let first = !std::mem::replace(&mut self.welcomed, true);
@@ -380,7 +390,10 @@ impl SourceSession {
         while self.window.front().is_some_and(|s| s.seq <= acked) {
             let Some(segment) = self.window.pop_front() else { break };
             self.window_used -= segment.encoded_len() as u64;
-            self.sent = self.sent.saturating_sub(1);
+            if self.sent > 0 {
+                self.sent -= 1;
+                self.sent_bytes -= segment.encoded_len() as u64;
+            }
         }
         self.applied_up_to = acked;
         Ok(())

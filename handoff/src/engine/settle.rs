@@ -174,7 +174,10 @@ fn ask_as_source<C: Connect>(
 ) -> Result<Recovery, SettleError> {
     let Some(question) = source::question(record)? else { return read_off(journal) };
     let committed = matches!(record.state, State::Committed { .. });
-    let deadline = asking.clock.now() + asking.limits.commit;
+    // Before the commit the answer cannot change what may be done, short of a takeover.
+    let limits = asking.limits;
+    let patience = if committed { limits.commit } else { limits.relink_grace };
+    let deadline = asking.clock.now() + patience;
     let mut connect = connect;
     let why = loop {
         let Some(connect) = connect.as_deref_mut() else {

@@ -6,6 +6,8 @@
 mod decode;
 mod frame;
 mod io;
+#[cfg(test)]
+mod tests;
 
 pub use decode::{Decoder, WireError, decode_body, encode};
 pub use frame::{

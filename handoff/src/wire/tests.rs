@@ -1,0 +1,175 @@
+use guest_images::BaseId;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    Geometry, Offer, Refusal, StateRoot,
+    ownership::{Epoch, HandoffId, Question, Verdict, VmId},
+    stage::{Codec, Segment, SegmentKind, seal::Sealer},
+};
+
+fn question() -> Question {
+    Question { vm: VmId([1; 16]), handoff: HandoffId([2; 16]), epoch: Epoch(300) }
+}
+
+fn segment() -> Segment {
+    let packed = crate::stage::Packed { codec: Codec::Raw, raw_len: 5, payload: b"12345".to_vec() };
+    Sealer::new(&[2; 16]).seal(1, SegmentKind::Chunks, packed)
+}
+
+/// One of each.
+fn frames() -> Vec<Frame> {
+    let handoff = question();
+    let offer = Offer {
+        vm_name: "vm".into(),
+        base: BaseId([7; 32]),
+        geometry: Geometry { ram_chunks: 1 << 18, disk_chunks: 9 },
+        changed_disk_chunks: 3,
+        machine: vec![1, 2, 3],
+    };
+    let hello = |intent| {
+        let (versions, vm_name) = (Versions::OURS, "vm".into());
+        Frame::Hello(Box::new(Hello { versions, handoff, vm_name, intent, audit: true }))
+    };
+    vec![
+        hello(Intent::New(offer)),
+        hello(Intent::Resume),
+        hello(Intent::Settle),
+        Frame::Welcome(Welcome { version: 1, applied_up_to: 7, window_bytes: 8 << 20 }),
+        Frame::Refuse(Refusal::Version { ours: 1, theirs: 9 }),
+        Frame::Refuse(Refusal::NoSpace {
+            what: "disk".into(),
+            needed_bytes: 2,
+            available_bytes: 1,
+        }),
+        Frame::Segment(segment()),
+        Frame::Ack(Ack { applied_up_to: u64::MAX }),
+        Frame::Prepare(Prepare { handoff, last_seq: 9, root: StateRoot([3; 32]), full_hash: None }),
+        Frame::Prepared { handoff, root: StateRoot([3; 32]), full_hash: Some([4; 32]) },
+        Frame::Declined { handoff, reason: "no".into() },
+        Frame::Commit(Commit { handoff }),
+        Frame::Resumed(Resumed { handoff, prepare_us: 1, commit_us: 2, resume_us: 3 }),
+        Frame::Released(handoff),
+        Frame::Abort { handoff, reason: "enough".into() },
+        Frame::Ping(1),
+        Frame::Pong(1),
+        Frame::Query(handoff),
+        Frame::Status { question: handoff, verdict: Verdict::Superseded { epoch: Epoch(9) } },
+    ]
+}
+
+fn bytes_of(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode(frame, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn every_frame_comes_back_whatever_the_pieces() {
+    let frames = frames();
+    let bytes: Vec<u8> = frames.iter().flat_map(bytes_of).collect();
+    for piece in [1, 2, 3, 7, 100, bytes.len()] {
+        let mut decoder = Decoder::default();
+        let mut back = Vec::new();
+        for part in bytes.chunks(piece) {
+            decoder.feed(part);
+            while let Some(frame) = decoder.next_frame().unwrap() {
+                back.push(frame);
+            }
+        }
+        assert_eq!(back, frames);
+        assert!(!decoder.is_mid_frame());
+    }
+}
+
+/// Bytes missing or left over in a body are an error in every frame.
+#[test]
+fn bodies_are_exact() {
+    for frame in frames() {
+        let bytes = bytes_of(&frame);
+        let (kind, body) = (bytes[4], &bytes[HEADER_BYTES..]);
+        decode_body(kind, &[body, &[0]].concat()).unwrap_err();
+        for len in 0..body.len() {
+            let cut = decode_body(kind, &body[..len]);
+            assert!(cut.is_err(), "{} cut to {len} of {}", frame.name(), body.len());
+        }
+    }
+}
+
+#[test]
+fn what_is_not_ours_is_told_at_the_first_frame() {
+    let mut decoder = Decoder::default();
+    decoder.feed(b"GET / HTTP/1.1\r\n\r\n");
+    assert!(matches!(decoder.next_frame(), Err(WireError::UnknownType(_))));
+
+    let mut bytes = bytes_of(&frames()[0]);
+    bytes[HEADER_BYTES] = b'X';
+    let mut decoder = Decoder::default();
+    decoder.feed(&bytes);
+    assert!(matches!(decoder.next_frame(), Err(WireError::Magic(_))));
+}
+
+/// A length is judged before its bytes are waited for.
+#[test]
+fn a_length_beyond_the_limit_is_an_error_at_once() {
+    for (kind, limit) in
+        [(0x01, MAX_HELLO_BYTES), (0x10, MAX_SEGMENT_BYTES), (0x30, MAX_CONTROL_BYTES)]
+    {
+        let mut decoder = Decoder::default();
+        let length = u32::try_from(limit + 1).unwrap();
+        decoder.feed(&length.to_le_bytes());
+        decoder.feed(&[kind]);
+        assert!(matches!(decoder.next_frame(), Err(WireError::TooLong { .. })));
+    }
+    let machine = vec![0; MAX_HELLO_BYTES];
+    let Frame::Hello(mut hello) = frames().remove(0) else { panic!() };
+    let Intent::New(offer) = &mut hello.intent else { panic!() };
+    offer.machine = machine;
+    let mut out = vec![9];
+    encode(&Frame::Hello(hello), &mut out).unwrap_err();
+    assert_eq!(out, [9], "nothing half written stays");
+}
+
+#[test]
+fn versions_agree_on_the_newest_that_both_speak() {
+    let ours = Versions { min: 2, max: 5 };
+    assert_eq!(ours.agree(Versions { min: 1, max: 3 }), Ok(3));
+    assert_eq!(ours.agree(Versions { min: 5, max: 9 }), Ok(5));
+    assert_eq!(
+        ours.agree(Versions { min: 6, max: 9 }),
+        Err(Refusal::Version { ours: 5, theirs: 9 })
+    );
+    assert_eq!(
+        ours.agree(Versions { min: 1, max: 1 }),
+        Err(Refusal::Version { ours: 5, theirs: 1 })
+    );
+}
+
+proptest! {
+    /// Whatever comes, the decoder gives frames or an error, and what it takes it can say again.
+    #[test]
+    fn any_bytes(mut bytes in proptest::collection::vec(any::<u8>(), 0..400), kind in 0u8..0x40) {
+        if let Some(length) = bytes.len().checked_sub(HEADER_BYTES) {
+            bytes[..4].copy_from_slice(&u32::try_from(length).unwrap().to_le_bytes());
+            bytes[4] = kind;
+        }
+        let mut decoder = Decoder::default();
+        decoder.feed(&bytes);
+        while let Ok(Some(frame)) = decoder.next_frame() {
+            let mut again = Decoder::default();
+            again.feed(&bytes_of(&frame));
+            prop_assert_eq!(again.next_frame().unwrap(), Some(frame));
+        }
+    }
+
+    /// One byte changed in a frame: another valid frame or an error, never a panic.
+    #[test]
+    fn one_byte_changed(which in 0usize..19, at in 0usize..600, to: u8) {
+        let mut bytes = bytes_of(&frames()[which]);
+        let at = at % bytes.len();
+        bytes[at] = to;
+        let mut decoder = Decoder::default();
+        decoder.feed(&bytes);
+        let _ = decoder.next_frame();
+    }
+}

@@ -1,0 +1,354 @@
+//! The two sessions against each other in one thread, with time that only the test moves: latency,
+//! links that break after any frame, and frames that break the protocol.
+#![allow(clippy::unwrap_used)]
+
+use std::{collections::VecDeque, time::Duration};
+
+use guest_images::BaseId;
+use handoff::{
+    Geometry, Offer, StateRoot,
+    ownership::{Epoch, HandoffId, Question, Verdict, VmId},
+    source::{SourceEvent, SourceSession, Violation},
+    stage::{Codec, Packed, Sealer, Segment, SegmentKind},
+    target::{TargetError, TargetEvent, TargetSession},
+    wire::{Ack, Frame, Hello, Intent, Resumed, Versions, Welcome},
+};
+use proptest::prelude::*;
+
+const LATENCY: Duration = Duration::from_millis(25);
+const STEP: Duration = Duration::from_millis(5);
+const ROOT: StateRoot = StateRoot([5; 32]);
+const SILENCE: Duration = Duration::from_secs(2);
+const PING: Duration = Duration::from_millis(60);
+
+fn question() -> Question {
+    Question { vm: VmId([1; 16]), handoff: HandoffId([2; 16]), epoch: Epoch(2) }
+}
+
+fn hello() -> Hello {
+    let offer = Offer {
+        vm_name: "vm".into(),
+        base: BaseId([0; 32]),
+        geometry: Geometry { ram_chunks: 1, disk_chunks: 1 },
+        changed_disk_chunks: 0,
+        machine: Vec::new(),
+    };
+    Hello {
+        versions: Versions::OURS,
+        handoff: question(),
+        vm_name: "vm".into(),
+        intent: Intent::New(offer),
+        audit: false,
+    }
+}
+
+fn segments(n: u64) -> VecDeque<Segment> {
+    let mut sealer = Sealer::new(&question().handoff.0);
+    (0..n)
+        .map(|i| {
+            let payload = vec![i as u8; 100_000];
+            let packed = Packed { codec: Codec::Raw, raw_len: 100_000, payload };
+            sealer.seal(1, SegmentKind::Chunks, packed)
+        })
+        .collect()
+}
+
+fn arrived(queue: &mut VecDeque<(Duration, Frame)>, now: Duration) -> Option<Frame> {
+    let due = queue.front().is_some_and(|(at, _)| *at <= now);
+    due.then(|| queue.pop_front()).flatten().map(|(_, frame)| frame)
+}
+
+/// Both ends, a link with latency, and what each end came to know.
+struct Pair {
+    now: Duration,
+    source: SourceSession,
+    target: TargetSession,
+    up: VecDeque<(Duration, Frame)>,
+    down: VecDeque<(Duration, Frame)>,
+    linked: bool,
+    /// The target has seen this link's Hello.
+    greeted: bool,
+    to_send: VecDeque<Segment>,
+    applied: Vec<u64>,
+    segments_carried: u64,
+    asked_to_prepare: bool,
+    prepared: bool,
+    runs: u32,
+    moved: bool,
+    frames: u64,
+}
+
+impl Pair {
+    fn new(n: u64) -> Self {
+        Self {
+            now: Duration::from_secs(1),
+            source: SourceSession::new(hello(), SILENCE, PING),
+            target: TargetSession::new(question(), 350_000, SILENCE, PING),
+            up: VecDeque::new(),
+            down: VecDeque::new(),
+            linked: false,
+            greeted: false,
+            to_send: segments(n),
+            applied: Vec::new(),
+            segments_carried: 0,
+            asked_to_prepare: false,
+            prepared: false,
+            runs: 0,
+            moved: false,
+            frames: 0,
+        }
+    }
+
+    fn link(&mut self) {
+        self.linked = true;
+        self.source.link_up(self.now);
+    }
+
+    /// Everything on its way is lost.
+    fn cut(&mut self) {
+        self.linked = false;
+        self.greeted = false;
+        self.up.clear();
+        self.down.clear();
+        self.source.link_down();
+    }
+
+    fn step(&mut self) {
+        self.now += STEP;
+        while self.source.has_room() {
+            match self.to_send.pop_front() {
+                Some(segment) => self.source.submit(segment),
+                None => break,
+            }
+        }
+        if self.to_send.is_empty() && !std::mem::replace(&mut self.asked_to_prepare, true) {
+            self.source.prepare(ROOT, None);
+        }
+        if !self.linked {
+            return;
+        }
+        assert!(self.source.tick(self.now), "a live link is not given up");
+        assert!(!self.greeted || self.target.tick(self.now), "a live link is not given up");
+        while let Some(frame) = self.source.poll_transmit() {
+            self.segments_carried += u64::from(matches!(frame, Frame::Segment(_)));
+            self.up.push_back((self.now + LATENCY, frame));
+        }
+        while let Some(frame) = self.target.poll_transmit().filter(|_| self.greeted) {
+            self.down.push_back((self.now + LATENCY, frame));
+        }
+        while let Some(frame) = arrived(&mut self.up, self.now) {
+            self.frames += 1;
+            match frame {
+                Frame::Hello(hello) => {
+                    assert_eq!(hello.handoff, question());
+                    self.greeted = true;
+                    self.target.link_up(1, self.now);
+                }
+                frame => self.target.handle(frame, self.now).unwrap(),
+            }
+            self.target_acts();
+        }
+        while let Some(frame) = arrived(&mut self.down, self.now) {
+            self.frames += 1;
+            self.source.handle(frame, self.now).unwrap();
+            self.source_acts();
+        }
+    }
+
+    fn target_acts(&mut self) {
+        while let Some(event) = self.target.poll_event() {
+            match event {
+                TargetEvent::Segment(segment) => {
+                    self.applied.push(segment.seq);
+                    self.target.applied(&segment, self.now);
+                }
+                TargetEvent::Prepare(prepare) => {
+                    assert_eq!(prepare.root, ROOT);
+                    self.target.prepared(ROOT, None, self.now);
+                }
+                TargetEvent::Commit | TargetEvent::Answer(Verdict::Committed) => {
+                    if self.runs == 0 {
+                        self.runs += 1;
+                        self.target.resumed(Resumed::untimed(question()));
+                    }
+                }
+                TargetEvent::Answer(verdict) => assert_eq!(verdict, Verdict::Pending),
+                TargetEvent::Released => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn source_acts(&mut self) {
+        while let Some(event) = self.source.poll_event() {
+            match event {
+                SourceEvent::Prepared { root, .. } => {
+                    assert_eq!(root, ROOT);
+                    if !std::mem::replace(&mut self.prepared, true) {
+                        self.source.commit();
+                    }
+                }
+                SourceEvent::Resumed(_) => {
+                    self.moved = true;
+                    self.source.release();
+                }
+                SourceEvent::Welcomed { .. } | SourceEvent::Relinked { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn finish(&mut self, n: u64) {
+        for _ in 0..20_000 {
+            if self.moved {
+                break;
+            }
+            self.step();
+        }
+        assert!(self.moved, "not done in 100 s");
+        assert_eq!(self.applied, (1..=n).collect::<Vec<_>>(), "each once, in order");
+        assert_eq!(self.runs, 1);
+    }
+}
+
+#[test]
+fn a_handoff_over_one_link() {
+    let mut pair = Pair::new(30);
+    pair.link();
+    pair.finish(30);
+    assert_eq!(pair.segments_carried, 30);
+    let (rtt, least) = pair.source.rtt().unwrap();
+    assert!(least >= 2 * LATENCY && rtt < 2 * LATENCY + 4 * STEP, "{rtt:?}");
+}
+
+/// The link breaks after every single step of the whole handoff in turn.
+#[test]
+fn a_break_at_any_moment() {
+    let mut steps = 0;
+    loop {
+        let mut pair = Pair::new(8);
+        pair.link();
+        for _ in 0..steps {
+            pair.step();
+        }
+        if pair.moved {
+            break;
+        }
+        pair.cut();
+        pair.step();
+        pair.link();
+        pair.finish(8);
+        // The window is what a break can cost.
+        assert!(pair.segments_carried <= 8 + 5, "{} carried", pair.segments_carried);
+        steps += 1;
+    }
+    assert!(steps > 40, "the handoff takes more steps than {steps}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Any number of breaks anywhere.
+    #[test]
+    fn breaks(pauses in proptest::collection::vec(1u32..60, 0..12)) {
+        let mut pair = Pair::new(12);
+        for steps in pauses {
+            pair.link();
+            for _ in 0..steps {
+                pair.step();
+            }
+            if pair.moved {
+                break;
+            }
+            pair.cut();
+        }
+        if !pair.moved {
+            pair.link();
+        }
+        pair.finish(12);
+    }
+}
+
+fn welcomed() -> SourceSession {
+    let mut source = SourceSession::new(hello(), SILENCE, PING);
+    source.link_up(Duration::ZERO);
+    assert!(matches!(source.poll_transmit(), Some(Frame::Hello(_))));
+    let welcome = Welcome { version: 1, applied_up_to: 0, window_bytes: 1 << 20 };
+    source.handle(Frame::Welcome(welcome), Duration::ZERO).unwrap();
+    source
+}
+
+#[test]
+fn a_target_that_lies_is_found_out() {
+    let at = Duration::ZERO;
+    let ack = Frame::Ack(Ack { applied_up_to: 1 });
+    assert!(matches!(welcomed().handle(ack, at), Err(Violation::Ack { acked: 1, .. })));
+
+    let prepared = Frame::Prepared { handoff: question(), root: ROOT, full_hash: None };
+    let early = welcomed().handle(prepared.clone(), at);
+    assert!(matches!(early, Err(Violation::Unexpected { .. })));
+
+    let resumed = Frame::Resumed(Resumed::untimed(question()));
+    assert!(matches!(welcomed().handle(resumed, at), Err(Violation::Unexpected { .. })));
+
+    let other = Question { epoch: Epoch(9), ..question() };
+    let mut asked = welcomed();
+    asked.prepare(ROOT, None);
+    assert!(matches!(asked.poll_transmit(), Some(Frame::Prepare(_))));
+    let foreign = Frame::Prepared { handoff: other, root: ROOT, full_hash: None };
+    assert_eq!(asked.handle(foreign, at), Err(Violation::OtherHandoff("Prepared")));
+    asked.handle(prepared, at).unwrap();
+
+    let mut greeting = SourceSession::new(hello(), SILENCE, PING);
+    greeting.link_up(at);
+    let welcome = Welcome { version: 7, applied_up_to: 0, window_bytes: 0 };
+    assert_eq!(greeting.handle(Frame::Welcome(welcome), at), Err(Violation::Version(7)));
+}
+
+#[test]
+fn a_source_that_lies_is_found_out() {
+    let at = Duration::ZERO;
+    let fresh = || TargetSession::new(question(), 1 << 20, SILENCE, PING);
+    let mut all = segments(2);
+    let second = all.pop_back().unwrap();
+    assert!(matches!(fresh().handle(Frame::Segment(second), at), Err(TargetError::Open(_))));
+
+    let mut damaged = all.pop_back().unwrap();
+    damaged.payload[7] ^= 1;
+    assert!(matches!(fresh().handle(Frame::Segment(damaged), at), Err(TargetError::Open(_))));
+
+    let prepare =
+        handoff::wire::Prepare { handoff: question(), last_seq: 3, root: ROOT, full_hash: None };
+    let early = fresh().handle(Frame::Prepare(prepare), at);
+    assert_eq!(early, Err(TargetError::LastSegment { said: 3, came: 0 }));
+
+    let commit = handoff::wire::Commit { handoff: question() };
+    assert!(fresh().handle(Frame::Commit(commit), at).is_err());
+}
+
+#[test]
+fn a_silent_link_is_given_up_and_a_waiting_target_asks() {
+    let mut target = TargetSession::new(question(), 1 << 20, SILENCE, PING);
+    target.link_up(1, Duration::ZERO);
+    target.prepared(ROOT, None, Duration::ZERO);
+    let mut now = Duration::ZERO;
+    let mut asked = false;
+    while target.tick(now) {
+        while let Some(frame) = target.poll_transmit() {
+            asked |= frame == Frame::Query(question());
+        }
+        now += STEP;
+        assert!(now < SILENCE * 2);
+    }
+    assert!(now >= SILENCE);
+    // Two seconds of silence are also when it would ask; a link that says anything else is asked.
+    target.link_up(1, now);
+    for _ in 0..500 {
+        now += STEP;
+        target.heard(now);
+        assert!(target.tick(now));
+        while let Some(frame) = target.poll_transmit() {
+            asked |= frame == Frame::Query(question());
+        }
+    }
+    assert!(asked);
+}
