@@ -18,6 +18,10 @@ use crate::{
 /// Bytes of segments that may be unacknowledged.
 pub const DEFAULT_WINDOW_BYTES: u64 = 8 << 20;
 
+/// A target may be silent for so many times the usual bound before it says Welcome: it opens a
+/// base and reserves memory and disk first.
+const GREETING_PATIENCE: u32 = 2;
+
 /// What the target's frames mean to the source's driver.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SourceEvent {
@@ -118,6 +122,8 @@ pub struct SourceSession {
     outbox: VecDeque<Frame>,
     events: VecDeque<SourceEvent>,
     health: Health,
+    silence: Duration,
+    linked_at: Duration,
 }
 
 impl SourceSession {
@@ -140,6 +146,8 @@ impl SourceSession {
             outbox: VecDeque::new(),
             events: VecDeque::new(),
             health: Health::new(silence, ping_every),
+            silence,
+            linked_at: Duration::ZERO,
         }
     }
 
@@ -151,6 +159,7 @@ impl SourceSession {
     /// There is a link.
     pub fn link_up(&mut self, now: Duration) {
         self.link = Link::Greeting;
+        self.linked_at = now;
         self.health.link_up(now);
         self.sent = 0;
         self.sent_bytes = 0;
@@ -241,8 +250,10 @@ impl SourceSession {
         if self.link == Link::Down {
             return true;
         }
+        let patient = self.link == Link::Greeting
+            && now.saturating_sub(self.linked_at) < self.silence * GREETING_PATIENCE;
         match self.health.pulse(now) {
-            Pulse::Dead => return false,
+            Pulse::Dead => return patient,
             Pulse::Ping(nonce) if self.link == Link::Up => {
                 self.outbox.push_back(Frame::Ping(nonce));
             }

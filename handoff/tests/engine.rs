@@ -15,16 +15,16 @@ use std::{
 
 use crossbeam_channel::unbounded;
 use handoff::{
-    BaseView, Refusal,
+    BaseView, Refusal, Transport,
     engine::{
         KeptReason, Limits, ReceiveError, ReceiveOptions, Received, Recovery, SendOptions,
         SendOutcome, accept, receive, recover, send, send_resume,
     },
     ownership::{Journal, Record, State, Tenure, VmId},
-    tcp::MonotonicClock,
+    tcp::{MonotonicClock, TcpConnect, accept_tcp},
     wire::Versions,
 };
-use sim::{Fault, Host, HostFaults, MemConnect, MemLink, Runners, Source, Target, base};
+use sim::{Fault, Host, HostFaults, MemConnect, Runners, Source, Target, base};
 
 type Outcome = Result<Received<Target>, ReceiveError>;
 
@@ -56,8 +56,8 @@ struct Pair {
 }
 
 /// A cloudlet that receives: links of a handoff under way go to it, others are settled from disk.
-fn target_side(
-    links: crossbeam_channel::Receiver<MemLink>,
+fn target_side<L: Transport + Send + 'static>(
+    links: crossbeam_channel::Receiver<L>,
     path: PathBuf,
     mut host: Host,
 ) -> JoinHandle<Vec<Outcome>> {
@@ -347,6 +347,53 @@ fn cancel_keeps_the_guest_and_a_second_try_moves_it() {
     // The target drops the first copy before it takes another offer: seen in its last link closing.
     thread::sleep(Duration::from_millis(1500));
     assert_moved(pair);
+}
+
+/// The same over real sockets: a guest that writes moves, and a decline reaches a source that is
+/// still sending.
+#[test]
+fn over_tcp() {
+    for fail_load in [false, true] {
+        let mut pair = pair(&[], HostFaults { fail_load, ..HostFaults::default() }, 500);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut connect = TcpConnect::new(listener.local_addr().unwrap().to_string());
+        let (to, links) = unbounded();
+        thread::spawn(move || {
+            while let Ok(link) = accept_tcp(&listener) {
+                if to.send(link).is_err() {
+                    return;
+                }
+            }
+        });
+        let faults = HostFaults { fail_load, ..HostFaults::default() };
+        let host = Host { base: Arc::clone(&pair.base), runners: pair.runners.clone(), faults };
+        let target = target_side(links, pair.journals.path().join("target"), host);
+        let mut journal = pair.journal("source");
+        let base = Arc::clone(&pair.base) as Arc<dyn BaseView>;
+        let outcome = send(
+            &mut pair.source,
+            base,
+            &mut connect,
+            &mut journal,
+            &pair.options,
+            &pair.clock,
+            &mut |_| {},
+            &AtomicBool::new(false),
+        )
+        .unwrap();
+        match outcome {
+            SendOutcome::Moved(report) => {
+                assert!(!fail_load && report.downtime.unwrap().rtt_ms > 0.0, "{report:?}");
+            }
+            SendOutcome::KeptHere { reason: KeptReason::Declined(_), .. } => assert!(fail_load),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(pair.source.guest.is_running(), fail_load);
+        assert_eq!(pair.runners.now(), 1);
+        assert!(!pair.runners.ever_two());
+        // The listener's thread blocks in accept until the test's process ends.
+        drop(target);
+    }
 }
 
 /// The link dies right after Commit was sent, or right before Resumed comes, for good: the source

@@ -43,7 +43,7 @@ impl Default for Limits {
         let s = Duration::from_secs;
         Self {
             connect: s(5),
-            greeting: s(10),
+            greeting: s(20),
             silence: s(10),
             ping_every: s(1),
             relink_grace: s(10),
