@@ -4,7 +4,7 @@ use std::{
     ffi::OsString,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
     path::Path,
     process::{Child, Command, Stdio},
 };
@@ -30,6 +30,7 @@ pub(crate) enum Ready {
 pub(crate) fn start(arguments: Vec<OsString>, stdin: Stdio, log: &Path) -> Result<Child, Failure> {
     let log_file = open_log(log).map_err(|e| Failure::file("open", log, &e))?;
     Command::new("/proc/self/exe")
+        .arg0("howdah")
         .args(arguments)
         .stdin(stdin)
         .stdout(Stdio::piped())
