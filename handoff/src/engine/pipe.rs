@@ -106,14 +106,19 @@ impl Pipe<'_> {
         Ok(())
     }
 
-    /// Waits for a word of the target, within `limit`, before the commit.
+    /// Waits for a word of the target before the commit, for `limit` after it was last seen to
+    /// apply anything: what is on its way may take as long as it takes, as long as it moves.
     pub(super) fn await_word(
         &mut self,
         what: &'static str,
         limit: Duration,
     ) -> Result<(Word, Duration), KeptReason> {
-        let deadline = self.clock.now() + limit;
-        while self.clock.now() < deadline {
+        let mut moved = (self.clock.now(), self.status.applied_bytes.load(Relaxed));
+        while self.clock.now() < moved.0 + limit {
+            let applied = self.status.applied_bytes.load(Relaxed);
+            if applied != moved.1 {
+                moved = (self.clock.now(), applied);
+            }
             self.meter.tick();
             if self.cancel.load(Relaxed) {
                 return Err(KeptReason::Cancelled);

@@ -403,8 +403,6 @@ struct Sent<'r, 'a> {
 impl<'r, 'a> Sent<'r, 'a> {
     fn await_prepared(self) -> Result<Prepared<'r, 'a>, KeptReason> {
         let Self { run, root, full_hash } = self;
-        // What is on its way may take as long as it takes, as long as it moves.
-        run.pipe.drain_to(0)?;
         let limit = run.options.limits.prepare;
         match run.pipe.await_word("the peer's verification", limit)? {
             (Word::Prepared { root: theirs, full_hash: hash }, _) if hash == full_hash => {
