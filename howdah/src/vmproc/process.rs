@@ -78,6 +78,8 @@ struct Handoff {
     in_doubt: Option<String>,
     stop: Vec<Answer>,
     end: bool,
+    /// Why the guest ended by itself meanwhile.
+    guest_ended: Option<String>,
     was_paused: bool,
 }
 
@@ -113,7 +115,7 @@ impl Process {
                 Event::Asked(asked) => self.asked(asked)?,
                 Event::GuestEnded(why) => {
                     tracing::warn!("the guest ended: {why}");
-                    self.stop(None, true)?
+                    self.guest_ended(why)?
                 }
                 Event::GuestFailed(why) => return Err(self.failed(why)),
                 Event::Terminate => self.stop(None, true)?,
@@ -286,6 +288,13 @@ impl Process {
         }
     }
 
+    fn guest_ended(&mut self, why: String) -> anyhow::Result<Option<End>> {
+        if let State::HandingOff(handoff) = &mut self.state {
+            handoff.guest_ended = Some(why);
+        }
+        self.stop(None, true)
+    }
+
     /// Ends the guest, now or when the handoff under way is decided.
     fn stop(&mut self, answer: Option<Answer>, force: bool) -> anyhow::Result<Option<End>> {
         match std::mem::replace(&mut self.state, State::Gone) {
@@ -373,6 +382,7 @@ impl Process {
             in_doubt: None,
             stop: Vec::new(),
             end: false,
+            guest_ended: None,
             was_paused,
         });
     }
@@ -417,7 +427,15 @@ impl Process {
                 handoff.stop.into_iter().for_each(|a| a.last(self.conflict("it was handed off")));
                 Ok(Some(End::HandedOff))
             }
-            HandoffEnd::Kept { mut machine, failure } => {
+            HandoffEnd::Kept { mut machine, mut failure } => {
+                if let Some(why) = &handoff.guest_ended {
+                    let report = failure.report.take();
+                    let what = format!("VM {} was not handed off", self.dir.name());
+                    let way_out = format!("`howdah vm run {}` boots it again", self.dir.name());
+                    let why = format!("its guest ended meanwhile: {why}");
+                    failure =
+                        Failure { report, ..Failure::new(Exit::NotMoved, what, why, way_out) };
+                }
                 if let Some(report) = &failure.report {
                     self.keep_report(report);
                 }
@@ -670,6 +688,17 @@ mod tests {
         assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
         assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
         assert_eq!(*bench.done.lock().unwrap(), ["stop"]);
+    }
+
+    #[test]
+    fn a_guest_that_ends_during_its_handoff_is_not_called_cancelled() {
+        let bench = bench("kept");
+        let replies = bench.send(handoff());
+        assert_eq!(bench.phase(), Phase::HandingOff);
+        bench.events.send(Event::GuestEnded("power off".into())).unwrap();
+        let Some(Reply::Failed(failure)) = replies.iter().last() else { panic!("no failure") };
+        assert!(failure.message.contains("power off"), "{failure}");
+        assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
     }
 
     #[test]
