@@ -43,9 +43,9 @@ pub trait SourceVm {
     /// engine harvests after it.
     fn save_state(&mut self) -> Result<Vec<u8>, VmError>;
 
-    /// BLAKE3 over all RAM, then all disk, in chunk order, read from the paused guest and not from
-    /// what the engine noted. Asked for only when a handoff is audited. The order makes it equal to
-    /// [`TargetVm::full_hash`] of an equal guest.
+    /// BLAKE3 over all RAM, then all disk, with every chunk that is not zero under its number, read
+    /// from the paused guest and not from what the engine noted. Equal to [`TargetVm::full_hash`]
+    /// of an equal guest. Asked for only when a handoff is audited: the guest waits meanwhile.
     fn full_hash(&mut self) -> Result<[u8; 32], VmError>;
 
     /// Lets a paused guest go on, here.
@@ -128,10 +128,11 @@ pub trait TargetVm {
     /// Makes everything written to the disk durable.
     fn make_disk_durable(&mut self) -> Result<(), VmError>;
 
-    /// BLAKE3 over all RAM, then all disk, in chunk order, as [`SourceVm::full_hash`] has it.
+    /// The hash of all RAM and disk, as [`SourceVm::full_hash`] has it.
     fn full_hash(&mut self) -> Result<[u8; 32], VmError>;
 
-    /// Starts the guest: called once, only after ownership is durable.
+    /// Starts the guest: called once, only after ownership is durable. An error means that not one
+    /// instruction of the guest ran: the target then declines, and the source may run it again.
     fn resume(&mut self) -> Result<(), VmError>;
 
     /// Drops all that was received. Called when the handoff is aborted or declined.

@@ -25,7 +25,7 @@ use std::{
 use ::handoff::{ChunkId, ChunkSet, Geometry, Space};
 use guest_images::{
     CHUNK_SIZE, Chunk,
-    chunk::ZERO_CHUNK,
+    chunk::is_zero,
     overlay::{Overlay, OverlayError},
 };
 use kvm_ioctls::VmFd;
@@ -299,7 +299,7 @@ impl Vm<Paused> {
         Ok(state.encode()?)
     }
 
-    /// BLAKE3 over all RAM, then all of the disk, in chunk order: for audits.
+    /// BLAKE3 over all RAM, then all of the disk: for audits.
     pub fn full_hash(&self) -> Result<[u8; 32], MachineError> {
         full_hash(&self.core.ram, self.core.disk.as_deref())
     }
@@ -324,9 +324,10 @@ impl Vm<Running> {
 }
 
 /// The hash of a paused guest. Does not touch pages that do not exist: touched, they would count
-/// as written in the next handoff.
+/// as written in the next handoff. Chunks of zeros are told by their absence, so that an audit
+/// takes as long as the guest is full.
 pub(crate) fn full_hash(ram: &GuestRam, disk: Option<&Overlay>) -> Result<[u8; 32], MachineError> {
-    let mut hasher = blake3::Hasher::new();
+    let mut audit = Audit(blake3::Hasher::new());
     let mut chunk = [0; CHUNK_SIZE];
     let mut first = 0;
     for region in ram.iter() {
@@ -334,22 +335,40 @@ pub(crate) fn full_hash(ram: &GuestRam, disk: Option<&Overlay>) -> Result<[u8; 3
         let existing = pagemap::existing(memory::host_address(region)?, chunks);
         for at in 0..chunks {
             let word = existing.get((at / 64) as usize).copied().unwrap_or(u64::MAX);
-            if word >> (at % 64) & 1 == 0 {
-                hasher.update(ZERO_CHUNK);
-                continue;
+            if word >> (at % 64) & 1 == 1 {
+                memory::read_chunk(ram, first + at, &mut chunk)?;
+                audit.chunk(first + at, &chunk);
             }
-            memory::read_chunk(ram, first + at, &mut chunk)?;
-            hasher.update(&chunk);
         }
         first += chunks;
     }
+    audit.end_of_space(first);
     if let Some(disk) = disk {
         for index in 0..disk.chunks() {
             disk.read_chunk(index, &mut chunk)?;
-            hasher.update(&chunk);
+            audit.chunk(index, &chunk);
+        }
+        audit.end_of_space(disk.chunks());
+    }
+    Ok(*audit.0.finalize().as_bytes())
+}
+
+/// What an audit hashes: for each space the number and content of each chunk that is not zero, in
+/// order, then `u64::MAX`, which is no chunk's number, and how many chunks the space has.
+struct Audit(blake3::Hasher);
+
+impl Audit {
+    fn chunk(&mut self, index: u64, chunk: &Chunk) {
+        if !is_zero(chunk) {
+            self.0.update(&index.to_le_bytes());
+            self.0.update(chunk);
         }
     }
-    Ok(*hasher.finalize().as_bytes())
+
+    fn end_of_space(&mut self, chunks: u64) {
+        self.0.update(&u64::MAX.to_le_bytes());
+        self.0.update(&chunks.to_le_bytes());
+    }
 }
 
 fn failed<S: std::fmt::Debug>(
