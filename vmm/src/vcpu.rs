@@ -8,7 +8,7 @@ use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Once,
+        Arc, Condvar, Mutex, Once, PoisonError,
         atomic::{AtomicBool, AtomicU8, Ordering},
         mpsc::Sender,
     },
@@ -107,7 +107,41 @@ impl RunPage {
     }
 }
 
-/// A virtual CPU that runs.
+/// Holds vCPU threads before their first instruction, until all is there that the guest needs.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    go: Mutex<Option<bool>>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Lets the guest run.
+    pub(crate) fn open(&self) {
+        self.decide(true);
+    }
+
+    /// Sends the threads back: not one instruction of the guest runs.
+    pub(crate) fn call_off(&self) {
+        self.decide(false);
+    }
+
+    fn decide(&self, go: bool) {
+        *self.go.lock().unwrap_or_else(PoisonError::into_inner) = Some(go);
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) -> bool {
+        let mut go = self.go.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match *go {
+                Some(go) => return go,
+                None => go = self.changed.wait(go).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+/// A virtual CPU that runs, or waits at its [`Gate`].
 #[derive(Debug)]
 pub(crate) struct VcpuThread {
     thread: JoinHandle<Vcpu>,
@@ -138,8 +172,13 @@ fn kick_signal() -> libc::c_int {
 }
 
 impl VcpuThread {
-    /// Starts a vCPU. If the host gives no thread, the vCPU comes back.
-    pub(crate) fn start(mut vcpu: Vcpu, context: RunContext) -> Result<Self, (Vcpu, io::Error)> {
+    /// Starts a vCPU's thread, which waits at the gate. If the host gives no thread, the vCPU comes
+    /// back.
+    pub(crate) fn start(
+        mut vcpu: Vcpu,
+        context: RunContext,
+        gate: Arc<Gate>,
+    ) -> Result<Self, (Vcpu, io::Error)> {
         kick_signal();
         let stop = Arc::new(AtomicBool::new(false));
         let page = RunPage::of(&mut vcpu.fd);
@@ -151,6 +190,9 @@ impl VcpuThread {
             let taken = theirs.lock().ok().and_then(|mut slot| slot.take());
             // The slot is filled until this one thread takes it.
             let Some(mut vcpu) = taken else { unreachable!("a vCPU is started once") };
+            if !gate.wait() {
+                return vcpu;
+            }
             let run = AssertUnwindSafe(|| vcpu.run(&context, &id_stop));
             if catch_unwind(run).is_err() {
                 context.halt.now(VmEvent::Fault(format!("vCPU {}: the VMM panicked", vcpu.id)));

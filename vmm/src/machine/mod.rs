@@ -44,7 +44,7 @@ use crate::{
     pagemap,
     profile::{Incompatible, MachineProfile, ProfileError},
     state::{StateError, VmState},
-    vcpu::{RunContext, Vcpu, VcpuThread, VmEvent},
+    vcpu::{Gate, RunContext, Vcpu, VcpuThread, VmEvent},
 };
 pub(crate) use build::Prepared;
 use wiring::Devices;
@@ -271,19 +271,19 @@ impl Vm<Paused> {
                 tracing::warn!(%error, vcpu = vcpu.id, "cannot announce the pause to the guest");
             }
         }
-        if let Err(error) = core.devices.resume() {
-            return Err(failed(core, Paused { vcpus }, error.into()));
-        }
-        match start(vcpus, &core.context) {
-            Ok(threads) => Ok(Vm { state: Running { threads }, core }),
+        // Threads first, at their gate: what may fail has then succeeded before a device or a vCPU
+        // does anything that another machine could see.
+        let starting = match Starting::new(vcpus, &core.context) {
+            Ok(starting) => starting,
             Err((vcpus, source)) => {
-                if let Err(error) = core.devices.pause() {
-                    tracing::error!(%error, "devices do not stop again");
-                }
                 let error = MachineError::Resource { what: "thread for a vCPU", source };
-                Err(failed(core, Paused { vcpus }, error))
+                return Err(failed(core, Paused { vcpus }, error));
             }
+        };
+        if let Err(error) = core.devices.resume() {
+            return Err(failed(core, Paused { vcpus: starting.call_off() }, error.into()));
         }
+        Ok(Vm { state: starting.go(), core })
     }
 
     /// The machine's state but for RAM and disk. Devices may have written to RAM while they drained:
@@ -314,12 +314,15 @@ impl Vm<Running> {
             return Ok(Vm { state: Paused { vcpus }, core });
         };
         // The guest goes on, as if it had never been asked.
-        let threads = start(vcpus, &core.context).unwrap_or_else(|(_, source)| {
-            let fault = format!("vCPUs cannot be started again: {source}");
-            core.context.halt.now(VmEvent::Fault(fault));
-            Vec::new()
-        });
-        Err(failed(core, Running { threads }, error.into()))
+        let running = match Starting::new(vcpus, &core.context) {
+            Ok(starting) => starting.go(),
+            Err((_, source)) => {
+                let fault = format!("vCPUs cannot be started again: {source}");
+                core.context.halt.now(VmEvent::Fault(fault));
+                Running { threads: Vec::new() }
+            }
+        };
+        Err(failed(core, running, error.into()))
     }
 }
 
@@ -379,25 +382,43 @@ fn failed<S: std::fmt::Debug>(
     TransitionError { vm: Box::new(Vm { state, core }), error }
 }
 
-/// Starts all vCPUs, or none.
-fn start(
-    vcpus: Vec<Vcpu>,
-    context: &RunContext,
-) -> Result<Vec<VcpuThread>, (Vec<Vcpu>, io::Error)> {
-    let mut running = Running { threads: Vec::with_capacity(vcpus.len()) };
-    let mut left = vcpus.into_iter();
-    while let Some(vcpu) = left.next() {
-        match VcpuThread::start(vcpu, context.clone()) {
-            Ok(thread) => running.threads.push(thread),
-            Err((vcpu, error)) => {
-                let mut vcpus = running.stop();
-                vcpus.push(vcpu);
-                vcpus.extend(left);
-                return Err((vcpus, error));
+/// vCPUs whose threads exist and wait.
+struct Starting {
+    threads: Vec<VcpuThread>,
+    gate: Arc<Gate>,
+}
+
+impl Starting {
+    /// A thread for each vCPU, or none.
+    fn new(vcpus: Vec<Vcpu>, context: &RunContext) -> Result<Self, (Vec<Vcpu>, io::Error)> {
+        let gate = Arc::new(Gate::default());
+        let mut starting = Self { threads: Vec::with_capacity(vcpus.len()), gate };
+        let mut left = vcpus.into_iter();
+        while let Some(vcpu) = left.next() {
+            match VcpuThread::start(vcpu, context.clone(), Arc::clone(&starting.gate)) {
+                Ok(thread) => starting.threads.push(thread),
+                Err((vcpu, error)) => {
+                    let mut vcpus = starting.call_off();
+                    vcpus.push(vcpu);
+                    vcpus.extend(left);
+                    return Err((vcpus, error));
+                }
             }
         }
+        Ok(starting)
     }
-    Ok(std::mem::take(&mut running.threads))
+
+    /// Lets the guest run. Cannot fail.
+    fn go(self) -> Running {
+        self.gate.open();
+        Running { threads: self.threads }
+    }
+
+    /// Takes the vCPUs back: not one of their instructions ran.
+    fn call_off(self) -> Vec<Vcpu> {
+        self.gate.call_off();
+        self.threads.into_iter().map(VcpuThread::join).collect()
+    }
 }
 
 impl<S> Vm<S> {
