@@ -15,7 +15,7 @@ demo: build images ## watch a running Debian-kernel guest move from cloudlet A t
 test: lint unit handoff-test ## all that CI runs: format, clippy, docs, unit and property tests, handoff-test
 
 handoff-test: build images ## every scenario of tests/scenarios/handoff on real guests; results in target/lab/handoff-test.json
-	$(LAB) run --report target/lab/handoff-test.json tests/scenarios/handoff/*.toml
+	$(LAB) run --isolate --report target/lab/handoff-test.json tests/scenarios/handoff/*.toml
 
 unit: setup ## unit and property tests
 	cargo test --workspace

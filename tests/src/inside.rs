@@ -4,6 +4,7 @@ mod checks;
 mod copy;
 mod guest;
 pub(crate) mod init;
+mod kernel_log;
 mod namespace;
 mod narrator;
 mod net;
@@ -21,7 +22,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 
-use self::{narrator::Narrator, stores::Stores};
+use self::{kernel_log::Mark, narrator::Narrator, stores::Stores};
 use crate::{results::Outcome, say, scenario::Scenario};
 
 pub(crate) use self::stores::IMAGES;
@@ -50,13 +51,14 @@ pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
     let mut failed = 0;
     for scenario in &scenarios {
         narrator.say(&scenario.description);
-        let outcome = runner::run(scenario, &stores, narrator);
+        let mark = Mark::now()?;
+        let mut outcome = runner::run(scenario, &stores, narrator);
         failed += i32::from(!outcome.passed);
+        if !outcome.passed {
+            outcome.host_fault = mark.lost_since(&scenario.name)?;
+        }
         keep(&outcome)?;
         narrator.table(&outcome);
-        if !outcome.passed {
-            keep_kernel_log(&scenario.name)?;
-        }
         say(&outcome.line());
         for complaint in outcome.complaints() {
             say(&format!("         {complaint}"));
@@ -69,11 +71,4 @@ fn keep(outcome: &Outcome) -> Result<()> {
     let path = Path::new(OUTCOMES).join(format!("{}.json", outcome.name));
     fs::write(&path, serde_json::to_vec_pretty(outcome)?)
         .with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// The lab host's kernel messages, beside the scenario's other logs.
-fn keep_kernel_log(name: &str) -> Result<()> {
-    let log = std::process::Command::new("dmesg").output().context("cannot run dmesg")?;
-    let path = Path::new("/out").join(name).join("dmesg.log");
-    fs::write(&path, log.stdout).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -29,6 +29,10 @@ pub(crate) struct Outcome {
     pub(crate) legs: Vec<Leg>,
     /// Why the scenario could not be carried through.
     pub(crate) error: Option<String>,
+    /// What tells that not the product failed but the lab host under it.
+    pub(crate) host_fault: Option<String>,
+    /// The fault for which the scenario was run a second time; what stands here is the second run.
+    pub(crate) repeated_for: Option<String>,
 }
 
 /// One thing that must hold.
@@ -122,6 +126,7 @@ impl Outcome {
         let mut lines: Vec<String> =
             failed.map(|check| format!("{}: {}", check.name, check.detail)).collect();
         lines.extend(self.error.iter().map(|error| format!("error: {error}")));
+        lines.extend(self.host_fault.iter().map(|fault| format!("lab host: {fault}")));
         lines
     }
 }

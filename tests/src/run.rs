@@ -13,7 +13,7 @@ use clap::Args;
 use crate::{
     exec::Request,
     inside::{IMAGES, OUTCOMES},
-    machine::{image::Extra, root::Root},
+    machine::{host::Accelerator, image::Extra, qemu::HostLost, root::Root},
     results::Outcome,
     scenario::Scenario,
 };
@@ -81,12 +81,36 @@ pub(crate) fn run(args: &RunArgs) -> Result<i32> {
     for boot in boots {
         outcomes.extend(run_boot(args, &root, boot)?);
     }
+    repeat_after_host_faults(args, &root, &loaded, &mut outcomes)?;
     let json = serde_json::to_vec_pretty(&outcomes)?;
     fs::write(&report, json).with_context(|| format!("cannot write {}", report.display()))?;
     let failed = outcomes.iter().filter(|outcome| !outcome.passed).count();
     let mut out = io::stdout().lock();
     writeln!(out, "{} passed, {failed} failed", outcomes.len() - failed)?;
     Ok(i32::from(failed > 0))
+}
+
+/// Runs again, once and in a lab host of its own, each scenario under which the lab host broke.
+/// Only an emulated host is forgiven: on real hardware a host that breaks is a finding.
+fn repeat_after_host_faults(
+    args: &RunArgs,
+    root: &Root,
+    loaded: &[Loaded],
+    outcomes: &mut [Outcome],
+) -> Result<()> {
+    if Accelerator::detect() == Accelerator::Hardware {
+        return Ok(());
+    }
+    for (one, outcome) in loaded.iter().zip(outcomes) {
+        let Some(fault) = outcome.host_fault.take() else { continue };
+        let name = &one.scenario.name;
+        crate::say(&format!("again  {name}: the emulated lab host broke under it ({fault})"));
+        for mut second in run_boot(args, root, std::slice::from_ref(one))? {
+            second.repeated_for = Some(fault.clone());
+            *outcome = second;
+        }
+    }
+    Ok(())
 }
 
 fn load(files: &[PathBuf]) -> Result<Vec<Loaded>> {
@@ -137,7 +161,9 @@ fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded]) -> Result<Vec<Outcom
     if let Err(error) = &ended {
         eprintln!("lab: {error:#}");
     }
-    Ok(loaded.iter().map(|one| outcome_of(&out, &one.scenario.name, &problem)).collect())
+    // Scenarios bound their own waits, so a host that was lost is not their doing.
+    let lost = ended.as_ref().is_err_and(|error| error.is::<HostLost>());
+    Ok(loaded.iter().map(|one| outcome_of(&out, &one.scenario.name, &problem, lost)).collect())
 }
 
 /// Removes what an earlier run left, so that no old result passes for a new one.
@@ -160,12 +186,16 @@ fn outcomes_dir(out: &Path) -> PathBuf {
 }
 
 /// Reads a scenario's outcome; one that is not there is a failure.
-fn outcome_of(out: &Path, name: &str, problem: &str) -> Outcome {
+fn outcome_of(out: &Path, name: &str, problem: &str, lost: bool) -> Outcome {
     let file = outcomes_dir(out).join(format!("{name}.json"));
     let read = fs::read(&file).ok().and_then(|json| serde_json::from_slice(&json).ok());
     read.unwrap_or_else(|| {
-        let outcome =
-            Outcome { name: name.into(), error: Some(problem.into()), ..Outcome::default() };
+        let outcome = Outcome {
+            name: name.into(),
+            error: Some(problem.into()),
+            host_fault: lost.then(|| problem.into()),
+            ..Outcome::default()
+        };
         crate::say(&outcome.line());
         outcome
     })

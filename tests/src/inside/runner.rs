@@ -33,7 +33,7 @@ use crate::{
 /// How long a guest may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long a handoff may take.
-const HANDOFF: Duration = Duration::from_secs(300);
+const HANDOFF: Duration = Duration::from_secs(180);
 /// How long bytes may take to come before a kill that waits for them.
 const BYTES_COME: Duration = Duration::from_secs(60);
 /// How long a target may take to say that it received a guest.

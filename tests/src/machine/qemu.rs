@@ -70,6 +70,11 @@ impl Drop for Reaper {
     }
 }
 
+/// The lab host started, and then came to no end of its own.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct HostLost(String);
+
 impl Machine<'_> {
     /// Boots the host, runs the job, and returns the command's exit status. The command's output
     /// goes to `stdout` and `stderr` while it runs.
@@ -117,18 +122,18 @@ impl Machine<'_> {
                 }
                 Ok(Event::Garbled(line)) => bail!("the lab host sent a garbled report: {line}"),
                 Ok(Event::ReportsEnded) | Err(RecvTimeoutError::Disconnected) => {
-                    bail!(
-                        "the lab host died {}: {}",
-                        if up { "while the command ran" } else { "before it was up" },
-                        self.last_words()
-                    )
+                    let when = if up { "while the command ran" } else { "before it was up" };
+                    let words = self.last_words();
+                    return Err(HostLost(format!("the lab host died {when}: {words}")).into());
                 }
-                Err(RecvTimeoutError::Timeout) => bail!(
-                    "the lab host was ended after {} s (--timeout-s), {}: {}",
-                    self.timeout.as_secs(),
-                    if up { "the command still running" } else { "not even up" },
-                    self.last_words()
-                ),
+                Err(RecvTimeoutError::Timeout) => {
+                    let (limit_s, words) = (self.timeout.as_secs(), self.last_words());
+                    let state = if up { "the command still running" } else { "not even up" };
+                    return Err(HostLost(format!(
+                        "the lab host was ended after {limit_s} s (--timeout-s), {state}: {words}"
+                    ))
+                    .into());
+                }
             }
         }
     }

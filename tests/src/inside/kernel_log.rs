@@ -1,0 +1,65 @@
+//! The lab host's own kernel, and whether it broke under a scenario.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Context, Result};
+use nix::time::{ClockId, clock_gettime};
+
+/// What a kernel says that has lost a CPU. Nothing that a program asks for may bring it there, so it
+/// tells of the machine under it: an emulated one now and then runs a half-patched instruction.
+const LOST: [&str; 4] =
+    ["soft lockup", "self-detected stall", "detected stalls on CPUs", "blocked for more than"];
+
+/// Where the kernel's log was.
+#[derive(Clone, Copy)]
+pub(crate) struct Mark {
+    uptime_s: f64,
+}
+
+impl Mark {
+    /// Here.
+    pub(crate) fn now() -> Result<Self> {
+        // The clock of the log's time stamps does not count suspension, and a lab host has none.
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+        Ok(Self { uptime_s: now.tv_sec() as f64 + now.tv_nsec() as f64 / 1e9 })
+    }
+
+    /// The first line since then by which the kernel has lost a CPU. Leaves the whole log beside the
+    /// scenario's other logs.
+    pub(crate) fn lost_since(self, scenario: &str) -> Result<Option<String>> {
+        let log = Command::new("dmesg").output().context("cannot run dmesg")?;
+        let path = Path::new("/out").join(scenario).join("dmesg.log");
+        fs::write(&path, &log.stdout)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(self.lost_in(&String::from_utf8_lossy(&log.stdout)))
+    }
+
+    fn lost_in(self, log: &str) -> Option<String> {
+        let since = log.lines().filter_map(|line| {
+            let (stamp, text) = line.strip_prefix('[')?.split_once(']')?;
+            (stamp.trim().parse::<f64>().ok()? >= self.uptime_s).then_some(text.trim())
+        });
+        let mut lost = since.filter(|text| LOST.iter().any(|words| text.contains(words)));
+        lost.next().map(str::to_owned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: &str = "\
+[  299.396279] acc: port 2(to-b) entered blocking state
+[  375.069186] rcu: INFO: rcu_preempt self-detected stall on CPU
+[  401.157694] watchdog: BUG: soft lockup - CPU#0 stuck for 48s! [vcpu:1595]
+no time stamp: soft lockup";
+
+    #[test]
+    fn a_lost_cpu_is_found_only_after_the_mark() {
+        let lost_after = |uptime_s| Mark { uptime_s }.lost_in(LOG);
+        assert!(lost_after(300.0).is_some_and(|line| line.starts_with("rcu: INFO")));
+        assert!(lost_after(380.0).is_some_and(|line| line.contains("CPU#0 stuck for 48s")));
+        assert_eq!(lost_after(402.0), None);
+        assert_eq!(Mark { uptime_s: 0.0 }.lost_in(""), None);
+    }
+}
