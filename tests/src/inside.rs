@@ -55,7 +55,11 @@ pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
         let mut outcome = runner::run(scenario, &stores, narrator);
         failed += i32::from(!outcome.passed);
         if !outcome.passed {
-            outcome.host_fault = mark.lost_since(&scenario.name)?;
+            let lost = mark.lost_since(&scenario.name)?;
+            outcome.host_fault = match lost {
+                Some(lost) => Some(lost),
+                None => kernel_log::triple_fault(&scenario.name)?,
+            };
         }
         keep(&outcome)?;
         narrator.table(&outcome);
