@@ -58,7 +58,7 @@ pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
             let lost = mark.lost_since(&scenario.name)?;
             outcome.host_fault = match lost {
                 Some(lost) => Some(lost),
-                None => kernel_log::triple_fault(&scenario.name)?,
+                None => kernel_log::guest_lost(&scenario.name)?,
             };
         }
         keep(&outcome)?;
