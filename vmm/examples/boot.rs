@@ -119,6 +119,7 @@ fn config(
         kernel: options.kernel.clone(),
         initramfs: options.initramfs.clone(),
         cmdline: options.cmdline.clone(),
+        base_memory: None,
         disk,
         net: options.tap.clone().map(|tap| NetConfig { tap, mac: [0x02, 0, 0, 0, 0, 1] }),
         console: Box::new(Console),

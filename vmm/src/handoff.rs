@@ -185,10 +185,10 @@ impl std::fmt::Debug for IncomingVm {
 }
 
 impl IncomingVm {
-    /// Makes the machine that was announced, but for its state: RAM is zero, the disk must be equal to
-    /// its base. Fails if `config` describes another machine or this host cannot carry it.
+    /// Makes the machine that was announced, but for its state: RAM is that of the base or zero, the
+    /// disk must be equal to its base. Fails if `config` describes another machine or this host cannot carry it.
     pub fn new(profile: MachineProfile, config: VmConfig) -> Result<Self, MachineError> {
-        let ram = memory::allocate(profile.memory_bytes)?;
+        let ram = memory::map(config.base_memory.as_deref(), profile.memory_bytes)?;
         let disk = config.disk.clone();
         let prepared = Prepared::new(config, profile, ram.clone())?;
         Ok(Self { stage: Stage::Receiving(Box::new(prepared)), ram: Some(ram), disk })

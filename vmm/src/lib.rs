@@ -32,6 +32,8 @@ mod vcpu;
 pub use codec::CodecError;
 pub use handoff::{AnyVm, IncomingVm, VmSource};
 pub use host::HostCheck;
-pub use machine::{MachineError, NetConfig, Paused, Running, TransitionError, Vm, VmConfig};
+pub use machine::{
+    MachineError, MachineSnapshot, NetConfig, Paused, Running, TransitionError, Vm, VmConfig,
+};
 pub use profile::{HostProfile, MachineProfile};
 pub use vcpu::VmEvent;

@@ -1,17 +1,22 @@
-//! Guest RAM: anonymous private memory, one region below the device window and one above 4 GiB.
+//! Guest RAM: one region below the device window and one above 4 GiB.
+//!
+//! A guest whose base has memory begins as a private map of the base's memory file: a page that the
+//! guest has not written *is* the base's page, shared with every other guest of that base through
+//! the page cache, and becomes this guest's own (anonymous) with the first write. Without base
+//! memory RAM is anonymous from the start and begins as zeros.
 //!
 //! A chunk's index counts RAM only; its guest-physical address skips the window. Every write
 //! through `vm-memory` marks its page in the region's bitmap, which is how the VMM's own writes
 //! (devices, the boot loader) become part of the dirty set.
 
-use std::io;
+use std::{fs::File, io};
 
 use guest_images::{CHUNK_SIZE, Chunk};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-    MemoryRegionAddress,
-    bitmap::{AtomicBitmap, Bitmap},
-    mmap::FromRangesError,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    bitmap::{AtomicBitmap, Bitmap, NewBitmap},
+    mmap::{FromRangesError, MmapRegion, MmapRegionBuilder},
 };
 
 use crate::layout::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, MMIO_WINDOW_END, MMIO_WINDOW_START};
@@ -34,6 +39,24 @@ pub enum MemoryError {
         bytes: u64,
         /// Why.
         source: FromRangesError,
+    },
+    /// The base's memory cannot be this guest's.
+    #[error(
+        "the base's memory file has {found} bytes, a guest of this base needs {needed}: give it that much memory, or verify the base"
+    )]
+    BaseSize {
+        /// Bytes of the file.
+        found: u64,
+        /// Bytes of the guest's RAM.
+        needed: u64,
+    },
+    /// The base's memory cannot be mapped.
+    #[error("cannot map {bytes} bytes of the base's memory: {reason}")]
+    MapBase {
+        /// Bytes asked for.
+        bytes: u64,
+        /// Why.
+        reason: String,
     },
     /// A chunk index outside RAM.
     #[error("RAM chunk {index} is outside the guest's {chunks} chunks")]
@@ -79,6 +102,45 @@ pub fn allocate(memory_bytes: u64) -> Result<GuestRam, MemoryError> {
     // Anonymous, MAP_PRIVATE and MAP_NORESERVE: what vm-memory maps when no file is given.
     GuestRam::from_ranges(&regions)
         .map_err(|source| MemoryError::Map { bytes: memory_bytes, source })
+}
+
+/// Maps the memory file of a base for one guest: `file` holds RAM as chunks are counted, without the
+/// hole below 4 GiB. What the guest writes stays private to it.
+///
+/// The file must not shrink while the guest runs, or the guest dies: it belongs to a store, which
+/// never changes a file of a base.
+pub fn map_base(file: &File, memory_bytes: u64) -> Result<GuestRam, MemoryError> {
+    let regions = regions(memory_bytes)?;
+    let failed = |reason: String| MemoryError::MapBase { bytes: memory_bytes, reason };
+    let found = file.metadata().map_err(|e| failed(e.to_string()))?.len();
+    if found != memory_bytes {
+        return Err(MemoryError::BaseSize { found, needed: memory_bytes });
+    }
+    let mut offset = 0;
+    let mut mapped = Vec::with_capacity(regions.len());
+    for (start, len) in regions {
+        let file = file.try_clone().map_err(|e| failed(e.to_string()))?;
+        let region = map_region(FileOffset::new(file, offset), len).map_err(&failed)?;
+        let region = GuestRegionMmap::new(region, start)
+            .ok_or_else(|| failed(format!("no room at {:#x}", start.0)))?;
+        mapped.push(region);
+        offset += len as u64;
+    }
+    GuestRam::from_regions(mapped).map_err(|e| failed(e.to_string()))
+}
+
+fn map_region(file: FileOffset, len: usize) -> Result<MmapRegion<AtomicBitmap>, String> {
+    MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::with_len(len))
+        .with_file_offset(file)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|e| e.to_string())
+}
+
+/// RAM for a guest of a base with this memory, if it has any.
+pub fn map(base: Option<&File>, memory_bytes: u64) -> Result<GuestRam, MemoryError> {
+    base.map_or_else(|| allocate(memory_bytes), |file| map_base(file, memory_bytes))
 }
 
 /// Checks that `ram` has exactly the regions of a guest with `memory_bytes`.
@@ -130,12 +192,13 @@ pub fn write_chunk(ram: &GuestRam, index: u64, chunk: &Chunk) -> Result<(), Memo
     Ok(ram.write_slice(chunk, address)?)
 }
 
-/// Makes a chunk zero by giving its page back to the host.
+/// Makes a chunk what it was before the guest wrote it, by giving its page back to the host: the
+/// base's content, or zero without base memory.
 pub fn drop_chunk(ram: &GuestRam, index: u64) -> Result<(), MemoryError> {
     let address = chunk_address(ram, index)?;
     let slice = ram.get_slice(address, CHUNK_SIZE)?;
-    // SAFETY: the slice lies inside a private anonymous mapping that `ram` keeps alive, and is a
-    // whole page of it: regions begin and end on pages. Dropping it only makes it read as zero.
+    // SAFETY: the slice lies inside a private mapping that `ram` keeps alive, and is a whole page of
+    // it: regions begin and end on pages. Dropping it only changes what it reads as.
     let failed = unsafe {
         libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), CHUNK_SIZE, libc::MADV_DONTNEED)
     } != 0;
@@ -153,6 +216,8 @@ pub fn host_address(region: &<GuestRam as GuestMemoryBackend>::R) -> Result<u64,
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
 
     const GIB: u64 = 1 << 30;
@@ -172,6 +237,44 @@ mod tests {
         assert_eq!(chunk_at(&ram, GuestAddress(MMIO_WINDOW_START)), None);
         assert!(check(&ram, 5 * GIB).is_ok());
         assert!(matches!(check(&ram, 4 * GIB), Err(MemoryError::WrongRegions { .. })));
+    }
+
+    fn base_file(bytes: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn base_memory_is_mapped_at_its_offsets_and_stays_untouched() {
+        let bytes = 4 * GIB;
+        let file = base_file(bytes);
+        let chunks = bytes / CHUNK_SIZE as u64;
+        let last_low = MMIO_WINDOW_START / 4096 - 1;
+        let marked = [0, 1, last_low, last_low + 1, chunks - 1];
+        for index in marked {
+            file.write_all_at(&[index as u8 | 1; CHUNK_SIZE], index * CHUNK_SIZE as u64).unwrap();
+        }
+        let ram = map_base(&file, bytes).unwrap();
+        let mut chunk = [0; CHUNK_SIZE];
+        for index in marked {
+            read_chunk(&ram, index, &mut chunk).unwrap();
+            assert_eq!(chunk, [index as u8 | 1; CHUNK_SIZE], "chunk {index}");
+            write_chunk(&ram, index, &[9; CHUNK_SIZE]).unwrap();
+            file.read_exact_at(&mut chunk, index * CHUNK_SIZE as u64).unwrap();
+            assert_eq!(chunk, [index as u8 | 1; CHUNK_SIZE], "the base was written");
+            drop_chunk(&ram, index).unwrap();
+            read_chunk(&ram, index, &mut chunk).unwrap();
+            assert_eq!(chunk, [index as u8 | 1; CHUNK_SIZE], "dropped is base again");
+        }
+    }
+
+    #[test]
+    fn base_memory_of_another_size_is_refused() {
+        for bytes in [MIN_MEMORY_BYTES - 4096, MIN_MEMORY_BYTES + 4096] {
+            let refused = map_base(&base_file(bytes), MIN_MEMORY_BYTES).unwrap_err();
+            assert!(matches!(refused, MemoryError::BaseSize { found, .. } if found == bytes));
+        }
     }
 
     #[test]

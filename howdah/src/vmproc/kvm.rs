@@ -86,6 +86,7 @@ pub(crate) fn build(
         kernel: base.kernel_path(),
         initramfs: base.initramfs_path(),
         cmdline: [base.manifest().cmdline.as_str(), &config.append].join(" ").trim().to_owned(),
+        base_memory: None,
         disk: Some(Arc::clone(disk)),
         net: net(config)?,
         console: Box::new(Sink(Arc::clone(console))),

@@ -60,7 +60,7 @@ pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
         config.disk.is_some(),
         mac,
     )?;
-    let ram = memory::allocate(config.memory_bytes)?;
+    let ram = memory::map(config.base_memory.as_deref(), config.memory_bytes)?;
     let source = BootSource {
         kernel: &config.kernel,
         initramfs: config.initramfs.as_deref(),

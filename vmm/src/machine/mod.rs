@@ -12,11 +12,13 @@
 //! gives the machine back in the state it was in.
 
 mod build;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod wiring;
 
 use std::{
+    fs::File,
     io::{self, Write},
     path::PathBuf,
     sync::{Arc, mpsc::Sender},
@@ -47,6 +49,7 @@ use crate::{
     vcpu::{Gate, RunContext, Vcpu, VcpuThread, VmEvent},
 };
 pub(crate) use build::Prepared;
+pub use snapshot::MachineSnapshot;
 use wiring::Devices;
 
 /// The network device.
@@ -70,6 +73,8 @@ pub struct VmConfig {
     pub initramfs: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: String,
+    /// The memory of the guest's base: RAM begins as a private map of it. `None`: as zeros.
+    pub base_memory: Option<Arc<File>>,
     /// The disk.
     pub disk: Option<Arc<Overlay>>,
     /// The network device.
@@ -88,6 +93,7 @@ impl std::fmt::Debug for VmConfig {
             .field("kernel", &self.kernel)
             .field("initramfs", &self.initramfs)
             .field("cmdline", &self.cmdline)
+            .field("base_memory", &self.base_memory.is_some())
             .field("disk", &self.disk.is_some())
             .field("net", &self.net)
             .finish_non_exhaustive()
@@ -173,6 +179,12 @@ pub enum MachineError {
         /// In the state.
         theirs: Vec<usize>,
     },
+    /// A machine is to go on from a base, and the base's memory is not given.
+    #[error("the base has a machine to go on from and no memory: import it again")]
+    NoBaseMemory,
+    /// A memory file cannot be written.
+    #[error("cannot write the guest's memory to a file: {0}")]
+    WriteMemory(#[source] io::Error),
     /// There is no disk.
     #[error("disk chunk {0} of a machine without a disk")]
     NoDisk(u64),
@@ -258,6 +270,29 @@ impl Vm<Paused> {
         state: &[u8],
     ) -> Result<Self, MachineError> {
         Prepared::new(config, profile, ram)?.restore(state)
+    }
+
+    /// Makes a machine that goes on from its base: `machine` is what [`Vm::machine`] gave when the
+    /// base was made, `config.base_memory` what [`Vm::write_memory`] wrote, and the disk is that of
+    /// the base. Time has passed for the guest as it does in a handoff: its clocks say what they
+    /// would say had it run all the while.
+    pub fn from_base(config: VmConfig, machine: &[u8]) -> Result<Self, MachineError> {
+        let MachineSnapshot { profile, state } = MachineSnapshot::decode(machine)?;
+        let Some(base) = &config.base_memory else { return Err(MachineError::NoBaseMemory) };
+        let ram = memory::map_base(base, profile.memory_bytes)?;
+        Self::restore(config, profile, ram, &state)
+    }
+
+    /// The machine but for RAM and disk, with all that [`Vm::from_base`] needs to make it again.
+    pub fn machine(&mut self) -> Result<Vec<u8>, MachineError> {
+        let state = self.save()?;
+        Ok(MachineSnapshot { profile: self.core.profile.clone(), state }.encode()?)
+    }
+
+    /// Writes RAM into a new, empty file, as a base holds it: chunk by chunk, without the hole below
+    /// 4 GiB, and with holes where RAM is zero. Returns how many chunks are not zero.
+    pub fn write_memory(&self, file: &File) -> Result<u64, MachineError> {
+        snapshot::write_memory(&self.core.ram, file)
     }
 
     /// Lets the guest run.

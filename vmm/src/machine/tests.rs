@@ -82,6 +82,7 @@ impl Bench {
             kernel: self.kernel.path().into(),
             initramfs: None,
             cmdline: "console=ttyS0".into(),
+            base_memory: None,
             disk: None,
             net: None,
             console: Box::new(self.screen.clone()),
@@ -148,6 +149,42 @@ fn a_saved_guest_goes_on_in_another_machine() {
             assert_eq!(count(&restored), stopped);
             assert_eq!(restored.full_hash().unwrap(), hash, "restoring wrote to RAM");
             vm = restored;
+        }
+    }
+}
+
+/// The parts of a base made of a guest that has counted for a while.
+fn base_of(bench: &Bench) -> (Arc<File>, Vec<u8>) {
+    let vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    wait_for("the guest counts", || count(&vm) > 1000);
+    let mut vm = vm.pause().unwrap();
+    let memory = tempfile::tempfile().unwrap();
+    let written = vm.write_memory(&memory).unwrap();
+    assert!(written > 0 && written < memory::chunk_count(vm.ram()));
+    assert_eq!(memory.metadata().unwrap().len(), MIN_MEMORY_BYTES);
+    (Arc::new(memory), vm.machine().unwrap())
+}
+
+#[test]
+fn a_guest_goes_on_from_its_base() {
+    for vcpus in [1, 2] {
+        let Some(bench) = Bench::new(counting(), vcpus) else { return };
+        let (memory, machine) = base_of(&bench);
+        let config = || VmConfig { base_memory: Some(memory.clone()), ..bench.config() };
+        for _ in 0..2 {
+            let vm = Vm::from_base(config(), &machine).unwrap();
+            let before = count(&vm);
+            assert!(before > 1000);
+            let vm = vm.resume().unwrap();
+            wait_for("the guest counts", || count(&vm) > before + 1000);
+        }
+        let refused = Vm::from_base(bench.config(), &machine).unwrap_err();
+        assert!(matches!(refused, MachineError::NoBaseMemory), "{refused}");
+        let other = VmConfig { memory_bytes: 2 * MIN_MEMORY_BYTES, ..config() };
+        let refused = Vm::from_base(other, &machine).unwrap_err();
+        assert!(matches!(refused, MachineError::Mismatch { .. }), "{refused}");
+        for cut in [0, 9, 100, machine.len() - 1] {
+            assert!(Vm::from_base(config(), &machine[..cut]).is_err());
         }
     }
 }
