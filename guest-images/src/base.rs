@@ -1,4 +1,4 @@
-//! One base: manifest, disk, kernel, initramfs and the chunk index over them.
+//! One base: manifest, disk, kernel, initramfs, memory and the chunk index over them.
 
 use std::{
     fmt,
@@ -13,16 +13,19 @@ use nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    chunk::{CHUNK_SIZE, Chunk, ChunkHash},
+    chunk::{Chunk, ChunkHash},
     files::{self, Lock},
     index::{Index, IndexError, PartRoots},
-    manifest::{Manifest, ManifestError},
+    manifest::{Manifest, ManifestError, PartInfo},
+    mapped::{self, MappedPart},
 };
 
 /// The manifest's name in a base directory.
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// The index's name in a base directory.
 pub const INDEX_FILE: &str = "index";
+/// The machine state's name in the directory of a base with memory.
+pub const MACHINE_FILE: &str = "machine";
 /// The longest manifest file that is read: far above any real one.
 const MAX_MANIFEST_BYTES: u64 = 64 << 10;
 
@@ -62,11 +65,14 @@ pub enum Part {
     Kernel = 1,
     /// The initramfs.
     Initramfs = 2,
+    /// The guest's memory at the moment of the snapshot. Chunk *n* is RAM chunk *n*, counted
+    /// without the hole below 4 GiB.
+    Memory = 3,
 }
 
 impl Part {
     /// Every part, in the order in which the index prefers them.
-    pub const ALL: [Self; 3] = [Self::Disk, Self::Kernel, Self::Initramfs];
+    pub const ALL: [Self; 4] = [Self::Disk, Self::Kernel, Self::Initramfs, Self::Memory];
 
     /// The part's file in a base directory.
     pub fn file_name(self) -> &'static str {
@@ -74,6 +80,7 @@ impl Part {
             Self::Disk => "disk.raw",
             Self::Kernel => "kernel",
             Self::Initramfs => "initramfs",
+            Self::Memory => "memory.raw",
         }
     }
 }
@@ -84,6 +91,7 @@ impl fmt::Display for Part {
             Self::Disk => "disk",
             Self::Kernel => "kernel",
             Self::Initramfs => "initramfs",
+            Self::Memory => "memory",
         })
     }
 }
@@ -177,9 +185,11 @@ pub struct Base {
     id: BaseId,
     dir: PathBuf,
     manifest: Manifest,
-    disk: File,
-    kernel: File,
-    initramfs: Option<File>,
+    disk: MappedPart,
+    kernel: MappedPart,
+    initramfs: Option<MappedPart>,
+    memory: Option<MappedPart>,
+    machine: Option<File>,
     index: Index,
     _in_use: Lock,
 }
@@ -200,17 +210,32 @@ impl Base {
         if dir.file_name().and_then(|name| name.to_str()) != Some(id.to_string().as_str()) {
             return Err(BaseError::WrongId { dir: dir.to_owned(), found: id });
         }
-        let disk = open_part(dir, &manifest, Part::Disk)?;
-        let kernel = open_part(dir, &manifest, Part::Kernel)?;
-        let initramfs = match manifest.initramfs {
-            Some(_) => Some(open_part(dir, &manifest, Part::Initramfs)?),
-            None => None,
-        };
+        let open =
+            |part: Part, info: &PartInfo| MappedPart::open(&dir.join(part.file_name()), info.bytes);
+        let open_some = |part| manifest.part(part).map(|info| open(part, info)).transpose();
+        let disk = open(Part::Disk, &manifest.disk)?;
+        let kernel = open(Part::Kernel, &manifest.kernel)?;
+        let initramfs = open_some(Part::Initramfs)?;
+        let memory = open_some(Part::Memory)?;
+        let machine = manifest.memory.as_ref().map(|memory| memory.machine.bytes);
+        let machine =
+            machine.map(|bytes| mapped::open_exact(&dir.join(MACHINE_FILE), bytes)).transpose()?;
         let index_path = dir.join(INDEX_FILE);
         let index = Index::open(&index_path, &PartRoots::of(&manifest))
             .map_err(|source| BaseError::Index { path: index_path, source })?;
         let dir = dir.to_owned();
-        Ok(Self { id, dir, manifest, disk, kernel, initramfs, index, _in_use: in_use })
+        Ok(Self {
+            id,
+            dir,
+            manifest,
+            disk,
+            kernel,
+            initramfs,
+            memory,
+            machine,
+            index,
+            _in_use: in_use,
+        })
     }
 
     /// The base's identity.
@@ -230,7 +255,38 @@ impl Base {
 
     /// The disk image, open for reading.
     pub fn disk_file(&self) -> &File {
-        &self.disk
+        self.disk.file()
+    }
+
+    /// The memory snapshot, open for reading, if the base has one: what a VM maps privately as its
+    /// RAM.
+    pub fn memory_file(&self) -> Option<&File> {
+        self.memory.as_ref().map(MappedPart::file)
+    }
+
+    /// The machine state that belongs to the memory, if the base has one. What it means is the
+    /// VMM's business; that it is what the manifest names is checked here, and what is not is an
+    /// error of kind [`io::ErrorKind::InvalidData`].
+    pub fn machine(&self) -> io::Result<Option<Vec<u8>>> {
+        let (Some(file), Some(memory)) = (&self.machine, &self.manifest.memory) else {
+            return Ok(None);
+        };
+        let info = &memory.machine;
+        // The manifest bounds the length far below what fits an address.
+        let mut bytes = vec![0; info.bytes as usize];
+        file.read_exact_at(&mut bytes, 0)?;
+        if blake3::hash(&bytes).as_bytes() != &info.hash {
+            let path = self.dir.join(MACHINE_FILE);
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "{} is not what the manifest names: the base is damaged; remove it and \
+                     import it again",
+                    path.display()
+                ),
+            ));
+        }
+        Ok(Some(bytes))
     }
 
     /// The kernel's path.
@@ -258,21 +314,27 @@ impl Base {
         self.manifest.part(part).map_or(0, |info| info.chunks())
     }
 
-    /// Reads the chunk at `place`. A part's last chunk is padded with zeros; a place outside the
-    /// base is an error of kind [`io::ErrorKind::InvalidInput`].
+    /// The chunk at `place`, in place: no copy and no system call. A part's last chunk is padded
+    /// with zeros; nothing for a place outside the base.
+    ///
+    /// The bytes are those of a mapped, immutable file. One that was truncated before the base was
+    /// opened did not open; one truncated since, which no store does, or one that its disk cannot
+    /// read, ends the process with SIGBUS instead of giving wrong bytes.
+    pub fn chunk(&self, place: Place) -> Option<&Chunk> {
+        self.part_map(place.part)?.chunk(place.index)
+    }
+
+    /// Copies the chunk at `place`, as [`Base::chunk`] shows it; a place outside the base is an
+    /// error of kind [`io::ErrorKind::InvalidInput`].
     pub fn read(&self, place: Place, into: &mut Chunk) -> io::Result<()> {
-        let bytes = self.manifest.part(place.part).map_or(0, |info| info.bytes);
-        let offset = place.index.checked_mul(CHUNK_SIZE as u64).filter(|offset| *offset < bytes);
-        let (Some(file), Some(offset)) = (self.part_file(place.part), offset) else {
+        let Some(chunk) = self.chunk(place) else {
             let Place { part, index } = place;
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!("base {} has no {part} chunk {index}", self.id),
             ));
         };
-        let there = (bytes - offset).min(CHUNK_SIZE as u64) as usize;
-        file.read_exact_at(&mut into[..there], offset)?;
-        into[there..].fill(0);
+        *into = *chunk;
         Ok(())
     }
 
@@ -280,7 +342,7 @@ impl Base {
     pub fn read_disk_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let there = self.disk_bytes().saturating_sub(offset).min(into.len() as u64) as usize;
         let (inside, outside) = into.split_at_mut(there);
-        self.disk.read_exact_at(inside, offset)?;
+        self.disk_file().read_exact_at(inside, offset)?;
         outside.fill(0);
         Ok(())
     }
@@ -306,10 +368,15 @@ impl Base {
 
     /// A part's open file.
     pub(crate) fn part_file(&self, part: Part) -> Option<&File> {
+        self.part_map(part).map(MappedPart::file)
+    }
+
+    fn part_map(&self, part: Part) -> Option<&MappedPart> {
         match part {
             Part::Disk => Some(&self.disk),
             Part::Kernel => Some(&self.kernel),
             Part::Initramfs => self.initramfs.as_ref(),
+            Part::Memory => self.memory.as_ref(),
         }
     }
 }
@@ -319,16 +386,4 @@ pub(crate) fn read_manifest(path: &Path) -> Result<Manifest, BaseError> {
     let json =
         files::read_small(path, MAX_MANIFEST_BYTES).map_err(BaseError::io("reading", path))?;
     Manifest::parse(&json).map_err(|source| BaseError::Manifest { path: path.to_owned(), source })
-}
-
-/// Opens a part's file and checks its length against the manifest.
-fn open_part(dir: &Path, manifest: &Manifest, part: Part) -> Result<File, BaseError> {
-    let path = dir.join(part.file_name());
-    let file = File::open(&path).map_err(BaseError::io("opening", &path))?;
-    let found = file.metadata().map_err(BaseError::io("reading the length of", &path))?.len();
-    let expected = manifest.part(part).map_or(0, |info| info.bytes);
-    if found != expected {
-        return Err(BaseError::PartLength { path, found, expected });
-    }
-    Ok(file)
 }

@@ -17,28 +17,44 @@ use crate::{
     manifest::{Manifest, PartRoot},
 };
 
-/// The version of the index format.
+/// The version of the index of a base without memory: its header has three roots.
 pub const INDEX_VERSION: u32 = 1;
+/// The version of the index of a base with memory: its header has four roots.
+pub const INDEX_VERSION_MEMORY: u32 = 2;
 
 const MAGIC: &[u8; 8] = b"HOWDIDX\0";
-/// Bytes of the header; entries follow.
-const HEADER_BYTES: usize = 192;
-/// Where the header's checksum is, over all bytes before it.
-const CHECKSUM_AT: usize = HEADER_BYTES - 32;
+/// Bytes of the header before the roots, and after them: the entries' checksum, eight zeros, the
+/// header's checksum.
+const BEFORE_ROOTS: usize = 24;
+const AFTER_ROOTS: usize = 32 + 8 + 32;
 /// A hash and a place.
 const ENTRY_BYTES: usize = 40;
 /// A place is a part in the top byte and a chunk number in the rest.
 const PART_SHIFT: u32 = 56;
 
-/// The roots that an index belongs to. An absent part has a root of zeros.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PartRoots([[u8; 32]; 3]);
+/// The roots that an index belongs to: of disk, kernel, initramfs and, if the base has one,
+/// memory. An absent initramfs has a root of zeros.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartRoots(Vec<[u8; 32]>);
 
 impl PartRoots {
     /// The roots in a manifest.
     pub fn of(manifest: &Manifest) -> Self {
-        let root = |part| manifest.part(part).map_or(PartRoot([0; 32]), |info| info.root);
-        Self(Part::ALL.map(|part| root(part).0))
+        let absent = PartRoot([0; 32]);
+        let root = |part| manifest.part(part).map_or(absent, |info| info.root).0;
+        let mut roots = vec![root(Part::Disk), root(Part::Kernel), root(Part::Initramfs)];
+        roots.extend(manifest.part(Part::Memory).map(|info| info.root.0));
+        Self(roots)
+    }
+
+    /// The version of an index with these roots.
+    fn version(&self) -> u32 {
+        if self.0.len() > 3 { INDEX_VERSION_MEMORY } else { INDEX_VERSION }
+    }
+
+    /// The length of the header of an index with these roots.
+    fn header_bytes(&self) -> usize {
+        BEFORE_ROOTS + 32 * self.0.len() + AFTER_ROOTS
     }
 }
 
@@ -52,8 +68,13 @@ pub enum IndexError {
     #[error("not a chunk index")]
     Magic,
     /// Another version's.
-    #[error("chunk index version {0}; this build reads version {INDEX_VERSION}")]
-    Version(u32),
+    #[error("chunk index version {found}; this base needs version {expected}")]
+    Version {
+        /// The version in the file.
+        found: u32,
+        /// The version of an index of such a base.
+        expected: u32,
+    },
     /// The header is damaged.
     #[error("the index header is damaged")]
     Header,
@@ -110,7 +131,7 @@ fn unpack_place(packed: u64) -> Option<Place> {
 }
 
 /// Sorts entries and drops all but the first place of each hash: disk before kernel before
-/// initramfs, low chunk numbers before high ones.
+/// initramfs before memory, low chunk numbers before high ones.
 pub(crate) fn sort(entries: &mut Vec<Entry>) {
     entries.sort_unstable();
     entries.dedup_by_key(|entry| entry.hash);
@@ -130,19 +151,17 @@ pub(crate) fn write(file: &File, roots: &PartRoots, entries: &[Entry]) -> io::Re
     out.flush()
 }
 
-fn header(roots: &PartRoots, entries: u64, entries_checksum: &[u8; 32]) -> [u8; HEADER_BYTES] {
-    let mut bytes = [0; HEADER_BYTES];
-    bytes[..8].copy_from_slice(MAGIC);
-    bytes[8..12].copy_from_slice(&INDEX_VERSION.to_le_bytes());
-    bytes[12..16].copy_from_slice(&(ENTRY_BYTES as u32).to_le_bytes());
-    bytes[16..24].copy_from_slice(&entries.to_le_bytes());
-    for (slot, root) in bytes[24..120].chunks_exact_mut(32).zip(&roots.0) {
-        slot.copy_from_slice(root);
-    }
-    bytes[120..152].copy_from_slice(entries_checksum);
-    // 152..160 stay zero.
-    let checksum = blake3::hash(&bytes[..CHECKSUM_AT]);
-    bytes[CHECKSUM_AT..].copy_from_slice(checksum.as_bytes());
+fn header(roots: &PartRoots, entries: u64, entries_checksum: &[u8; 32]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(roots.header_bytes());
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&roots.version().to_le_bytes());
+    bytes.extend_from_slice(&(ENTRY_BYTES as u32).to_le_bytes());
+    bytes.extend_from_slice(&entries.to_le_bytes());
+    roots.0.iter().for_each(|root| bytes.extend_from_slice(root));
+    bytes.extend_from_slice(entries_checksum);
+    bytes.extend_from_slice(&[0; 8]);
+    let checksum = blake3::hash(&bytes);
+    bytes.extend_from_slice(checksum.as_bytes());
     bytes
 }
 
@@ -150,6 +169,8 @@ fn header(roots: &PartRoots, entries: u64, entries_checksum: &[u8; 32]) -> [u8; 
 #[derive(Debug)]
 pub struct Index {
     map: Mmap,
+    /// Where the entries begin.
+    header_bytes: usize,
     entries: u64,
 }
 
@@ -163,7 +184,8 @@ impl Index {
         // them by unlinking, which leaves a map intact. (Someone with the store's permissions who
         // truncates one all the same makes the reader fault: that is outside what we defend.)
         let map = unsafe { Mmap::map(&file)? };
-        let index = Self { entries: check_header(&map, roots)?, map };
+        let header_bytes = roots.header_bytes();
+        let index = Self { entries: check_header(&map, roots)?, header_bytes, map };
         // Lookups jump about: reading ahead would only fill the page cache.
         let _ = index.map.advise(memmap2::Advice::Random);
         Ok(index)
@@ -209,8 +231,8 @@ impl Index {
 
     /// Entry number `number`: its hash and packed place.
     fn entry(&self, number: u64) -> Option<(&[u8; 32], u64)> {
-        let at =
-            HEADER_BYTES.checked_add(usize::try_from(number).ok()?.checked_mul(ENTRY_BYTES)?)?;
+        let before = usize::try_from(number).ok()?.checked_mul(ENTRY_BYTES)?;
+        let at = self.header_bytes.checked_add(before)?;
         let bytes: &[u8; ENTRY_BYTES] = self.map.get(at..)?.first_chunk()?;
         let (hash, place) = bytes.split_first_chunk::<32>()?;
         Some((hash, u64::from_le_bytes(*place.first_chunk()?)))
@@ -226,8 +248,9 @@ impl Index {
 
     /// Whether the entries are the bytes that were written; reads the whole file.
     pub(crate) fn entries_intact(&self) -> bool {
-        let entries = self.map.get(HEADER_BYTES..).unwrap_or_default();
-        self.map.get(120..152) == Some(blake3::hash(entries).as_bytes().as_slice())
+        let (header, entries) = self.map.split_at(self.header_bytes.min(self.map.len()));
+        let recorded = header.len().checked_sub(AFTER_ROOTS).and_then(|at| header.get(at..at + 32));
+        recorded == Some(blake3::hash(entries).as_bytes().as_slice())
     }
 
     /// The number of the first entry that differs from `expected`, if any does.
@@ -248,30 +271,32 @@ fn prefix(hash: &[u8; 32]) -> u64 {
 
 /// Checks a header against the file's length and the roots; returns the number of entries.
 fn check_header(map: &[u8], roots: &PartRoots) -> Result<u64, IndexError> {
-    let (header_bytes, _) = map.split_first_chunk::<HEADER_BYTES>().ok_or(IndexError::Magic)?;
-    let word = |at: usize| {
-        let mut word = [0; 8];
-        word.copy_from_slice(&header_bytes[at..at + 8]);
-        u64::from_le_bytes(word)
-    };
-    if header_bytes[..8] != MAGIC[..] {
+    if !map.starts_with(MAGIC) {
         return Err(IndexError::Magic);
     }
-    let version = word(8) as u32;
-    if version != INDEX_VERSION {
-        return Err(IndexError::Version(version));
+    let version = map.get(8..).and_then(|rest| rest.first_chunk()).map(|b| u32::from_le_bytes(*b));
+    if version != Some(roots.version()) {
+        let (found, expected) = (version.unwrap_or_default(), roots.version());
+        return Err(IndexError::Version { found, expected });
     }
-    if blake3::hash(&header_bytes[..CHECKSUM_AT]).as_bytes() != &header_bytes[CHECKSUM_AT..] {
+    let header_bytes = map.get(..roots.header_bytes()).ok_or(IndexError::Header)?;
+    let (checked, checksum) = header_bytes.split_at(header_bytes.len() - 32);
+    if blake3::hash(checked).as_bytes() != checksum {
         return Err(IndexError::Header);
     }
-    let (entries, mut checksum) = (word(16), [0; 32]);
-    checksum.copy_from_slice(&header_bytes[120..152]);
+    let entries =
+        checked.get(16..).and_then(|rest| rest.first_chunk()).map(|b| u64::from_le_bytes(*b));
+    let entries_checksum = checked.get(checked.len() - 40..).and_then(|rest| rest.first_chunk());
+    let (Some(entries), Some(entries_checksum)) = (entries, entries_checksum) else {
+        return Err(IndexError::Header);
+    };
     // Every other byte of a header is determined by these.
-    if *header_bytes != header(roots, entries, &checksum) {
+    if header_bytes != header(roots, entries, entries_checksum) {
         return Err(IndexError::Foreign);
     }
     let found = map.len() as u64;
-    let expected = entries.saturating_mul(ENTRY_BYTES as u64).saturating_add(HEADER_BYTES as u64);
+    let expected =
+        entries.saturating_mul(ENTRY_BYTES as u64).saturating_add(header_bytes.len() as u64);
     if found != expected {
         return Err(IndexError::Length { found, entries, expected });
     }

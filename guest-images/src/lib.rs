@@ -1,11 +1,12 @@
 //! Base VMs: what a cloudlet holds before any guest arrives.
 //!
-//! A *base* is a disk image with the kernel and initramfs that boot it, a manifest that names
-//! the root of every part, and a chunk index that finds a part's chunk by its hash. Bases live in
-//! a [`store::Store`]; a VM's disk is an [`overlay::Overlay`] over its base's disk.
+//! A *base* is a disk image with the kernel and initramfs that boot it, perhaps a snapshot of a
+//! guest's memory that saves the boot, a manifest that names the root of every part, and a chunk
+//! index that finds a part's chunk by its hash. Bases live in a [`store::Store`]; a VM's disk is an
+//! [`overlay::Overlay`] over its base's disk.
 //!
 //! ```text
-//! Store ── get ──> Base ── manifest, parts, read(Place), lookup(ChunkHash) -> Place
+//! Store ── get ──> Base ── manifest, parts, chunk(Place), lookup(ChunkHash) -> Place
 //!                   ▲
 //!                   └── Overlay: one VM's disk = base | data | zero, chunk by chunk
 //! ```
@@ -23,11 +24,12 @@ pub mod store;
 
 mod files;
 mod format;
+mod mapped;
 mod scan;
 
 pub use base::{Base, BaseError, BaseId, Part, Place};
 pub use chunk::{CHUNK_SIZE, Chunk, ChunkHash};
 pub use format::FormatError;
-pub use manifest::{Manifest, PartInfo, PartRoot};
+pub use manifest::{MachineInfo, Manifest, MemoryInfo, PartInfo, PartRoot};
 pub use overlay::{ChunkState, Overlay, OverlayError};
-pub use store::{ImportSpec, Store, StoreError};
+pub use store::{ImportSpec, MemorySpec, Store, StoreError};

@@ -2,21 +2,27 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     base::{BaseId, Part},
     chunk::{CHUNK_SIZE, ChunkHash},
 };
 
-/// The manifest version that this build writes and reads.
+/// The version of a manifest without memory: a base that boots.
 pub const MANIFEST_VERSION: u32 = 1;
+
+/// The version of a manifest with memory: a base that resumes.
+pub const MANIFEST_VERSION_MEMORY: u32 = 2;
 
 /// The only architecture so far.
 pub const ARCH: &str = "x86_64";
 
 /// The largest part: 4 TiB. It bounds the overlay's map (1 GiB at this size) and the index.
 pub const MAX_PART_BYTES: u64 = 4 << 40;
+
+/// The largest machine state. Real ones have some hundred KiB.
+pub const MAX_MACHINE_BYTES: u64 = 16 << 20;
 
 /// The longest kernel command line: x86 has room for 2048 bytes with the final NUL.
 pub const MAX_CMDLINE_BYTES: usize = 2047;
@@ -34,7 +40,8 @@ const PART_DOMAIN: &[u8; 16] = b"howdah.part.v1\0\0";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// The version of this format, [`MANIFEST_VERSION`].
+    /// The version of this format: [`MANIFEST_VERSION_MEMORY`] if there is a memory, otherwise
+    /// [`MANIFEST_VERSION`].
     pub version: u32,
     /// The guest's architecture, [`ARCH`].
     pub arch: String,
@@ -46,6 +53,43 @@ pub struct Manifest {
     pub initramfs: Option<PartInfo>,
     /// The kernel command line that boots this disk. The VMM adds what its devices need.
     pub cmdline: String,
+    /// The guest's memory and machine state, for a base that resumes instead of booting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryInfo>,
+}
+
+/// A snapshot of a running guest over the base's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryInfo {
+    /// Its RAM: whole chunks, without the hole below 4 GiB.
+    pub ram: PartInfo,
+    /// The state of everything else.
+    pub machine: MachineInfo,
+}
+
+/// Length and hash of a machine state: bytes that only a VMM understands.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineInfo {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of those bytes.
+    #[serde(with = "hex32")]
+    pub hash: [u8; 32],
+}
+
+impl fmt::Debug for MachineInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MachineInfo({} bytes, {})", self.bytes, hex::encode(&self.hash[..6]))
+    }
+}
+
+impl MachineInfo {
+    /// Of these bytes.
+    pub fn of(machine: &[u8]) -> Self {
+        Self { bytes: machine.len() as u64, hash: *blake3::hash(machine).as_bytes() }
+    }
 }
 
 /// The exact length of a part and the root over its chunks.
@@ -66,8 +110,9 @@ impl PartInfo {
 }
 
 /// BLAKE3 over the hashes of all chunks of a part; see [`RootHasher`].
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PartRoot(pub [u8; 32]);
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PartRoot(#[serde(with = "hex32")] pub [u8; 32]);
 
 impl fmt::Display for PartRoot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,18 +126,19 @@ impl fmt::Debug for PartRoot {
     }
 }
 
-impl Serialize for PartRoot {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
+/// 32 bytes as 64 hex digits.
+mod hex32 {
+    use serde::{Deserialize, Deserializer, Serializer, de};
 
-impl<'de> Deserialize<'de> for PartRoot {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let mut root = [0; 32];
-        hex::decode_to_slice(&text, &mut root).map_err(de::Error::custom)?;
-        Ok(Self(root))
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8; 32], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&hex::encode(bytes))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<[u8; 32], D::Error> {
+        let text = String::deserialize(from)?;
+        let mut bytes = [0; 32];
+        hex::decode_to_slice(&text, &mut bytes).map_err(de::Error::custom)?;
+        Ok(bytes)
     }
 }
 
@@ -140,11 +186,24 @@ pub enum ManifestError {
     Syntax(#[from] serde_json::Error),
     /// From another version of howdah.
     #[error(
-        "manifest version {found}; this build reads version {MANIFEST_VERSION}: update howdah or import the base again"
+        "manifest version {found}; this build reads versions {MANIFEST_VERSION} and {MANIFEST_VERSION_MEMORY}: update howdah or import the base again"
     )]
     Version {
         /// The version in the file.
         found: u32,
+    },
+    /// A memory where the version has none, or the other way round. Two manifests of one base
+    /// would have two ids.
+    #[error("manifest version {version} is for a base {} memory, this one has {}", if *.version == MANIFEST_VERSION { "without" } else { "with" }, if *.version == MANIFEST_VERSION { "one" } else { "none" })]
+    Memory {
+        /// The version in the file.
+        version: u32,
+    },
+    /// The machine state's length is impossible.
+    #[error("a machine state of {bytes} bytes: it has at least 1 and at most {MAX_MACHINE_BYTES}")]
+    MachineLength {
+        /// Its length.
+        bytes: u64,
     },
     /// For a machine that this build cannot run.
     #[error("made for {found:?}; this build runs {ARCH} guests only")]
@@ -176,9 +235,7 @@ impl Manifest {
             version: u32,
         }
         let Versioned { version } = serde_json::from_slice(json)?;
-        if version != MANIFEST_VERSION {
-            return Err(ManifestError::Version { found: version });
-        }
+        check_version(version)?;
         let manifest: Self = serde_json::from_slice(json)?;
         manifest.check()?;
         Ok(manifest)
@@ -186,8 +243,9 @@ impl Manifest {
 
     /// Checks everything that can be checked without looking at the parts.
     pub fn check(&self) -> Result<(), ManifestError> {
-        if self.version != MANIFEST_VERSION {
-            return Err(ManifestError::Version { found: self.version });
+        check_version(self.version)?;
+        if self.version != version_for(self.memory.as_ref()) {
+            return Err(ManifestError::Memory { version: self.version });
         }
         if self.arch != ARCH {
             return Err(ManifestError::Arch { found: self.arch.clone() });
@@ -196,6 +254,9 @@ impl Manifest {
             if let Some(info) = self.part(part) {
                 check_length(part, info.bytes)?;
             }
+        }
+        if let Some(memory) = &self.memory {
+            check_machine_length(memory.machine.bytes)?;
         }
         check_cmdline(&self.cmdline)
     }
@@ -206,6 +267,7 @@ impl Manifest {
             Part::Disk => Some(&self.disk),
             Part::Kernel => Some(&self.kernel),
             Part::Initramfs => self.initramfs.as_ref(),
+            Part::Memory => self.memory.as_ref().map(|memory| &memory.ram),
         }
     }
 
@@ -232,6 +294,12 @@ impl Manifest {
             part(&mut out, info);
         }
         text(&mut out, &self.cmdline);
+        // Only in version 2, so that what version 1 gave keeps its id.
+        if let Some(memory) = &self.memory {
+            part(&mut out, &memory.ram);
+            out.extend_from_slice(&memory.machine.bytes.to_le_bytes());
+            out.extend_from_slice(&memory.machine.hash);
+        }
         out
     }
 
@@ -245,6 +313,26 @@ impl Manifest {
         let mut json = serde_json::to_vec_pretty(self)?;
         json.push(b'\n');
         Ok(json)
+    }
+}
+
+/// The version of a manifest with or without this memory.
+pub fn version_for(memory: Option<&MemoryInfo>) -> u32 {
+    if memory.is_some() { MANIFEST_VERSION_MEMORY } else { MANIFEST_VERSION }
+}
+
+fn check_version(found: u32) -> Result<(), ManifestError> {
+    match found {
+        MANIFEST_VERSION | MANIFEST_VERSION_MEMORY => Ok(()),
+        _ => Err(ManifestError::Version { found }),
+    }
+}
+
+/// Checks a machine state's length.
+pub fn check_machine_length(bytes: u64) -> Result<(), ManifestError> {
+    match bytes {
+        1..=MAX_MACHINE_BYTES => Ok(()),
+        _ => Err(ManifestError::MachineLength { bytes }),
     }
 }
 
@@ -262,6 +350,9 @@ pub fn check_length(part: Part, bytes: u64) -> Result<(), ManifestError> {
             "not whole 512-byte sectors: is it a raw image, and complete? \
              `truncate -s %512 IMAGE` pads it",
         );
+    }
+    if part == Part::Memory && !bytes.is_multiple_of(CHUNK_SIZE as u64) {
+        return broken("memory is whole chunks of 4096 bytes");
     }
     Ok(())
 }
@@ -290,20 +381,31 @@ mod tests {
             kernel: part(12345, 2),
             initramfs: Some(part(777, 3)),
             cmdline: "console=ttyS0 root=/dev/vda".into(),
+            memory: None,
         }
+    }
+
+    fn with_memory() -> Manifest {
+        let ram = PartInfo { bytes: 512 << 20, root: PartRoot([4; 32]) };
+        let machine = MachineInfo { bytes: 70_000, hash: [5; 32] };
+        let memory = Some(MemoryInfo { ram, machine });
+        Manifest { version: MANIFEST_VERSION_MEMORY, memory, ..sample() }
     }
 
     #[test]
     fn json_round_trips_and_white_space_does_not_change_the_id() {
-        let manifest = sample();
-        let json = manifest.to_json().unwrap();
-        let back = Manifest::parse(&json).unwrap();
-        assert_eq!(back, manifest);
-        let compact: Vec<u8> =
-            serde_json::to_vec(&serde_json::from_slice::<serde_json::Value>(&json).unwrap())
-                .unwrap();
-        assert_ne!(compact, json);
-        assert_eq!(Manifest::parse(&compact).unwrap().id(), manifest.id());
+        for manifest in [sample(), with_memory()] {
+            let json = manifest.to_json().unwrap();
+            let back = Manifest::parse(&json).unwrap();
+            assert_eq!(back, manifest);
+            let compact: Vec<u8> =
+                serde_json::to_vec(&serde_json::from_slice::<serde_json::Value>(&json).unwrap())
+                    .unwrap();
+            assert_ne!(compact, json);
+            assert_eq!(Manifest::parse(&compact).unwrap().id(), manifest.id());
+        }
+        // A base without memory is written as it always was.
+        assert!(!String::from_utf8(sample().to_json().unwrap()).unwrap().contains("memory"));
     }
 
     /// Freezes the encoding: if this fails, every base in the field has lost its name.
@@ -325,6 +427,13 @@ mod tests {
         expected.extend_from_slice(&[27, 0, 0, 0]);
         expected.extend_from_slice(b"console=ttyS0 root=/dev/vda");
         assert_eq!(canonical, expected);
+
+        expected[16] = 2;
+        expected.extend_from_slice(&(512u64 << 20).to_le_bytes());
+        expected.extend_from_slice(&[4; 32]);
+        expected.extend_from_slice(&70_000u64.to_le_bytes());
+        expected.extend_from_slice(&[5; 32]);
+        assert_eq!(with_memory().canonical(), expected);
     }
 
     #[test]
@@ -344,6 +453,18 @@ mod tests {
             change(&mut other);
             assert_ne!(other.id(), id, "{other:?}");
         }
+        let id = with_memory().id();
+        let changes: [fn(&mut MemoryInfo); 4] = [
+            |m| m.ram.bytes += 4096,
+            |m| m.ram.root.0[0] ^= 1,
+            |m| m.machine.bytes += 1,
+            |m| m.machine.hash[31] ^= 1,
+        ];
+        for change in changes {
+            let mut other = with_memory();
+            change(other.memory.as_mut().unwrap());
+            assert_ne!(other.id(), id, "{other:?}");
+        }
     }
 
     #[test]
@@ -355,13 +476,31 @@ mod tests {
             let error = Manifest::parse(&json).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         };
-        refuse(|m| m.version = 2, "version 2");
+        refuse(|m| m.version = 3, "version 3");
+        refuse(|m| m.version = 0, "version 0");
         refuse(|m| m.arch = "riscv64".into(), "riscv64");
         refuse(|m| m.disk.bytes = 0, "empty");
         refuse(|m| m.disk.bytes = 1000, "sectors");
         refuse(|m| m.kernel.bytes = u64::MAX, "4 TiB");
         refuse(|m| m.cmdline = "a\nb".into(), "control");
         refuse(|m| m.cmdline = "a".repeat(2048), "2047");
+        let refuse_memory = |change: fn(&mut MemoryInfo), words: &str| {
+            let mut manifest = with_memory();
+            change(manifest.memory.as_mut().unwrap());
+            let json = manifest.to_json().unwrap();
+            let error = Manifest::parse(&json).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        };
+        refuse_memory(|m| m.ram.bytes = 0, "memory of 0 bytes");
+        refuse_memory(|m| m.ram.bytes += 512, "whole chunks");
+        refuse_memory(|m| m.ram.bytes = u64::MAX, "4 TiB");
+        refuse_memory(|m| m.machine.bytes = 0, "at least 1");
+        refuse_memory(|m| m.machine.bytes = MAX_MACHINE_BYTES + 1, "at most");
+        refuse(|m| m.version = 2, "version 2 is for a base with memory, this one has none");
+        refuse(
+            |m| m.memory = with_memory().memory,
+            "version 1 is for a base without memory, this one has one",
+        );
         let json = String::from_utf8(sample().to_json().unwrap()).unwrap();
         let unknown = json.replacen('{', "{\"extra\": 1,", 1);
         assert!(Manifest::parse(unknown.as_bytes()).unwrap_err().to_string().contains("extra"));

@@ -1,7 +1,7 @@
 //! The directory in which a cloudlet keeps its bases.
 //!
 //! ```text
-//! DIR/bases/<id>/{manifest.json, disk.raw, kernel, initramfs, index}
+//! DIR/bases/<id>/{manifest.json, disk.raw, kernel, initramfs, memory.raw, machine, index}
 //! DIR/names/<name>         holds the id
 //! DIR/tmp/                 imports and removals under way
 //! DIR/lock                 locked shared while one of those is under way
@@ -27,7 +27,7 @@ use std::{
 use nix::fcntl::FlockArg;
 
 pub use self::{
-    import::ImportSpec,
+    import::{ImportSpec, MemorySpec},
     verify::{MAX_NAMED_CHUNKS, Problem},
 };
 use crate::{

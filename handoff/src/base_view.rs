@@ -2,7 +2,7 @@
 
 use std::io;
 
-use guest_images::{Base, BaseId, CHUNK_SIZE, Chunk, ChunkHash, Part, Place, chunk::is_zero};
+use guest_images::{Base, BaseId, Chunk, ChunkHash, Part, Place, chunk::is_zero};
 
 use crate::chunks::{ChunkId, Space};
 
@@ -14,8 +14,14 @@ pub trait BaseView: Send + Sync {
     /// Where a chunk with this content can be found, if the index knows it.
     fn lookup(&self, hash: &ChunkHash) -> Option<Place>;
 
+    /// The chunk at `place`; nothing for a place outside its part.
+    fn chunk(&self, place: Place) -> Option<&Chunk>;
+
     /// Copies the chunk at `place`. A place outside its part is an error.
-    fn read(&self, place: Place, into: &mut Chunk) -> io::Result<()>;
+    fn read(&self, place: Place, into: &mut Chunk) -> io::Result<()> {
+        *into = *self.chunk(place).ok_or_else(|| no_such_place(self.id(), place))?;
+        Ok(())
+    }
 
     /// How many chunks `part` has, its padded last one included.
     fn part_chunks(&self, part: Part) -> u64;
@@ -35,8 +41,8 @@ impl BaseView for Base {
         self.lookup(hash)
     }
 
-    fn read(&self, place: Place, into: &mut Chunk) -> io::Result<()> {
-        self.read(place, into)
+    fn chunk(&self, place: Place) -> Option<&Chunk> {
+        self.chunk(place)
     }
 
     fn part_chunks(&self, part: Part) -> u64 {
@@ -45,10 +51,15 @@ impl BaseView for Base {
 }
 
 /// The place in the base whose content chunk `id` has before the guest ever wrote it, or `None`
-/// where it begins as zeros: all of RAM, and disk beyond the end of the base's disk.
+/// where it begins as zeros: RAM beyond the end of the base's memory, all of it if the base has
+/// none, and disk beyond the end of the base's disk.
 pub fn own_place(base: &dyn BaseView, id: ChunkId) -> Option<Place> {
-    let place = Place { part: Part::Disk, index: id.index };
-    (id.space == Space::Disk && base.holds(place)).then_some(place)
+    let part = match id.space {
+        Space::Ram => Part::Memory,
+        Space::Disk => Part::Disk,
+    };
+    let place = Place { part, index: id.index };
+    base.holds(place).then_some(place)
 }
 
 /// Whether `chunk` is what chunk `id` holds before the guest ever wrote it.
@@ -59,17 +70,20 @@ pub fn is_base_state(base: &dyn BaseView, id: ChunkId, chunk: &Chunk) -> io::Res
     match own_place(base, id) {
         None => Ok(is_zero(chunk)),
         Some(place) => {
-            let mut own = [0; CHUNK_SIZE];
-            base.read(place, &mut own)?;
-            Ok(own == *chunk)
+            Ok(base.chunk(place).ok_or_else(|| no_such_place(base.id(), place))? == chunk)
         }
     }
+}
+
+fn no_such_place(base: BaseId, place: Place) -> io::Error {
+    let Place { part, index } = place;
+    io::Error::new(io::ErrorKind::InvalidInput, format!("base {base} has no {part} chunk {index}"))
 }
 
 pub mod testing {
     //! A base in memory, for tests of this crate and of those above it.
 
-    use std::{collections::HashMap, io};
+    use std::collections::HashMap;
 
     use guest_images::{BaseId, Chunk, ChunkHash, Part, Place};
 
@@ -79,17 +93,26 @@ pub mod testing {
     #[derive(Clone, Debug)]
     pub struct MemBase {
         id: BaseId,
-        parts: [Vec<Chunk>; 3],
+        parts: [Vec<Chunk>; Part::ALL.len()],
         index: HashMap<ChunkHash, Place>,
     }
 
     impl MemBase {
         /// A base of a disk, a kernel and an initramfs; its id is the hash of their content.
         pub fn new(disk: Vec<Chunk>, kernel: Vec<Chunk>, initramfs: Vec<Chunk>) -> Self {
+            Self::of([disk, kernel, initramfs, Vec::new()])
+        }
+
+        /// The same base with a memory.
+        pub fn with_memory(self, memory: Vec<Chunk>) -> Self {
+            let [disk, kernel, initramfs, _] = self.parts;
+            Self::of([disk, kernel, initramfs, memory])
+        }
+
+        fn of(parts: [Vec<Chunk>; Part::ALL.len()]) -> Self {
             let mut hasher = blake3::Hasher::new();
             let mut index = HashMap::new();
-            let parts = [disk, kernel, initramfs];
-            for (part, chunks) in [Part::Disk, Part::Kernel, Part::Initramfs].iter().zip(&parts) {
+            for (part, chunks) in Part::ALL.iter().zip(&parts) {
                 hasher.update(&(chunks.len() as u64).to_le_bytes());
                 for (i, chunk) in chunks.iter().enumerate() {
                     hasher.update(chunk);
@@ -101,11 +124,7 @@ pub mod testing {
         }
 
         fn part(&self, part: Part) -> &[Chunk] {
-            match part {
-                Part::Disk => &self.parts[0],
-                Part::Kernel => &self.parts[1],
-                Part::Initramfs => &self.parts[2],
-            }
+            &self.parts[part as usize]
         }
     }
 
@@ -118,13 +137,8 @@ pub mod testing {
             self.index.get(hash).copied()
         }
 
-        fn read(&self, place: Place, into: &mut Chunk) -> io::Result<()> {
-            let chunk =
-                usize::try_from(place.index).ok().and_then(|i| self.part(place.part).get(i));
-            *into = *chunk.ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidInput, format!("no {place:?} in this base"))
-            })?;
-            Ok(())
+        fn chunk(&self, place: Place) -> Option<&Chunk> {
+            usize::try_from(place.index).ok().and_then(|i| self.part(place.part).get(i))
         }
 
         fn part_chunks(&self, part: Part) -> u64 {

@@ -12,11 +12,11 @@ use std::{
 
 use super::{BASES, Progress, Store, StoreError, check_name};
 use crate::{
-    base::{Base, BaseId, INDEX_FILE, MANIFEST_FILE, Part},
+    base::{Base, BaseId, INDEX_FILE, MACHINE_FILE, MANIFEST_FILE, Part},
     files,
     format::{self, HEAD_BYTES},
     index::{self, Entry, PartRoots},
-    manifest::{self, ARCH, MANIFEST_VERSION, Manifest, PartInfo},
+    manifest::{self, ARCH, MachineInfo, Manifest, MemoryInfo, PartInfo},
     scan::{Scan, ScanError},
 };
 
@@ -33,6 +33,17 @@ pub struct ImportSpec {
     pub initramfs: Option<PathBuf>,
     /// The kernel command line that boots the disk.
     pub cmdline: String,
+    /// A snapshot of a guest that runs on this disk, if the base is to resume instead of boot.
+    pub memory: Option<MemorySpec>,
+}
+
+/// A running guest, as it was when its disk was the base's.
+#[derive(Clone, Debug)]
+pub struct MemorySpec {
+    /// Its RAM as one file, without the hole below 4 GiB.
+    pub ram: PathBuf,
+    /// The state of its machine, as its VMM writes it.
+    pub machine: Vec<u8>,
 }
 
 /// A directory under `tmp/` that is gone when this value is, unless it was renamed away.
@@ -63,20 +74,33 @@ impl Store {
         let kernel = Source::open(Part::Kernel, &spec.kernel)?;
         let initramfs = spec.initramfs.as_deref().map(|path| Source::open(Part::Initramfs, path));
         let initramfs = initramfs.transpose()?;
+        let memory = spec.memory.as_ref().map(|memory| {
+            manifest::check_machine_length(memory.machine.len() as u64)
+                .map_err(|source| StoreError::Content { path: memory.ram.clone(), source })?;
+            Ok::<_, StoreError>((Source::open(Part::Memory, &memory.ram)?, &memory.machine))
+        });
+        let memory = memory.transpose()?;
 
         let under_way = self.begin()?;
         let workshop = Workshop(self.tmp_path("import"));
         fs::create_dir(&workshop.0).map_err(StoreError::io("creating", &workshop.0))?;
         let mut entries = Vec::new();
         let mut copy = |source: &Source| source.copy(&workshop.0, &mut entries, progress);
-        let manifest = Manifest {
-            version: MANIFEST_VERSION,
+        let mut manifest = Manifest {
+            version: manifest::MANIFEST_VERSION,
             arch: ARCH.to_owned(),
             disk: copy(&disk)?,
             kernel: copy(&kernel)?,
-            initramfs: initramfs.as_ref().map(copy).transpose()?,
+            initramfs: initramfs.as_ref().map(&mut copy).transpose()?,
             cmdline: spec.cmdline.clone(),
+            memory: None,
         };
+        if let Some((ram, machine)) = &memory {
+            let info = MemoryInfo { ram: copy(ram)?, machine: MachineInfo::of(machine) };
+            write_file(&workshop.0.join(MACHINE_FILE), |file| file.write_all_at(machine, 0))?;
+            manifest.memory = Some(info);
+            manifest.version = manifest::version_for(manifest.memory.as_ref());
+        }
         index::sort(&mut entries);
         write_file(&workshop.0.join(INDEX_FILE), |file| {
             index::write(file, &PartRoots::of(&manifest), &entries)
@@ -140,7 +164,7 @@ impl<'a> Source<'a> {
         let checked = match part {
             Part::Disk => format::check_disk(&head),
             Part::Kernel => format::check_kernel(&head),
-            Part::Initramfs => Ok(()),
+            Part::Initramfs | Part::Memory => Ok(()),
         };
         // The length after the format: a foreign image of odd length is a foreign image.
         checked.map_err(|source| StoreError::Format { path: path.to_owned(), source })?;

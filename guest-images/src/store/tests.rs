@@ -55,6 +55,7 @@ impl Fixture {
             kernel: put("vmlinuz", &kernel()),
             initramfs: Some(put("initrd.img", &[0x30; 5000])),
             cmdline: "console=ttyS0".into(),
+            memory: None,
         };
         let store = Store::open(&dir.path().join("store")).unwrap();
         Self { store, spec, dir }
@@ -66,6 +67,14 @@ impl Fixture {
 
     pub(crate) fn base(&self) -> Arc<Base> {
         Arc::new(self.store.get_id(&self.import()).unwrap())
+    }
+
+    /// Gives the base a memory of one chunk for each seed.
+    pub(crate) fn with_memory(mut self, seeds: &[u8]) -> Self {
+        let ram = self.dir.path().join("ram.img");
+        fs::write(&ram, disk(seeds)).unwrap();
+        self.spec.memory = Some(MemorySpec { ram, machine: b"a machine".to_vec() });
+        self
     }
 
     fn refusal(&self) -> String {
@@ -149,6 +158,42 @@ fn the_same_files_give_the_same_base_and_the_name_follows() {
 }
 
 #[test]
+fn a_base_with_memory_has_its_chunks_and_its_machine() {
+    let plain = Fixture::new(&disk(&[1, 0, 2])).import();
+    let fixture = Fixture::new(&disk(&[1, 0, 2])).with_memory(&[0, 2, 7, 0, 8, 0]);
+    let id = fixture.import();
+    assert_ne!(id, plain);
+    let base = fixture.store.get_id(&id).unwrap();
+    assert_eq!(base.manifest().version, 2);
+    assert_eq!(base.machine().unwrap().as_deref(), Some(b"a machine".as_slice()));
+    assert_eq!(base.memory_file().unwrap().metadata().unwrap().len(), 6 * 4096);
+    assert_eq!(base.part_chunks(Part::Memory), 6);
+    let memory = |index| Place { part: Part::Memory, index };
+    assert_eq!(base.chunk(memory(0)), Some(ZERO_CHUNK));
+    assert_eq!(base.chunk(memory(4)), Some(&chunk_of(8)));
+    assert_eq!(base.chunk(memory(6)), None);
+    assert_eq!(base.chunk(memory(u64::MAX)), None);
+    // What the disk has too is found there.
+    assert_eq!(base.lookup(&ChunkHash::of(&chunk_of(7))), Some(memory(2)));
+    let on_disk = Place { part: Part::Disk, index: 2 };
+    assert_eq!(base.lookup(&ChunkHash::of(&chunk_of(2))), Some(on_disk));
+    assert!(fixture.problems(&id).is_empty());
+    drop(base);
+
+    fixture.damage(&id, "machine", 2, b"x");
+    let base = fixture.store.get_id(&id).unwrap();
+    assert_eq!(base.machine().unwrap_err().kind(), io::ErrorKind::InvalidData);
+    drop(base);
+    let problems = fixture.problems(&id);
+    assert!(problems.len() == 1 && problems[0].contains("machine"), "{problems:?}");
+    fixture.damage(&id, "memory.raw", 2 * 4096, b"x");
+    assert!(fixture.problems(&id)[0].contains("memory.raw: "));
+    fixture.damage(&id, "machine", 9, b"x");
+    let error = fixture.store.get_id(&id).unwrap_err().to_string();
+    assert!(error.contains("machine has 10 bytes"), "{error}");
+}
+
+#[test]
 fn roots_are_those_that_the_format_describes() {
     let fixture = Fixture::new(&disk(&[1, 0, 0, 2]));
     let base = fixture.base();
@@ -198,6 +243,21 @@ fn what_cannot_be_a_base_is_refused_by_name_and_leaves_nothing() {
     refusal(|f| f.spec.disk = "/dev/null".into(), &["special file"]);
     refusal(|f| f.spec.kernel = f.dir.path().join("gone"), &["gone", "No such file"]);
     refusal(|f| fs::write(f.dir.path().join("initrd.img"), b"").unwrap(), &["initrd", "empty"]);
+    let memory = |f: &mut Fixture, ram: &[u8], machine: Vec<u8>| {
+        let path = f.dir.path().join("ram.img");
+        fs::write(&path, ram).unwrap();
+        f.spec.memory = Some(MemorySpec { ram: path, machine });
+    };
+    let refusal_of = |ram: &[u8], machine: Vec<u8>, words: &[&str]| {
+        let mut fixture = Fixture::new(&disk(&[1, 2]));
+        memory(&mut fixture, ram, machine);
+        let error = fixture.refusal();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    refusal_of(&[1; 4096], Vec::new(), &["ram.img", "machine state of 0 bytes"]);
+    refusal_of(&[1; 4096], vec![0; (16 << 20) + 1], &["ram.img", "at most"]);
+    refusal_of(&[1; 4097], vec![1], &["ram.img", "whole chunks"]);
+    refusal_of(&[], vec![1], &["ram.img", "empty"]);
     refusal(|f| f.spec.cmdline = "a\nb".into(), &["command line"]);
     refusal(|f| f.spec.name = "../up".into(), &["../up"]);
     refusal(|f| f.spec.name = String::new(), &["name"]);

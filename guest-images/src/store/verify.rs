@@ -40,6 +40,14 @@ pub enum Problem {
         /// [`MAX_NAMED_CHUNKS`].
         chunks: Vec<u64>,
     },
+    /// The machine state cannot be read or is not what the manifest names.
+    #[error("the machine state of base {id}: {source}")]
+    Machine {
+        /// The base.
+        id: BaseId,
+        /// What came of reading it.
+        source: std::io::Error,
+    },
     /// The index's entries are not those of the parts, though its header is sound.
     #[error(
         "{path}: entry {entry} (of {entries}) is not what the parts give: chunks will not be found; import the base again"
@@ -94,6 +102,9 @@ impl Store {
                 entry,
                 entries: base.index().len(),
             }));
+        }
+        if let Err(source) = base.machine() {
+            problems.push(Problem::Machine { id: *id, source });
         }
         Ok(problems)
     }

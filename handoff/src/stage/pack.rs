@@ -167,6 +167,7 @@ impl Run {
             (2, 0) => RunKind::Base(Place { part: Part::Disk, index: 0 }),
             (2, 1) => RunKind::Base(Place { part: Part::Kernel, index: 0 }),
             (2, 2) => RunKind::Base(Place { part: Part::Initramfs, index: 0 }),
+            (2, 3) => RunKind::Base(Place { part: Part::Memory, index: 0 }),
             (3, 0) => RunKind::Seen(ChunkId { space: Space::Ram, index: 0 }),
             (3, 1) => RunKind::Seen(ChunkId { space: Space::Disk, index: 0 }),
             (4, 0) => RunKind::Data,
@@ -188,7 +189,7 @@ fn reference_of(kind: RunKind) -> Option<u64> {
 #[derive(Clone, Copy, Debug, Default)]
 struct Ends {
     ids: [u64; 2],
-    parts: [u64; 3],
+    parts: [u64; Part::ALL.len()],
     sources: [u64; 2],
 }
 
@@ -484,7 +485,7 @@ mod tests {
 
     fn ops() -> impl Strategy<Value = (ChunkId, Op)> {
         let index = || prop_oneof![0u64..50, any::<u64>(), Just(u64::MAX), Just(u64::MAX - 1)];
-        let part = prop::sample::select(vec![Part::Disk, Part::Kernel, Part::Initramfs]);
+        let part = prop::sample::select(Part::ALL.to_vec());
         (any::<bool>(), index(), 0u8..6, part, index(), any::<bool>()).prop_map(
             |(disk, index, kind, part, reference, source_disk)| {
                 let op = match kind {
@@ -638,7 +639,7 @@ mod tests {
 
     #[test]
     fn unknown_tags() {
-        for tag in [1u8, 5, 6, 7, 0x10, 0x32, 0x23, 0x42, 0x80, 0xff] {
+        for tag in [1u8, 5, 6, 7, 0x10, 0x23, 0x42, 0x80, 0xff] {
             let body = [0, 0, 0, 0, 1, tag, 0, 0, 0];
             assert_eq!(Batch::parse(&body).unwrap_err(), BatchError::Tag { at: 5, tag });
         }

@@ -28,7 +28,11 @@ pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::
     match command {
         BaseCommand::Import(args) => {
             let BaseImportArgs { name, disk, kernel, initramfs, cmdline } = args;
-            import(&ImportSpec { name, disk, kernel, initramfs, cmdline }, home, output)
+            import(
+                &ImportSpec { name, disk, kernel, initramfs, cmdline, memory: None },
+                home,
+                output,
+            )
         }
         BaseCommand::Build(args) => build(args, home, output),
         BaseCommand::Ls => list(home, output),
@@ -86,8 +90,14 @@ fn build(args: BaseBuildArgs, home: &Home, output: Output) -> anyhow::Result<()>
     let part = |file: &str| staging.0.join(file);
     let initramfs = Some(part("initramfs")).filter(|path| path.exists());
     let cmdline = read_cmdline(&part("cmdline"))?;
-    let spec =
-        ImportSpec { name, disk: part("disk.raw"), kernel: part("kernel"), initramfs, cmdline };
+    let spec = ImportSpec {
+        name,
+        disk: part("disk.raw"),
+        kernel: part("kernel"),
+        initramfs,
+        cmdline,
+        memory: None,
+    };
     import(&spec, home, output)
 }
 

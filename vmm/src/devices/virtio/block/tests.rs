@@ -67,6 +67,7 @@ fn import(dir: &Path) {
         kernel: file("kernel", &kernel),
         initramfs: None,
         cmdline: String::new(),
+        memory: None,
     };
     store.import(&spec, &mut |_| {}).unwrap();
 }
