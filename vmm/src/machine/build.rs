@@ -45,8 +45,8 @@ struct Parts {
 
 impl Parts {
     fn open(config: VmConfig) -> Result<Self, MachineError> {
-        let VmConfig { disk, net, console, events, .. } = config;
-        let backends = Backends::open(disk.as_ref(), net.as_ref())?;
+        let VmConfig { memory_bytes, disk, net, console, events, .. } = config;
+        let backends = Backends::open(disk.as_ref(), net.as_ref(), memory_bytes)?;
         Ok(Self { backends, disk, console, events })
     }
 }

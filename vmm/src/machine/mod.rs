@@ -38,7 +38,12 @@ use crate::{
     devices::{
         bus::BusError,
         serial::{Serial, SerialError},
-        virtio::{VirtioError, block::RingError, net::TapError},
+        virtio::{
+            VirtioError,
+            balloon::{BalloonHandle, FreeHints},
+            block::RingError,
+            net::TapError,
+        },
     },
     dirty::{DirtyError, Disk, KvmLog, Tracker},
     host::{Host, HostError},
@@ -512,9 +517,32 @@ impl<S> Vm<S> {
         Ok(self.core.tracker.harvest()?)
     }
 
-    /// Ends dirty tracking.
+    /// Ends dirty tracking, and a round of hinting with it: hints mean nothing without the log.
     pub fn stop_tracking(&mut self) -> Result<(), MachineError> {
+        self.end_free_hints();
         Ok(self.core.tracker.stop()?)
+    }
+
+    /// Asks the guest to name its free pages, if that is worthwhile; says whether it was asked. Dirty
+    /// tracking must be on. [`FreeHints`] says what the hints mean.
+    pub fn begin_free_hints(&self) -> bool {
+        let hints = self.free_hints();
+        hints.worthwhile() && hints.start()
+    }
+
+    /// Ends a round of hinting, if there is one: the guest may use the pages again that it named.
+    pub fn end_free_hints(&self) {
+        self.free_hints().stop();
+    }
+
+    /// Hints of free pages, to ask for them and take them while others drive the machine.
+    pub fn free_hints(&self) -> FreeHints {
+        self.core.devices.balloon().hints().clone()
+    }
+
+    /// What the guest has said of its free memory.
+    pub fn balloon(&self) -> &BalloonHandle {
+        self.core.devices.balloon()
     }
 
     /// Tells the network where the guest is now.

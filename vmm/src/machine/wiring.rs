@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use guest_images::overlay::Overlay;
+use guest_images::{CHUNK_SIZE, overlay::Overlay};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -17,6 +17,7 @@ use crate::{
         serial::Serial,
         virtio::{
             VirtioBackend, VirtioError, VirtioMmio,
+            balloon::{Balloon, BalloonHandle},
             block::{Block, DiskDirty},
             mmio::QUEUE_NOTIFY_OFFSET,
             net::{Announcer, Net, Tap},
@@ -36,10 +37,11 @@ use crate::{
 const DISK_SLOT: usize = 0;
 const NET_SLOT: usize = 1;
 const RNG_SLOT: usize = 2;
+const BALLOON_SLOT: usize = 3;
 
 /// The slots that a machine with these devices uses.
 pub(super) fn slots(disk: bool, net: bool) -> Vec<usize> {
-    [(disk, DISK_SLOT), (net, NET_SLOT), (true, RNG_SLOT)]
+    [(disk, DISK_SLOT), (net, NET_SLOT), (true, RNG_SLOT), (true, BALLOON_SLOT)]
         .into_iter()
         .filter(|(present, _)| *present)
         .map(|(_, slot)| slot)
@@ -47,11 +49,11 @@ pub(super) fn slots(disk: bool, net: bool) -> Vec<usize> {
 }
 
 /// Backends of a machine, before they are devices.
-#[derive(Default)]
 pub(super) struct Backends {
     slots: Vec<(usize, Box<dyn VirtioBackend>)>,
     pub(super) disk_dirty: Option<Arc<DiskDirty>>,
     announcer: Option<Announcer>,
+    balloon: BalloonHandle,
 }
 
 impl Backends {
@@ -59,8 +61,16 @@ impl Backends {
     pub(super) fn open(
         disk: Option<&Arc<Overlay>>,
         net: Option<&NetConfig>,
+        memory_bytes: u64,
     ) -> Result<Self, MachineError> {
-        let mut backends = Self::default();
+        let balloon = Balloon::new(memory_bytes / CHUNK_SIZE as u64)
+            .map_err(|source| MachineError::Resource { what: "an event descriptor", source })?;
+        let mut backends = Self {
+            slots: Vec::new(),
+            disk_dirty: None,
+            announcer: None,
+            balloon: balloon.handle(),
+        };
         if let Some(overlay) = disk {
             let block = Block::new(overlay.clone(), "howdah").map_err(MachineError::Disk)?;
             backends.disk_dirty = Some(block.dirty());
@@ -72,6 +82,7 @@ impl Backends {
             backends.slots.push((NET_SLOT, Box::new(device)));
         }
         backends.slots.push((RNG_SLOT, Box::new(Rng::new())));
+        backends.slots.push((BALLOON_SLOT, Box::new(balloon)));
         Ok(backends)
     }
 }
@@ -87,6 +98,7 @@ pub(super) struct Devices {
     serial: Arc<Serial>,
     slots: Vec<Slot>,
     announcer: Option<Announcer>,
+    balloon: BalloonHandle,
 }
 
 /// The buses under construction, with the VM that interrupts go to.
@@ -169,13 +181,13 @@ impl Devices {
         let power = power_sink(context);
         board.port_device(I8042_PORT, I8042_PORTS, Arc::new(I8042::new(power.clone())))?;
         board.port_device(ACPI_SLEEP_CONTROL_PORT, ACPI_PORTS, Arc::new(AcpiPower::new(power)))?;
-        let slots = backends
-            .slots
+        let Backends { slots, announcer, balloon, .. } = backends;
+        let slots = slots
             .into_iter()
             .map(|(number, backend)| board.virtio(number, backend, ram))
             .collect::<Result<Vec<_>, _>>()?;
         (context.ports, context.mmio) = (Arc::new(board.ports), Arc::new(board.mmio));
-        let devices = Self { serial, slots, announcer: backends.announcer };
+        let devices = Self { serial, slots, announcer, balloon };
         if let Some(saved) = saved {
             devices.restore(&saved.virtio)?;
         }
@@ -229,6 +241,10 @@ impl Devices {
     /// Tells the network where the guest is now.
     pub(super) fn announce(&self) -> io::Result<()> {
         self.announcer.as_ref().map_or(Ok(()), Announcer::announce)
+    }
+
+    pub(super) fn balloon(&self) -> &BalloonHandle {
+        &self.balloon
     }
 
     pub(super) fn serial(&self) -> &Arc<Serial> {

@@ -28,7 +28,7 @@ use crate::{
 
 /// Version of the saved state. Anything that changes what the bytes mean raises it: the fields
 /// here, the layout, the devices' own states.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 const FORMAT: Format =
     Format { what: "machine state", magic: b"HWDHVMST", version: VERSION, max_bytes: 8 << 20 };

@@ -6,6 +6,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions,
 
 use crate::memory::GuestRam;
 
+/// Bytes of a page: the unit in which the host takes memory back.
+const PAGE_BYTES: u64 = guest_images::CHUNK_SIZE as u64;
+
 /// One piece of guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
@@ -65,6 +68,17 @@ impl Buffers {
             }
         }
         out
+    }
+
+    /// The pages that lie wholly inside single pieces, as ranges of guest-physical addresses. Pieces
+    /// may overlap, and so may these.
+    pub fn whole_pages(&self) -> impl Iterator<Item = std::ops::Range<u64>> {
+        self.pieces.iter().filter_map(|piece| {
+            // The piece lies in RAM, far from the end of the address space.
+            let start = piece.address.0.checked_next_multiple_of(PAGE_BYTES)?;
+            let end = piece.address.0.checked_add(piece.len.into())? / PAGE_BYTES * PAGE_BYTES;
+            (start < end).then_some(start..end)
+        })
     }
 
     /// Copies as many bytes as both sides have from `offset` on; returns how many.
@@ -177,6 +191,14 @@ mod tests {
         assert!(all.slice(30, 1).is_empty());
         assert!(all.slice(u64::MAX, u64::MAX).is_empty());
         assert!(all.slice(3, 0).is_empty());
+    }
+
+    #[test]
+    fn whole_pages_lie_inside() {
+        let pages = buffers(&[(0x1000, 0x2000), (0xfff, 0x1001), (0x1001, 0x1fff), (0x1001, 5)]);
+        let pages: Vec<_> = pages.whole_pages().collect();
+        assert_eq!(pages, [0x1000..0x3000, 0x1000..0x2000, 0x2000..0x3000]);
+        assert_eq!(buffers(&[(0x1fff, 2), (0x1001, 0xfff)]).whole_pages().count(), 0);
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! Every write to guest RAM marks its pages, at the earliest when the bytes are there: that is what
 //! the dirty set of a handoff relies on.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod device;
