@@ -356,6 +356,16 @@ impl Base {
         self.index.find(hash).filter(|place| place.index < self.part_chunks(place.part))
     }
 
+    /// [`Base::lookup`] for many hashes at once, which is faster than one after the other:
+    /// `places[i]` becomes the answer for `hashes[i]`. What is beyond the shorter of the two is
+    /// left alone.
+    pub fn lookup_batch(&self, hashes: &[ChunkHash], places: &mut [Option<Place>]) {
+        self.index.find_batch(hashes, places);
+        for place in places.iter_mut().take(hashes.len()) {
+            *place = place.filter(|place| place.index < self.part_chunks(place.part));
+        }
+    }
+
     /// The chunk index.
     pub fn index(&self) -> &Index {
         &self.index

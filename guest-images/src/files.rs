@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{self, Read},
     ops::Deref,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::Path,
 };
 
@@ -13,6 +13,8 @@ use nix::{
     fcntl::{Flock, FlockArg},
     unistd::{Whence, lseek},
 };
+
+use crate::chunk::CHUNK_SIZE;
 
 /// A file with an advisory lock on it, which ends with the value.
 #[derive(Debug)]
@@ -99,4 +101,22 @@ pub(crate) fn data_extent(file: &File, at: u64, len: u64) -> Option<(u64, u64)> 
         _ => Ok::<_, Errno>(None),
     })();
     found.unwrap_or(Some((at, len)))
+}
+
+/// Writes the runs of chunks that are not zero; where the others are, `file` must have a hole.
+pub(crate) fn write_sparse(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+    let is_zero = |chunk: &[u8]| chunk.iter().all(|byte| *byte == 0);
+    let mut chunks = bytes.chunks(CHUNK_SIZE).enumerate().peekable();
+    while let Some((first, chunk)) = chunks.next() {
+        if is_zero(chunk) {
+            continue;
+        }
+        let mut end = first * CHUNK_SIZE + chunk.len();
+        while let Some((_, more)) = chunks.next_if(|(_, chunk)| !is_zero(chunk)) {
+            end += more.len();
+        }
+        let start = first * CHUNK_SIZE;
+        file.write_all_at(&bytes[start..end], at + start as u64)?;
+    }
+    Ok(())
 }

@@ -4,12 +4,14 @@
 //! and is told by [`Store::verify`](crate::store::Store::verify), it never makes a wrong disk.
 
 use std::{
+    cmp,
     fs::File,
     io::{self, BufWriter, Write},
     path::Path,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 
 use crate::{
     base::{Part, Place},
@@ -29,6 +31,10 @@ const BEFORE_ROOTS: usize = 24;
 const AFTER_ROOTS: usize = 32 + 8 + 32;
 /// A hash and a place.
 const ENTRY_BYTES: usize = 40;
+/// What is read from the file at once.
+const PAGE_BYTES: usize = 4096;
+/// Searches that go in lock step: enough to hide a read from memory or disk behind others.
+const IN_STEP: usize = 64;
 /// A place is a part in the top byte and a chunk number in the rest.
 const PART_SHIFT: u32 = 56;
 
@@ -172,6 +178,8 @@ pub struct Index {
     /// Where the entries begin.
     header_bytes: usize,
     entries: u64,
+    /// A bit for each page of the file: whether it was asked for.
+    asked_pages: Box<[AtomicU64]>,
 }
 
 impl Index {
@@ -185,9 +193,12 @@ impl Index {
         // truncates one all the same makes the reader fault: that is outside what we defend.)
         let map = unsafe { Mmap::map(&file)? };
         let header_bytes = roots.header_bytes();
-        let index = Self { entries: check_header(&map, roots)?, header_bytes, map };
+        let entries = check_header(&map, roots)?;
+        let words = map.len().div_ceil(PAGE_BYTES).div_ceil(64);
+        let asked_pages = (0..words).map(|_| AtomicU64::new(0)).collect();
+        let index = Self { map, header_bytes, entries, asked_pages };
         // Lookups jump about: reading ahead would only fill the page cache.
-        let _ = index.map.advise(memmap2::Advice::Random);
+        let _ = index.map.advise(Advice::Random);
         Ok(index)
     }
 
@@ -203,30 +214,68 @@ impl Index {
 
     /// The place recorded for `hash`. The caller checks that it is inside its part.
     pub(crate) fn find(&self, hash: &ChunkHash) -> Option<Place> {
-        /// After so many guesses the hashes are not evenly spread, or damaged: halve from there.
-        const GUESSES: u32 = 6;
-        let key = prefix(&hash.0);
-        let (mut low, mut low_key) = (0, 0);
-        let (mut high, mut high_key) = (self.entries, u64::MAX);
-        let mut step = 0;
-        // Invariant: low_key <= key <= high_key, by the comparisons below, in any order of entries.
-        while low < high {
-            let middle = if step < GUESSES {
-                let share = u128::from(key - low_key) * u128::from(high - low)
-                    / (u128::from(high_key - low_key) + 1);
-                low + share as u64
-            } else {
-                low + (high - low) / 2
-            };
-            step += 1;
-            let (found, packed_place) = self.entry(middle)?;
-            match found.cmp(&hash.0) {
-                std::cmp::Ordering::Equal => return unpack_place(packed_place),
-                std::cmp::Ordering::Less => (low, low_key) = (middle + 1, prefix(found)),
-                std::cmp::Ordering::Greater => (high, high_key) = (middle, prefix(found)),
+        let mut search = Search::new(hash, self.entries);
+        while let Some(at) = search.guess() {
+            let (found, packed_place) = self.entry(at)?;
+            if search.narrow(at, found, hash) {
+                return unpack_place(packed_place);
             }
         }
         None
+    }
+
+    /// [`Index::find`] for many hashes at once: `places[i]` becomes what is recorded for
+    /// `hashes[i]`; what is beyond the shorter of the two is left alone.
+    ///
+    /// The searches go in lock step, so that the cache lines and pages which one round of them
+    /// needs are on their way together instead of one after the other.
+    pub(crate) fn find_batch(&self, hashes: &[ChunkHash], places: &mut [Option<Place>]) {
+        for (hashes, places) in hashes.chunks(IN_STEP).zip(places.chunks_mut(IN_STEP)) {
+            self.find_in_step(hashes, places);
+        }
+    }
+
+    fn find_in_step(&self, hashes: &[ChunkHash], places: &mut [Option<Place>]) {
+        let mut searches: Vec<_> = hashes
+            .iter()
+            .zip(places)
+            .map(|(hash, place)| {
+                *place = None;
+                (hash, place, Search::new(hash, self.entries), 0)
+            })
+            .collect();
+        while !searches.is_empty() {
+            searches.retain_mut(|(.., search, at)| {
+                let Some(guess) = search.guess() else { return false };
+                *at = guess;
+                self.prefetch(guess);
+                true
+            });
+            searches.retain_mut(|(hash, place, search, at)| {
+                let Some((found, packed_place)) = self.entry(*at) else { return false };
+                let hit = search.narrow(*at, found, hash);
+                if hit {
+                    **place = unpack_place(packed_place);
+                }
+                !hit
+            });
+        }
+    }
+
+    /// Has an entry brought into the cache, and its page into memory if this index never asked for
+    /// that page before.
+    fn prefetch(&self, number: u64) {
+        let at = self.header_bytes + number as usize * ENTRY_BYTES;
+        let Some(entry) = self.map.get(at..at + ENTRY_BYTES) else { return };
+        let (page, bit) = (at / PAGE_BYTES, 1 << (at / PAGE_BYTES % 64));
+        let asked = self.asked_pages.get(page / 64);
+        if asked.is_some_and(|word| word.load(Ordering::Relaxed) & bit == 0) {
+            asked.map(|word| word.fetch_or(bit, Ordering::Relaxed));
+            // It starts to read and does not wait. If it fails, the search faults instead.
+            let _ = self.map.advise_range(Advice::WillNeed, at, ENTRY_BYTES);
+            return;
+        }
+        prefetch_line(entry);
     }
 
     /// Entry number `number`: its hash and packed place.
@@ -261,6 +310,68 @@ impl Index {
             self.entry(number).map(|(hash, place)| (*hash, place)) != wanted
         })
     }
+}
+
+/// One search: the entries that may still be the one, and the hashes around them.
+///
+/// Hashes are evenly spread, so their first bytes tell where they are: two or three guesses find an
+/// entry among millions.
+struct Search {
+    key: u64,
+    low: u64,
+    low_key: u64,
+    high: u64,
+    high_key: u64,
+    guesses: u32,
+}
+
+impl Search {
+    /// After so many guesses the hashes are not evenly spread, or damaged: halve from there.
+    const GUESSES: u32 = 6;
+
+    fn new(hash: &ChunkHash, entries: u64) -> Self {
+        let key = prefix(&hash.0);
+        Self { key, low: 0, low_key: 0, high: entries, high_key: u64::MAX, guesses: 0 }
+    }
+
+    /// The entry to look at next; nothing if the hash is not there.
+    fn guess(&mut self) -> Option<u64> {
+        if self.low >= self.high {
+            return None;
+        }
+        self.guesses += 1;
+        let left = self.high - self.low;
+        if self.guesses > Self::GUESSES {
+            return Some(self.low + left / 2);
+        }
+        // low_key <= key <= high_key by the comparisons, whatever the order of the entries.
+        let share = u128::from(self.key - self.low_key) * u128::from(left)
+            / (u128::from(self.high_key - self.low_key) + 1);
+        Some(self.low + share as u64)
+    }
+
+    /// Takes in that entry `at` has the hash `found`; whether it is the one.
+    fn narrow(&mut self, at: u64, found: &[u8; 32], wanted: &ChunkHash) -> bool {
+        match found.cmp(&wanted.0) {
+            cmp::Ordering::Equal => return true,
+            cmp::Ordering::Less => (self.low, self.low_key) = (at + 1, prefix(found)),
+            cmp::Ordering::Greater => (self.high, self.high_key) = (at, prefix(found)),
+        }
+        false
+    }
+}
+
+/// Asks the CPU for the cache line in which `bytes` begins.
+fn prefetch_line(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch is a hint: it reads nothing that the program sees and faults on no
+    // address; this one is of a live slice besides. SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 /// The first bytes of a hash as a number that sorts like the hash.

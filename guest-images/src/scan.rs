@@ -130,7 +130,7 @@ impl Scan<'_> {
             ScanError::Read(if short { cut_short() } else { error })
         })?;
         if let Some(copy) = self.copy {
-            write_sparse(copy, at, &piece[..inside]).map_err(ScanError::Write)?;
+            files::write_sparse(copy, at, &piece[..inside]).map_err(ScanError::Write)?;
         }
         Ok(piece)
     }
@@ -184,24 +184,6 @@ fn hash_pieces(work: &Receiver<Piece<Vec<u8>>>, done: &SyncSender<Piece<Hashes>>
             return;
         }
     }
-}
-
-/// Writes the runs of chunks that are not zero.
-fn write_sparse(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
-    let is_zero = |chunk: &[u8]| chunk.iter().all(|byte| *byte == 0);
-    let mut chunks = bytes.chunks(CHUNK_SIZE).enumerate().peekable();
-    while let Some((first, chunk)) = chunks.next() {
-        if is_zero(chunk) {
-            continue;
-        }
-        let mut end = first * CHUNK_SIZE + chunk.len();
-        while let Some((_, more)) = chunks.next_if(|(_, chunk)| !is_zero(chunk)) {
-            end += more.len();
-        }
-        let start = first * CHUNK_SIZE;
-        file.write_all_at(&bytes[start..end], at + start as u64)?;
-    }
-    Ok(())
 }
 
 fn cut_short() -> io::Error {

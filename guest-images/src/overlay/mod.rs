@@ -52,6 +52,7 @@
 //! reader that races with the writer may see a chunk half old, half new; dirty tracking makes the
 //! engine read it again. Across processes a lock on `disk.map` keeps a second writer out.
 
+mod export;
 mod flush;
 mod map;
 mod open;

@@ -418,6 +418,11 @@ fn lookups_on_a_damaged_index_stay_inside_the_base() {
                 assert!(place.index < base.part_chunks(place.part));
             }
         }
+        let hashes: Vec<_> = (0..=255).map(|seed| ChunkHash::of(&chunk_of(seed))).collect();
+        let mut places = vec![None; hashes.len()];
+        base.lookup_batch(&hashes, &mut places);
+        let singly: Vec<_> = hashes.iter().map(|hash| base.lookup(hash)).collect();
+        assert_eq!(places, singly);
         let problems = fixture.problems(&id);
         assert!(problems[0].contains("entry 0"), "{problems:?}");
     }
@@ -453,5 +458,11 @@ proptest! {
             prop_assert_eq!(base.lookup(&hash), first.get(&hash).copied());
         }
         prop_assert_eq!(base.lookup(&ChunkHash::of(ZERO_CHUNK)), None);
+        let hashes: Vec<_> = (0u8..=255).map(|seed| ChunkHash::of(&chunk_of(seed))).collect();
+        let mut places = vec![Some(Place { part: Part::Kernel, index: 9 }); 300];
+        base.lookup_batch(&hashes, &mut places);
+        let expected = hashes.iter().map(|hash| first.get(hash).copied());
+        prop_assert!(places.iter().copied().take(256).eq(expected));
+        prop_assert!(places[256..].iter().all(|place| place.is_some()), "more than was asked");
     }
 }
