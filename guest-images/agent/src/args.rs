@@ -15,7 +15,7 @@ use crate::records::MAX_RATE;
 pub(crate) const USAGE: &str = "\
 howdah-agent: a guest workload that shows whether the guest was moved without harm
 
-  howdah-agent run [--data DIR] [--tick-ms N] [--write-rate N] [--dirty PAGES_PER_S,MIB[,PERCENT]]
+  howdah-agent run [--data DIR] [--tick-ms N] [--write-rate N] [--dirty PAGES_PER_S,MIB[,RANDOM[,CHANGED]]]
       the service inside the guest: probes on UDP 7777, commands on TCP 7778
   howdah-agent client ADDR [--interval-ms N] [--duration-s N] [--out FILE]
       probes the agent at ADDR (port 7777 unless given) until stopped by SIGTERM or SIGINT;
@@ -51,11 +51,12 @@ pub(crate) struct RunOptions {
 impl Default for RunOptions {
     fn default() -> Self {
         let random_percent = Load::DEFAULT_RANDOM_PERCENT;
+        let changed_percent = Load::DEFAULT_CHANGED_PERCENT;
         Self {
             data: PathBuf::from("/data"),
             tick: Duration::from_millis(10),
             write_rate: 1,
-            load: Load { pages_per_s: 0, mib: 0, random_percent },
+            load: Load { pages_per_s: 0, mib: 0, random_percent, changed_percent },
         }
     }
 }
@@ -122,17 +123,24 @@ fn parse_load(option: &str, value: &str) -> Result<Load, ArgsError> {
     let bad = || ArgsError::BadValue {
         option: option.to_owned(),
         value: value.to_owned(),
-        expected: "expected PAGES_PER_S,MIB or PAGES_PER_S,MIB,RANDOM_PERCENT",
+        expected: "expected PAGES_PER_S,MIB[,RANDOM_PERCENT[,CHANGED_PERCENT]]",
     };
     let numbers: Result<Vec<u32>, _> = value.split(',').map(str::parse).collect();
-    let (pages_per_s, mib, percent) = match *numbers.map_err(|_| bad())?.as_slice() {
-        [pages_per_s, mib] => (pages_per_s, mib, u32::from(Load::DEFAULT_RANDOM_PERCENT)),
-        [pages_per_s, mib, percent] => (pages_per_s, mib, percent),
-        _ => return Err(bad()),
+    let numbers = numbers.map_err(|_| bad())?;
+    let percent = |number: Option<&u32>, default: u8| {
+        let percent = number.map_or(Some(default), |&n| u8::try_from(n).ok());
+        percent.filter(|percent| *percent <= 100).ok_or_else(bad)
     };
-    match u8::try_from(percent) {
-        Ok(random_percent) if percent <= 100 && pages_per_s <= MAX_DIRTY_PER_S => {
-            Ok(Load { pages_per_s, mib, random_percent })
+    match *numbers.as_slice() {
+        [pages_per_s, mib, ref percents @ ..]
+            if percents.len() <= 2 && pages_per_s <= MAX_DIRTY_PER_S =>
+        {
+            Ok(Load {
+                pages_per_s,
+                mib,
+                random_percent: percent(percents.first(), Load::DEFAULT_RANDOM_PERCENT)?,
+                changed_percent: percent(percents.get(1), Load::DEFAULT_CHANGED_PERCENT)?,
+            })
         }
         _ => Err(bad()),
     }
@@ -205,14 +213,14 @@ mod tests {
         assert_eq!(parse_words(""), Ok(Action::Help));
         assert_eq!(parse_words("run"), Ok(Action::Run(RunOptions::default())));
         assert_eq!(parse_words("verify x"), Ok(Action::Verify("x".into())));
-        let run = parse_words("run --data /d --tick-ms 1 --write-rate 50 --dirty 200,20,100");
+        let run = parse_words("run --data /d --tick-ms 1 --write-rate 50 --dirty 200,20,100,10");
         assert_eq!(
             run,
             Ok(Action::Run(RunOptions {
                 data: "/d".into(),
                 tick: Duration::from_millis(1),
                 write_rate: 50,
-                load: Load { pages_per_s: 200, mib: 20, random_percent: 100 },
+                load: Load { pages_per_s: 200, mib: 20, random_percent: 100, changed_percent: 10 },
             }))
         );
         let Ok(Action::Client(client)) = parse_words("client 10.99.0.2 --interval-ms 20") else {
@@ -231,6 +239,8 @@ mod tests {
             "run --write-rate 10001",
             "run --dirty 1",
             "run --dirty 1,2,101",
+            "run --dirty 1,2,3,256",
+            "run --dirty 1,2,3,4,5",
             "client",
             "client example.org",
             "client 1.2.3.4 5.6.7.8",

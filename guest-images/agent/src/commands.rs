@@ -11,9 +11,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use crate::ballast::MAX_FILE_MIB;
+use crate::gauge::{MAX_SPEED_MIB, MAX_SPEED_MS};
 use crate::ram::{Load, MAX_DIRTY_PER_S};
 use crate::records::{self, MAX_RATE};
 use crate::serve::Agent;
+use crate::workloads::{Name, NameError};
 
 /// The port that takes commands.
 pub(crate) const PORT: u16 = 7778;
@@ -23,16 +26,29 @@ const MAX_CONNECTIONS: usize = 8;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the agent can be told to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Command {
     /// `status`: the vital signs.
     Status,
     /// `write on RATE`, `write off`: records appended a second.
     Write(u32),
-    /// `dirty PAGES_PER_S MIB [RANDOM_PERCENT]`, `fill MIB`: RAM held, and how fast it changes.
+    /// `dirty PAGES_PER_S MIB [RANDOM_PERCENT [CHANGED_PERCENT]]`, `fill MIB [RANDOM_PERCENT]`: RAM
+    /// held, and how it changes.
     Load(Load),
     /// `free`: give the RAM back.
     Free,
+    /// `renew`: draw a new nonce.
+    Renew,
+    /// `file MIB`, `file off`: a file of random bytes, there or gone.
+    File(u32),
+    /// `trim`: tell the disk which blocks of the data's file system are free.
+    Trim,
+    /// `start NAME`: start a workload of the image.
+    Start(Name),
+    /// `progress NAME`: how far it is.
+    Progress(Name),
+    /// `speed MIB MS`: how fast RAM is read and written.
+    Speed { mib: u32, ms: u32 },
     /// `step-clock NS`: move the guest's CLOCK_REALTIME by so much.
     StepClock(i64),
     /// `sync`: flush every file system.
@@ -50,14 +66,17 @@ pub(crate) enum Command {
 pub(crate) enum CommandError {
     #[error(
         "unknown command '{0}': use status, write on RATE, write off, \
-         dirty PAGES_PER_S MIB [RANDOM_PERCENT], fill MIB, free, step-clock NS, sync, \
-         verify-records, verify-ram or poweroff"
+         dirty PAGES_PER_S MIB [RANDOM_PERCENT [CHANGED_PERCENT]], fill MIB [RANDOM_PERCENT], \
+         free, renew, file MIB, file off, trim, start NAME, progress NAME, speed MIB MS, \
+         step-clock NS, sync, verify-records, verify-ram or poweroff"
     )]
     Unknown(String),
     #[error("{what} must be a number from 0 to {max}, not '{got}'")]
     Number { what: &'static str, max: u32, got: String },
     #[error("the clock cannot be stepped by '{0}' nanoseconds")]
     Step(String),
+    #[error(transparent)]
+    Name(#[from] NameError),
 }
 
 impl FromStr for Command {
@@ -65,23 +84,37 @@ impl FromStr for Command {
 
     fn from_str(line: &str) -> Result<Self, CommandError> {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let load = |rate: &str, mib: &str, percent: Option<&str>| {
-            let default = Load::DEFAULT_RANDOM_PERCENT;
-            let percent = percent.map_or(Ok(u32::from(default)), |p| number("percent", p, 100))?;
+        let load = |rate: &str, mib: &str, percents: &[&str]| {
+            let percent = |at: usize, default: u8| match percents.get(at) {
+                Some(text) => number("percent", text, 100).map(|n| u8::try_from(n).unwrap_or(100)),
+                None => Ok(default),
+            };
             Ok(Self::Load(Load {
                 pages_per_s: number("pages a second", rate, MAX_DIRTY_PER_S)?,
                 mib: number("MiB", mib, u32::MAX)?,
-                random_percent: u8::try_from(percent).unwrap_or(default),
+                random_percent: percent(0, Load::DEFAULT_RANDOM_PERCENT)?,
+                changed_percent: percent(1, Load::DEFAULT_CHANGED_PERCENT)?,
             }))
         };
         match *words.as_slice() {
             ["status"] => Ok(Self::Status),
             ["write", "off"] => Ok(Self::Write(0)),
             ["write", "on", rate] => Ok(Self::Write(number("records a second", rate, MAX_RATE)?)),
-            ["dirty", rate, mib] => load(rate, mib, None),
-            ["dirty", rate, mib, percent] => load(rate, mib, Some(percent)),
-            ["fill", mib] => load("0", mib, None),
+            ["dirty", rate, mib, ref percents @ ..] if percents.len() <= 2 => {
+                load(rate, mib, percents)
+            }
+            ["fill", mib, ref percents @ ..] if percents.len() <= 1 => load("0", mib, percents),
             ["free"] => Ok(Self::Free),
+            ["renew"] => Ok(Self::Renew),
+            ["file", "off"] => Ok(Self::File(0)),
+            ["file", mib] => Ok(Self::File(number("MiB", mib, MAX_FILE_MIB)?)),
+            ["trim"] => Ok(Self::Trim),
+            ["start", name] => Ok(Self::Start(name.parse()?)),
+            ["progress", name] => Ok(Self::Progress(name.parse()?)),
+            ["speed", mib, ms] => Ok(Self::Speed {
+                mib: number("MiB", mib, MAX_SPEED_MIB)?,
+                ms: number("milliseconds", ms, MAX_SPEED_MS)?,
+            }),
             ["step-clock", ns] => {
                 ns.parse().map(Self::StepClock).map_err(|_| CommandError::Step(ns.to_owned()))
             }
@@ -108,6 +141,23 @@ impl Command {
             Self::Write(rate) => agent.throttle.set(rate),
             Self::Load(load) => agent.ram.set(load, vitals)?,
             Self::Free => agent.ram.free(vitals),
+            Self::Renew => vitals.renew_nonce()?,
+            Self::File(mib) => agent.ballast.set(mib)?,
+            Self::Trim => {
+                return Ok(json!({ "ok": true, "bytes": agent.ballast.trim()? }));
+            }
+            Self::Start(name) => agent.workloads.start(&name)?,
+            Self::Progress(name) => {
+                return Ok(json!({ "ok": true, "count": agent.workloads.progress(&name)? }));
+            }
+            Self::Speed { mib, ms } => {
+                let speed = agent.gauge.measure(mib, Duration::from_millis(ms.into()))?;
+                return Ok(json!({
+                    "ok": true,
+                    "write_mib_per_s": speed.write_mib_per_s,
+                    "read_mib_per_s": speed.read_mib_per_s,
+                }));
+            }
             Self::StepClock(by_ns) => vitals.clock.step(by_ns)?,
             Self::Sync => nix::unistd::sync(),
             Self::VerifyRecords => {
@@ -183,24 +233,33 @@ mod tests {
 
     #[test]
     fn commands_parse() {
-        let load = |pages_per_s, mib, random_percent| {
-            Ok(Command::Load(Load { pages_per_s, mib, random_percent }))
+        let load = |pages_per_s, mib, random_percent, changed_percent| {
+            Ok(Command::Load(Load { pages_per_s, mib, random_percent, changed_percent }))
         };
         assert_eq!("status\r\n".parse(), Ok(Command::Status));
         assert_eq!("write on 50".parse(), Ok(Command::Write(50)));
         assert_eq!("write off".parse(), Ok(Command::Write(0)));
         assert_eq!("step-clock -5".parse(), Ok(Command::StepClock(-5)));
-        assert_eq!("dirty 200 20".parse::<Command>(), load(200, 20, 25));
-        assert_eq!("dirty 200 20 100".parse::<Command>(), load(200, 20, 100));
-        assert_eq!(" fill  64 ".parse::<Command>(), load(0, 64, 25));
+        assert_eq!("dirty 200 20".parse::<Command>(), load(200, 20, 25, 100));
+        assert_eq!("dirty 200 20 80".parse::<Command>(), load(200, 20, 80, 100));
+        assert_eq!("dirty 200 20 80 10".parse::<Command>(), load(200, 20, 80, 10));
+        assert_eq!(" fill  64 ".parse::<Command>(), load(0, 64, 25, 100));
+        assert_eq!("fill 300 100".parse::<Command>(), load(0, 300, 100, 100));
+        assert_eq!("file off".parse(), Ok(Command::File(0)));
+        assert_eq!("file 300".parse(), Ok(Command::File(300)));
+        assert_eq!("speed 64 500".parse(), Ok(Command::Speed { mib: 64, ms: 500 }));
+        let started = "start detector".parse::<Command>();
+        assert!(matches!(started, Ok(Command::Start(_))), "{started:?}");
     }
 
     #[test]
     fn anything_else_is_told_what_is_wrong() {
-        for line in ["", "status now", "write on", "dirty 1", "dirty 1 2 3 4", "reboot"] {
+        for line in ["", "status now", "write on", "dirty 1", "dirty 1 2 3 4 5", "trim /", "reboot"]
+        {
             assert!(matches!(line.parse::<Command>(), Err(CommandError::Unknown(_))), "{line}");
         }
         assert_eq!("step-clock x".parse::<Command>(), Err(CommandError::Step("x".into())));
+        assert!(matches!("start ../sh".parse::<Command>(), Err(CommandError::Name(_))));
         for line in ["write on -1", "write on 10001", "dirty x 1", "dirty 1 1 101"] {
             assert!(matches!(line.parse::<Command>(), Err(CommandError::Number { .. })), "{line}");
         }

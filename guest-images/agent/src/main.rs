@@ -19,9 +19,11 @@
 //! the agent reported durable. Nothing here knows how the guest is moved.
 
 mod args;
+mod ballast;
 mod client;
 mod clock;
 mod commands;
+mod gauge;
 mod probe;
 mod ram;
 mod records;
@@ -29,6 +31,7 @@ mod serve;
 mod setclock;
 mod summary;
 mod vitals;
+mod workloads;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

@@ -3,6 +3,11 @@
 //! A page holds its index, a version, a checksum and words drawn from both. The version that a
 //! page should have is kept apart from it, so that a page which went stale (an older version,
 //! intact) is found just as one that was damaged.
+//!
+//! A rewrite gives a page its next version. It writes the header (24 bytes) and either the whole
+//! page or, as a program does that updates one record among many, a stretch of it at a place drawn
+//! from page and version. Of what is written the first part is random and the rest one byte
+//! repeated.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,13 +40,17 @@ pub(crate) struct Load {
     pub(crate) pages_per_s: u32,
     /// Size of the buffer.
     pub(crate) mib: u32,
-    /// How much of a page is random; the rest compresses well.
+    /// How much of what is written is random; the rest compresses well.
     pub(crate) random_percent: u8,
+    /// How much of a page a rewrite writes.
+    pub(crate) changed_percent: u8,
 }
 
 impl Load {
     /// Compresses about as well as the RAM of a busy guest.
     pub(crate) const DEFAULT_RANDOM_PERCENT: u8 = 25;
+    /// A rewrite is one of the whole page.
+    pub(crate) const DEFAULT_CHANGED_PERCENT: u8 = 100;
 }
 
 /// Why a buffer cannot be had.
@@ -61,7 +70,8 @@ struct Buffer {
     pages: Vec<Page>,
     /// The version that each page should have.
     versions: Vec<u32>,
-    random_words: usize,
+    random_percent: u8,
+    changed_words: usize,
     /// The next page of the round of verification.
     cursor: usize,
     rng: u64,
@@ -78,13 +88,15 @@ impl Buffer {
         if pages.try_reserve_exact(count).is_err() {
             return Err(too_large);
         }
-        let random_words = (WORDS - HEADER_WORDS) * usize::from(load.random_percent.min(100)) / 100;
+        let random_percent = load.random_percent;
         for index in 0..count {
             pages.push(Page([0; WORDS]));
-            write(&mut pages[index], index, 1, random_words);
+            write(&mut pages[index], index, 1, random_percent, WORDS);
         }
         let versions = vec![1; count];
-        Ok(Self { pages, versions, random_words, cursor: 0, rng: 0x9e37_79b9_7f4a_7c15 })
+        let changed_words = part_of(WORDS, load.changed_percent).max(1);
+        let rng = 0x9e37_79b9_7f4a_7c15;
+        Ok(Self { pages, versions, random_percent, changed_words, cursor: 0, rng })
     }
 
     fn is_sound(&self, index: usize) -> bool {
@@ -102,7 +114,7 @@ impl Buffer {
         let sound = self.is_sound(index);
         let version = self.versions[index].wrapping_add(1);
         self.versions[index] = version;
-        write(&mut self.pages[index], index, version, self.random_words);
+        write(&mut self.pages[index], index, version, self.random_percent, self.changed_words);
         sound
     }
 
@@ -113,11 +125,20 @@ impl Buffer {
     }
 }
 
-fn write(page: &mut Page, index: usize, version: u32, random_words: usize) {
+fn part_of(words: usize, percent: u8) -> usize {
+    words * usize::from(percent.min(100)) / 100
+}
+
+/// Gives a page a version, writing so many words of it beside the header.
+fn write(page: &mut Page, index: usize, version: u32, random_percent: u8, changed_words: usize) {
     let seed = mix(index as u64 ^ (u64::from(version) << 40));
     page.0[0] = index as u64;
     page.0[1] = u64::from(version);
-    let (random, plain) = page.0[HEADER_WORDS..].split_at_mut(random_words);
+    let payload = &mut page.0[HEADER_WORDS..];
+    let changed_words = changed_words.min(payload.len());
+    let at = (mix(!seed) % (payload.len() - changed_words + 1) as u64) as usize;
+    let record = &mut payload[at..at + changed_words];
+    let (random, plain) = record.split_at_mut(part_of(changed_words, random_percent));
     let mut state = seed;
     for word in random {
         state = mix(state);
@@ -134,7 +155,7 @@ fn checksum(page: &Page) -> u64 {
 }
 
 /// One step of a generator with a full period (splitmix64).
-fn mix(state: u64) -> u64 {
+pub(crate) fn mix(state: u64) -> u64 {
     let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -162,19 +183,25 @@ impl Ram {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds and dirties RAM as told. A buffer of the same size stays and only its rate changes.
+    /// Holds and dirties RAM as told. A buffer of the same size and mix stays, and only what is
+    /// done to it changes.
     pub(crate) fn set(&self, load: Load, vitals: &Vitals) -> Result<(), LoadError> {
         if load.mib == 0 && load.pages_per_s > 0 {
             return Err(LoadError::NoBuffer);
         }
         let mut state = self.lock();
         let pages = u64::from(load.mib) * PAGES_PER_MIB;
-        if state.buffer.as_ref().map_or(0, |b| b.pages.len() as u64) != pages {
+        let same =
+            |b: &Buffer| b.pages.len() as u64 == pages && b.random_percent == load.random_percent;
+        if !state.buffer.as_ref().map_or(pages == 0, same) {
             state.buffer = None;
             vitals.ram_pages.store(0, Ordering::Release);
             let buffer = Buffer::new(load, available_mib())?;
             vitals.ram_pages.store(pages, Ordering::Release);
             state.buffer = (pages > 0).then_some(buffer);
+        }
+        if let Some(buffer) = &mut state.buffer {
+            buffer.changed_words = part_of(WORDS, load.changed_percent).max(1);
         }
         state.pages_per_s = load.pages_per_s;
         self.changed.notify_all();
@@ -262,7 +289,11 @@ mod tests {
     use super::*;
 
     fn buffer(random_percent: u8) -> Buffer {
-        Buffer::new(Load { pages_per_s: 0, mib: 1, random_percent }, 16).unwrap()
+        Buffer::new(load(1, random_percent, 100), 16).unwrap()
+    }
+
+    fn load(mib: u32, random_percent: u8, changed_percent: u8) -> Load {
+        Load { pages_per_s: 0, mib, random_percent, changed_percent }
     }
 
     #[test]
@@ -298,9 +329,25 @@ mod tests {
 
     #[test]
     fn more_than_the_guest_has_is_refused() {
-        let load = Load { pages_per_s: 0, mib: 17, random_percent: 0 };
         let error = LoadError::TooLarge { wanted_mib: 17, available_mib: 16 };
-        assert_eq!(Buffer::new(load, 16).err(), Some(error));
+        assert_eq!(Buffer::new(load(17, 0, 100), 16).err(), Some(error));
+    }
+
+    #[test]
+    fn a_rewrite_changes_no_more_of_a_page_than_it_should() {
+        for (percent, most) in [(0, 1 + HEADER_WORDS), (10, 51 + HEADER_WORDS), (100, WORDS)] {
+            let mut buffer = Buffer::new(load(1, 50, percent), 16).unwrap();
+            let before: Vec<[u64; WORDS]> = buffer.pages.iter().map(|page| page.0).collect();
+            for index in 0..before.len() {
+                let words = buffer.changed_words;
+                buffer.versions[index] = 2;
+                write(&mut buffer.pages[index], index, 2, 50, words);
+                assert!(buffer.is_sound(index));
+                let changed = before[index].iter().zip(&buffer.pages[index].0);
+                let changed = changed.filter(|(old, new)| old != new).count();
+                assert!(changed > 1 && changed <= most, "{percent} %: {changed} of {most} words");
+            }
+        }
     }
 
     #[test]

@@ -218,7 +218,7 @@ impl Writer {
             seq: self.next_seq,
             counter: vitals.counter.load(Ordering::Acquire),
             realtime_ns: clock::realtime_ns(),
-            nonce: vitals.identity.nonce,
+            nonce: vitals.nonce(),
         };
         let at = (self.next_seq - 1) * RECORD_BYTES as u64;
         // Seek, so that a write that failed half way is written over by the next attempt.

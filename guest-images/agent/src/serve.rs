@@ -11,9 +11,12 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::args::RunOptions;
+use crate::ballast::Ballast;
+use crate::gauge::Gauge;
 use crate::ram::{LoadError, Ram};
 use crate::records::{Throttle, Writer};
 use crate::vitals::{Identity, Vitals};
+use crate::workloads::Workloads;
 use crate::{commands, probe};
 
 /// Everything the threads share.
@@ -22,6 +25,9 @@ pub(crate) struct Agent {
     pub(crate) throttle: Throttle,
     pub(crate) ram: Ram,
     pub(crate) records_path: PathBuf,
+    pub(crate) ballast: Ballast,
+    pub(crate) workloads: Workloads,
+    pub(crate) gauge: Gauge,
 }
 
 /// Why the agent cannot start.
@@ -59,6 +65,9 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), ServeError> {
         throttle: Throttle::new(options.write_rate),
         ram: Ram::new(),
         records_path,
+        ballast: Ballast::new(&options.data),
+        workloads: Workloads::default(),
+        gauge: Gauge::default(),
     });
     agent.ram.set(options.load, &agent.vitals)?;
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,16 +22,21 @@ impl Identity {
     /// Reads the boot id and draws a nonce.
     pub(crate) fn establish() -> io::Result<Self> {
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
-        let mut nonce = [0; 16];
-        fs::File::open("/dev/urandom")?.read_exact(&mut nonce)?;
-        Ok(Self { boot_id, nonce })
+        Ok(Self { boot_id, nonce: draw_nonce()? })
     }
+}
+
+fn draw_nonce() -> io::Result<[u8; 16]> {
+    let mut nonce = [0; 16];
+    fs::File::open("/dev/urandom")?.read_exact(&mut nonce)?;
+    Ok(nonce)
 }
 
 /// Counters that the agent's threads publish and the probe answers carry.
 #[derive(Debug)]
 pub(crate) struct Vitals {
-    pub(crate) identity: Identity,
+    boot_id: String,
+    nonce: Mutex<[u8; 16]>,
     /// Grows at every tick, in RAM only.
     pub(crate) counter: AtomicU64,
     pub(crate) clock: Watch,
@@ -66,7 +72,8 @@ pub(crate) struct Snapshot {
 impl Vitals {
     pub(crate) fn new(identity: Identity) -> Self {
         Self {
-            identity,
+            boot_id: identity.boot_id,
+            nonce: Mutex::new(identity.nonce),
             counter: AtomicU64::new(0),
             clock: Watch::default(),
             durable_seq: AtomicU64::new(0),
@@ -79,12 +86,25 @@ impl Vitals {
         }
     }
 
+    /// The nonce that is held now.
+    pub(crate) fn nonce(&self) -> [u8; 16] {
+        *self.nonce.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Draws another nonce. Guests that resume from one snapshot hold the same one: a new one tells
+    /// them apart from each other, and from the snapshot.
+    pub(crate) fn renew_nonce(&self) -> io::Result<()> {
+        let nonce = draw_nonce()?;
+        *self.nonce.lock().unwrap_or_else(PoisonError::into_inner) = nonce;
+        Ok(())
+    }
+
     pub(crate) fn snapshot(&self) -> Snapshot {
         let now = Reading::now();
         let get = |value: &AtomicU64| value.load(Ordering::Acquire);
         Snapshot {
-            boot_id: self.identity.boot_id.clone(),
-            nonce: hex::encode(self.identity.nonce),
+            boot_id: self.boot_id.clone(),
+            nonce: hex::encode(self.nonce()),
             counter: get(&self.counter),
             durable_seq: get(&self.durable_seq),
             realtime_ns: now.realtime_ns,
