@@ -338,12 +338,12 @@ mod tests {
         for (percent, most) in [(0, 1 + HEADER_WORDS), (10, 51 + HEADER_WORDS), (100, WORDS)] {
             let mut buffer = Buffer::new(load(1, 50, percent), 16).unwrap();
             let before: Vec<[u64; WORDS]> = buffer.pages.iter().map(|page| page.0).collect();
-            for index in 0..before.len() {
+            for (index, before) in before.iter().enumerate() {
                 let words = buffer.changed_words;
                 buffer.versions[index] = 2;
                 write(&mut buffer.pages[index], index, 2, 50, words);
                 assert!(buffer.is_sound(index));
-                let changed = before[index].iter().zip(&buffer.pages[index].0);
+                let changed = before.iter().zip(&buffer.pages[index].0);
                 let changed = changed.filter(|(old, new)| old != new).count();
                 assert!(changed > 1 && changed <= most, "{percent} %: {changed} of {most} words");
             }
