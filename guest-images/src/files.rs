@@ -83,7 +83,7 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
 
 /// The first stretch of `file` from `at` on, and before `len`, that is not a hole. A file system
 /// that cannot tell counts as one without holes.
-pub(crate) fn data_extent(file: &File, at: u64, len: u64) -> Option<(u64, u64)> {
+pub fn data_extent(file: &File, at: u64, len: u64) -> Option<(u64, u64)> {
     if at >= len {
         return None;
     }

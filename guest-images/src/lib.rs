@@ -29,6 +29,7 @@ mod scan;
 
 pub use base::{Base, BaseError, BaseId, Part, Place};
 pub use chunk::{CHUNK_SIZE, Chunk, ChunkHash};
+pub use files::data_extent;
 pub use format::FormatError;
 pub use manifest::{MachineInfo, Manifest, MemoryInfo, PartInfo, PartRoot};
 pub use overlay::{ChunkState, Overlay, OverlayError};

@@ -24,8 +24,9 @@ pub trait SourceVm {
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError>;
 
     /// Chunks changed since the last harvest: KVM's dirty log, the VMM's own writes to guest
-    /// memory, and disk writes. Clears what it returns. After [`SourceVm::pause`] devices have
-    /// drained, so that one more harvest is complete.
+    /// memory, and disk writes. Clears what it returns. A chunk that was returned before and has not
+    /// been read since need not be returned again: read every chunk that you are given. After
+    /// [`SourceVm::pause`] devices have drained, so that one more harvest is complete.
     fn harvest(&mut self) -> Result<ChunkSet, VmError>;
 
     /// Ends dirty tracking after an abort. Dirty bits not harvested are dropped: the next

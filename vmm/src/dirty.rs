@@ -1,15 +1,21 @@
 //! What has changed: KVM's dirty log, the VMM's own writes to guest RAM, and writes to the disk.
 //!
 //! Nothing is tracked until a handoff begins. What had changed until then is found by asking the
-//! kernel which pages of RAM exist at all, and the overlay which chunks it holds. The log is turned
-//! on *before* that question: a page that appears in between is reported twice, never missed.
+//! kernel which pages of RAM are no longer what they began as ([`crate::pagemap`]), and the overlay
+//! which chunks it holds. The log is turned on *before* that question: a page that changes in between
+//! is reported twice, never missed.
+//!
+//! Where KVM leaves it to us when a page is watched again (manual protect), that is not when the page
+//! is found dirty but right before it is copied. What the guest writes between the two is in the
+//! copy, so it costs neither a fault nor a second transfer.
+
+mod kvm;
 
 use std::sync::Arc;
 
 use ::handoff::{ChunkId, ChunkSet, Geometry, Space};
 use guest_images::{CHUNK_SIZE, overlay::Overlay};
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
+pub(crate) use kvm::KvmLog;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{
@@ -40,8 +46,14 @@ pub enum DirtyError {
 pub(crate) trait DirtyLog {
     /// Turns the log on or off for all regions.
     fn set_enabled(&self, enabled: bool) -> Result<(), DirtyError>;
-    /// Takes a region's bits, and clears them.
-    fn take(&self, region: usize) -> Result<Vec<u64>, DirtyError>;
+    /// Whether bits stay set until [`DirtyLog::clear`]; then any may be set when the log is turned
+    /// on. Otherwise [`DirtyLog::read`] clears what it returns.
+    fn is_manual(&self) -> bool;
+    /// A region's bits.
+    fn read(&self, region: usize) -> Result<Vec<u64>, DirtyError>;
+    /// Clears bits of a region, beginning with its word `first_word`, and watches these pages: the
+    /// next write to one sets its bit again.
+    fn clear(&self, region: usize, first_word: u64, bits: &[u64]) -> Result<(), DirtyError>;
 }
 
 /// Who knows which chunks of the disk have changed.
@@ -52,58 +64,6 @@ pub(crate) trait DiskLog {
     fn add_changed(&self, set: &mut ChunkSet);
     /// Takes the bits of chunks written since the last call, and clears them.
     fn take(&self) -> Vec<u64>;
-}
-
-/// KVM's log: one memory slot for each region.
-#[derive(Debug)]
-pub(crate) struct KvmLog {
-    vm: Arc<VmFd>,
-    slots: Vec<kvm_userspace_memory_region>,
-}
-
-impl KvmLog {
-    /// Gives RAM to KVM, without a log.
-    pub(crate) fn new(vm: Arc<VmFd>, ram: &GuestRam) -> Result<Self, DirtyError> {
-        let slots = ram
-            .iter()
-            .zip(0..)
-            .map(|(region, slot)| {
-                Ok(kvm_userspace_memory_region {
-                    slot,
-                    flags: 0,
-                    guest_phys_addr: region.start_addr().0,
-                    memory_size: region.len(),
-                    userspace_addr: memory::host_address(region)?,
-                })
-            })
-            .collect::<Result<_, MemoryError>>()?;
-        let log = Self { vm, slots };
-        log.set_enabled(false)?;
-        Ok(log)
-    }
-}
-
-impl DirtyLog for KvmLog {
-    fn set_enabled(&self, enabled: bool) -> Result<(), DirtyError> {
-        for region in &self.slots {
-            let flags = if enabled { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-            let region = kvm_userspace_memory_region { flags, ..*region };
-            // SAFETY: the region is the whole of a mapping of guest RAM, which the machine keeps as
-            // long as it keeps the VM (`Tracker` holds both).
-            unsafe { self.vm.set_user_memory_region(region) }.map_err(|source| {
-                let what = if enabled { "turning on the dirty log" } else { "setting up" };
-                DirtyError::Kvm { what, slot: region.slot, source }
-            })?;
-        }
-        Ok(())
-    }
-
-    fn take(&self, region: usize) -> Result<Vec<u64>, DirtyError> {
-        let Some(slot) = self.slots.get(region) else { return Ok(Vec::new()) };
-        self.vm.get_dirty_log(slot.slot, slot.memory_size as usize).map_err(|source| {
-            DirtyError::Kvm { what: "reading the dirty log", slot: slot.slot, source }
-        })
-    }
 }
 
 /// The disk: its overlay, and what the block device writes.
@@ -144,6 +104,9 @@ pub(crate) struct Tracker<L, D> {
     disk: Option<D>,
     /// Taken from the sources, not yet handed out: a harvest that failed half way loses nothing.
     pending: ChunkSet,
+    /// Chunks of RAM that were handed out and not read since, by words, where the log is manual.
+    /// The log goes on showing them and does not watch them; that begins when they are read.
+    unread: Vec<u64>,
 }
 
 impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
@@ -152,22 +115,36 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
             ram_chunks: memory::chunk_count(&ram),
             disk_chunks: disk.as_ref().map_or(0, DiskLog::chunks),
         };
-        Self { log, ram, disk, pending: ChunkSet::new(geometry) }
+        let unread = vec![0; geometry.ram_chunks.div_ceil(64) as usize];
+        Self { log, ram, disk, pending: ChunkSet::new(geometry), unread }
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
         self.pending.geometry()
     }
 
-    /// Turns tracking on and returns everything that may differ from zero RAM and the base disk.
+    /// Turns tracking on and returns everything that may differ from the base.
     pub(crate) fn start(&mut self) -> Result<ChunkSet, DirtyError> {
+        self.forget();
         self.log.set_enabled(true)?;
         let mut first = 0;
-        for region in self.ram.iter() {
-            let chunks = region.len() / CHUNK_SIZE as u64;
-            let existing = pagemap::existing(memory::host_address(region)?, chunks);
-            add_words(&mut self.pending, Space::Ram, first, &existing);
-            first += chunks;
+        for (at, region) in self.ram.iter().enumerate() {
+            // What the VMM has written until now shows in the page tables. What it has dropped is
+            // base again, and there is nothing to say of it.
+            region.get_mmap().bitmap().reset();
+            let mut changed = pagemap::changed(region)?;
+            if self.log.is_manual() {
+                // What has not changed is watched from now on; the rest from when it is read. A page
+                // that changed before it was watched shows in the second look.
+                let unchanged: Vec<u64> = changed.iter().map(|bits| !bits).collect();
+                self.log.clear(at, 0, &unchanged)?;
+                changed = pagemap::changed(region)?;
+            }
+            add_words(&mut self.pending, Space::Ram, first, &changed);
+            first += region.len() / CHUNK_SIZE as u64;
+        }
+        if self.log.is_manual() {
+            self.defer();
         }
         if let Some(disk) = &self.disk {
             disk.add_changed(&mut self.pending);
@@ -175,28 +152,81 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
         self.harvest()
     }
 
-    /// Takes everything that changed since the last call.
+    /// Takes everything that changed since the last call, but for what has not even been read since
+    /// it was last taken: reading it brings the newest content anyway.
     pub(crate) fn harvest(&mut self) -> Result<ChunkSet, DirtyError> {
         let mut first = 0;
         for (at, region) in self.ram.iter().enumerate() {
-            add_words(&mut self.pending, Space::Ram, first, &self.log.take(at)?);
+            let log = self.log.read(at)?;
             // Word by word and atomic: a mark made meanwhile is either in this harvest or in the
             // next one.
             let own = region.get_mmap().bitmap().get_and_reset();
+            let unread = self.unread.get((first / 64) as usize..).unwrap_or_default();
+            let fresh = |words: &[u64]| -> Vec<u64> {
+                words.iter().zip(unread).map(|(bits, unread)| bits & !unread).collect()
+            };
+            let (log, own) = (fresh(&log), fresh(&own));
+            add_words(&mut self.pending, Space::Ram, first, &log);
             add_words(&mut self.pending, Space::Ram, first, &own);
             first += region.len() / CHUNK_SIZE as u64;
         }
         if let Some(disk) = &self.disk {
             add_words(&mut self.pending, Space::Disk, 0, &disk.take());
         }
+        if self.log.is_manual() {
+            self.defer();
+        }
         let empty = ChunkSet::new(self.geometry());
         Ok(std::mem::replace(&mut self.pending, empty))
     }
 
+    /// What is about to be handed out need not be watched before it is read.
+    fn defer(&mut self) {
+        for (word, unread) in (0..).zip(&mut self.unread) {
+            *unread |= self.pending.word(Space::Ram, word);
+        }
+    }
+
+    /// To be called before a chunk of RAM that was handed out is copied: whatever is written to it
+    /// from now on makes a later harvest return it again.
+    ///
+    /// Its unread neighbours come along, because they are about to be read and one call costs as
+    /// much as another. The copy must be made after the call: what was written before it is seen by
+    /// nobody but the copy.
+    pub(crate) fn before_read(&mut self, index: u64) -> Result<(), DirtyError> {
+        let Some(unread) = self.unread.get_mut((index / 64) as usize) else { return Ok(()) };
+        if *unread >> (index % 64) & 1 == 0 {
+            return Ok(());
+        }
+        let mut first = 0;
+        for (at, region) in self.ram.iter().enumerate() {
+            let next = first + region.len() / CHUNK_SIZE as u64;
+            if index < next {
+                self.log.clear(at, (index - first) / 64, &[*unread])?;
+                break;
+            }
+            first = next;
+        }
+        *unread = 0;
+        Ok(())
+    }
+
     /// Turns tracking off and forgets what has not been harvested.
     pub(crate) fn stop(&mut self) -> Result<(), DirtyError> {
-        self.pending = ChunkSet::new(self.geometry());
+        self.forget();
         self.log.set_enabled(false)
+    }
+
+    fn forget(&mut self) {
+        self.pending = ChunkSet::new(self.geometry());
+        self.unread.fill(0);
+    }
+}
+
+#[cfg(test)]
+impl<D> Tracker<KvmLog, D> {
+    pub(crate) fn use_plain_log(&mut self) -> Result<(), DirtyError> {
+        self.log.use_plain()
     }
 }
 

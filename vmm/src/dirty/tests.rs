@@ -2,7 +2,8 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
     rc::Rc,
 };
 
@@ -17,34 +18,66 @@ const DISK_CHUNKS: u64 = 100;
 /// KVM, as far as this module sees it.
 #[derive(Default)]
 struct FakeLog {
+    manual: bool,
     enabled: Cell<bool>,
     bits: RefCell<Vec<u64>>,
     fail: Cell<bool>,
 }
 
 impl FakeLog {
+    fn new(manual: bool) -> Rc<Self> {
+        Rc::new(Self { manual, ..Self::default() })
+    }
+
     fn write(&self, chunk: u64) {
         if self.enabled.get() {
-            let mut bits = self.bits.borrow_mut();
-            bits.resize(RAM_CHUNKS.div_ceil(64) as usize, 0);
-            bits[(chunk / 64) as usize] |= 1 << (chunk % 64);
+            self.bits.borrow_mut()[(chunk / 64) as usize] |= 1 << (chunk % 64);
         }
+    }
+
+    fn may_fail(&self) -> Result<(), DirtyError> {
+        if self.fail.take() {
+            let source = kvm_ioctls::Error::new(libc::ENOMEM);
+            return Err(DirtyError::Kvm { what: "reading", slot: 0, source });
+        }
+        Ok(())
     }
 }
 
 impl DirtyLog for Rc<FakeLog> {
     fn set_enabled(&self, enabled: bool) -> Result<(), DirtyError> {
+        // As KVM does: nothing happens to a log that is on already.
+        if enabled && !self.enabled.get() {
+            // Initially set: nothing is watched yet.
+            let word = if self.manual { u64::MAX } else { 0 };
+            *self.bits.borrow_mut() = vec![word; RAM_CHUNKS.div_ceil(64) as usize];
+        }
         self.enabled.set(enabled);
-        self.bits.borrow_mut().clear();
         Ok(())
     }
 
-    fn take(&self, _: usize) -> Result<Vec<u64>, DirtyError> {
-        if self.fail.take() {
-            let source = kvm_ioctls::Error::new(libc::ENOMEM);
-            return Err(DirtyError::Kvm { what: "reading", slot: 0, source });
+    fn is_manual(&self) -> bool {
+        self.manual
+    }
+
+    fn read(&self, _: usize) -> Result<Vec<u64>, DirtyError> {
+        self.may_fail()?;
+        let mut bits = self.bits.borrow_mut();
+        let taken = bits.clone();
+        if !self.manual {
+            bits.fill(0);
         }
-        Ok(std::mem::take(&mut self.bits.borrow_mut()))
+        Ok(taken)
+    }
+
+    fn clear(&self, _: usize, first_word: u64, cleared: &[u64]) -> Result<(), DirtyError> {
+        assert!(self.manual && self.enabled.get());
+        self.may_fail()?;
+        let mut bits = self.bits.borrow_mut();
+        for (bits, cleared) in bits[first_word as usize..].iter_mut().zip(cleared) {
+            *bits &= !cleared;
+        }
+        Ok(())
     }
 }
 
@@ -76,41 +109,42 @@ enum Step {
     Vcpu(u64),
     /// A device writes a page.
     Device(u64),
+    /// The VMM drops a page that the guest has no use for.
+    Drop(u64),
     /// The guest writes to its disk.
     Disk(u64),
     Start,
     Harvest,
     FailedHarvest,
+    /// The engine reads chunks that it has been given: so many from the n-th on.
+    Read(prop::sample::Index, usize),
+    /// The same, and a vCPU writes to each right before it is copied.
+    RacingRead(prop::sample::Index, usize),
+    FailedRead(prop::sample::Index),
     Stop,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     // Few distinct chunks, so that they meet; the ends of words and regions among them.
     let ram = prop_oneof![0..130u64, RAM_CHUNKS - 66..RAM_CHUNKS];
+    let index = any::<prop::sample::Index>;
     prop_oneof![
-        4 => ram.clone().prop_map(Step::Vcpu),
-        4 => ram.prop_map(Step::Device),
+        6 => ram.clone().prop_map(Step::Vcpu),
+        4 => ram.clone().prop_map(Step::Device),
+        2 => ram.prop_map(Step::Drop),
         4 => (0..DISK_CHUNKS).prop_map(Step::Disk),
         1 => Just(Step::Start),
         3 => Just(Step::Harvest),
         1 => Just(Step::FailedHarvest),
+        4 => (index(), 1..40usize).prop_map(|(at, count)| Step::Read(at, count)),
+        2 => (index(), 1..4usize).prop_map(|(at, count)| Step::RacingRead(at, count)),
+        1 => index().prop_map(Step::FailedRead),
         1 => Just(Step::Stop),
     ]
 }
 
-/// Every chunk ever changed, and those changed since the set was last handed out.
-#[derive(Default)]
-struct Oracle {
-    ever: BTreeSet<ChunkId>,
-    since: BTreeSet<ChunkId>,
-}
-
-impl Oracle {
-    fn write(&mut self, space: Space, index: u64) {
-        self.ever.insert(ChunkId { space, index });
-        self.since.insert(ChunkId { space, index });
-    }
-}
+/// What a chunk holds: 0 is what it began as, every write makes another.
+type Version = u64;
 
 struct World {
     ram: GuestRam,
@@ -118,79 +152,211 @@ struct World {
     disk: Rc<FakeDisk>,
     tracker: Tracker<Rc<FakeLog>, Rc<FakeDisk>>,
     tracking: bool,
-    oracle: Oracle,
+    /// Of every chunk that was ever written.
+    now: BTreeMap<ChunkId, Version>,
+    writes: Version,
+    /// Written since they were last handed out.
+    since: BTreeSet<ChunkId>,
+    /// What the engine has: copies, and what it has been given and not read.
+    copied: BTreeMap<ChunkId, Version>,
+    todo: BTreeSet<ChunkId>,
 }
 
 impl World {
-    fn new() -> Self {
-        let ram = memory::allocate(MIN_MEMORY_BYTES).unwrap();
-        let (log, disk) = (Rc::new(FakeLog::default()), Rc::new(FakeDisk::default()));
+    fn new(manual: bool, base: Option<&File>) -> Self {
+        let ram = memory::map(base, MIN_MEMORY_BYTES).unwrap();
+        let (log, disk) = (FakeLog::new(manual), Rc::new(FakeDisk::default()));
         *disk.dirty.borrow_mut() = vec![0; 2];
         let tracker = Tracker::new(log.clone(), ram.clone(), Some(disk.clone()));
-        Self { ram, log, disk, tracker, tracking: false, oracle: Oracle::default() }
+        Self {
+            ram,
+            log,
+            disk,
+            tracker,
+            tracking: false,
+            now: BTreeMap::new(),
+            writes: 0,
+            since: BTreeSet::new(),
+            copied: BTreeMap::new(),
+            todo: BTreeSet::new(),
+        }
+    }
+
+    fn written(&mut self, space: Space, index: u64) {
+        self.writes += 1;
+        self.now.insert(ChunkId { space, index }, self.writes);
+        self.since.insert(ChunkId { space, index });
     }
 
     /// Writes as a vCPU does: the bitmap of `vm-memory` does not see it.
-    fn vcpu_write(&self, chunk: u64) {
+    fn vcpu_write(&mut self, chunk: u64) {
         let address = memory::chunk_address(&self.ram, chunk).unwrap();
         let slice = self.ram.get_slice(address, CHUNK_SIZE).unwrap();
         // SAFETY: inside the slice, and nothing else accesses this RAM.
         unsafe { slice.ptr_guard_mut().as_ptr().write_volatile(1) };
         self.log.write(chunk);
+        self.written(Space::Ram, chunk);
+    }
+
+    fn start(&mut self) {
+        let set: BTreeSet<_> = self.tracker.start().unwrap().iter().collect();
+        // Only the host's large pages may add to what was written.
+        let huge = |id: &ChunkId| (id.space, id.index / 512);
+        let known: BTreeSet<_> = self.now.keys().map(huge).collect();
+        assert!(set.iter().all(|id| known.contains(&huge(id))), "start gives what never changed");
+        self.copied.clear();
+        (self.todo, self.tracking) = (set, true);
+        self.since.clear();
+        self.check("start");
+    }
+
+    fn harvest(&mut self) {
+        let set: BTreeSet<_> = self.tracker.harvest().unwrap().iter().collect();
+        assert!(set.is_subset(&self.since), "given twice for one write");
+        if self.log.manual {
+            let ram = |id: &&ChunkId| id.space == Space::Ram;
+            assert_eq!(set.intersection(&self.todo).filter(ram).count(), 0, "given, and not read");
+        }
+        self.since = self.since.difference(&set).copied().collect();
+        self.todo.extend(set);
+        self.check("harvest");
+    }
+
+    /// Nothing is lost: what the engine has not been told to read, it has.
+    fn check(&self, after: &str) {
+        for (id, version) in &self.now {
+            let copied = self.copied.get(id).copied().unwrap_or(0);
+            assert!(copied == *version || self.todo.contains(id), "{after} lost a write to {id:?}");
+        }
+    }
+
+    fn read(&mut self, pick: impl Fn(usize) -> usize, count: usize, racing: bool) {
+        for _ in 0..count.min(self.todo.len()) {
+            let Some(&id) = self.todo.iter().nth(pick(self.todo.len())) else { return };
+            if id.space == Space::Ram {
+                self.tracker.before_read(id.index).unwrap();
+                if racing {
+                    self.vcpu_write(id.index);
+                }
+            }
+            self.todo.remove(&id);
+            self.copied.insert(id, self.now.get(&id).copied().unwrap_or(0));
+        }
     }
 
     fn apply(&mut self, step: &Step) {
         match *step {
-            Step::Vcpu(chunk) => {
-                self.vcpu_write(chunk);
-                self.oracle.write(Space::Ram, chunk);
-            }
+            Step::Vcpu(chunk) => self.vcpu_write(chunk),
             Step::Device(chunk) => {
                 memory::write_chunk(&self.ram, chunk, &[7; CHUNK_SIZE]).unwrap();
-                self.oracle.write(Space::Ram, chunk);
+                self.written(Space::Ram, chunk);
+            }
+            Step::Drop(chunk) => {
+                memory::drop_chunk(&self.ram, chunk).unwrap();
+                self.written(Space::Ram, chunk);
+                self.now.insert(ChunkId { space: Space::Ram, index: chunk }, 0);
             }
             Step::Disk(chunk) => {
                 self.disk.changed.borrow_mut().insert(chunk);
                 self.disk.dirty.borrow_mut()[(chunk / 64) as usize] |= 1 << (chunk % 64);
-                self.oracle.write(Space::Disk, chunk);
+                self.written(Space::Disk, chunk);
             }
-            Step::Start => {
-                let set: BTreeSet<_> = self.tracker.start().unwrap().iter().collect();
-                assert!(set.is_superset(&self.oracle.ever), "start misses a change");
-                // Only the host's large pages may add to it.
-                let unexplained = set.difference(&self.oracle.ever).filter(|id| {
-                    let huge = |id: &ChunkId| (id.space, id.index / 512);
-                    !self.oracle.ever.iter().any(|known| huge(known) == huge(id))
-                });
-                assert_eq!(unexplained.count(), 0);
-                self.oracle.since.clear();
-                self.tracking = true;
+            Step::Start => self.start(),
+            Step::Stop => {
+                self.tracker.stop().unwrap();
+                self.todo.clear();
+                self.tracking = false;
             }
-            Step::Harvest if self.tracking => {
-                let set: BTreeSet<_> = self.tracker.harvest().unwrap().iter().collect();
-                assert_eq!(set, std::mem::take(&mut self.oracle.since));
-            }
-            Step::FailedHarvest if self.tracking => {
+            _ if !self.tracking => {}
+            Step::Harvest => self.harvest(),
+            Step::FailedHarvest => {
                 self.log.fail.set(true);
                 self.tracker.harvest().unwrap_err();
             }
-            Step::Stop => {
-                self.tracker.stop().unwrap();
-                self.tracking = false;
+            Step::Read(ref at, count) => self.read(|len| at.index(len), count, false),
+            Step::RacingRead(ref at, count) => self.read(|len| at.index(len), count, true),
+            Step::FailedRead(ref at) => {
+                let todo: Vec<_> = self.todo.iter().filter(|id| id.space == Space::Ram).collect();
+                if !todo.is_empty() {
+                    self.log.fail.set(true);
+                    let _ = self.tracker.before_read(at.get(&todo).index);
+                    self.log.fail.set(false);
+                }
             }
-            Step::Harvest | Step::FailedHarvest => {}
         }
     }
+}
+
+fn base() -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(MIN_MEMORY_BYTES).unwrap();
+    file
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn the_set_is_exactly_what_was_written(steps in prop::collection::vec(step(), 1..60)) {
-        let mut world = World::new();
+    fn no_write_is_lost(
+        manual: bool,
+        with_base: bool,
+        steps in prop::collection::vec(step(), 1..80),
+    ) {
+        let base = with_base.then(base);
+        let mut world = World::new(manual, base.as_ref());
         for step in &steps {
             world.apply(step);
         }
+        // And at last nothing is left.
+        if world.tracking {
+            world.harvest();
+            world.read(|_| 0, usize::MAX, false);
+            world.harvest();
+            prop_assert!(world.todo.is_empty());
+        }
+    }
+}
+
+/// A write between harvest and copy is in the copy: it costs nothing more.
+#[test]
+fn what_is_written_before_it_is_read_is_given_once() {
+    let mut world = World::new(true, Some(&base()));
+    world.vcpu_write(5);
+    world.start();
+    world.vcpu_write(5);
+    world.read(|_| 0, 1, false);
+    assert!(world.tracker.harvest().unwrap().is_empty());
+    world.vcpu_write(5);
+    assert_eq!(world.tracker.harvest().unwrap().len(), 1);
+    world.vcpu_write(5);
+    world.vcpu_write(6);
+    let next: Vec<_> = world.tracker.harvest().unwrap().iter().map(|id| id.index).collect();
+    assert_eq!(next, [6]);
+}
+
+/// A bit that is set after the log was read and before it was cleared survives, because only what was
+/// read is cleared.
+#[test]
+fn a_bit_set_between_reading_and_clearing_survives() {
+    let mut world = World::new(true, Some(&base()));
+    world.start();
+    world.vcpu_write(5);
+    world.harvest();
+    world.vcpu_write(7);
+    world.read(|_| 0, 1, false);
+    let next: Vec<_> = world.tracker.harvest().unwrap().iter().map(|id| id.index).collect();
+    assert_eq!(next, [7]);
+}
+
+/// What the VMM wrote before tracking began is told by the page tables: its marks add nothing.
+#[test]
+fn old_marks_of_dropped_pages_are_forgotten() {
+    for manual in [false, true] {
+        let mut world = World::new(manual, Some(&base()));
+        memory::write_chunk(&world.ram, 9, &[1; CHUNK_SIZE]).unwrap();
+        memory::write_chunk(&world.ram, 10, &[1; CHUNK_SIZE]).unwrap();
+        memory::drop_chunk(&world.ram, 10).unwrap();
+        let set: Vec<_> = world.tracker.start().unwrap().iter().map(|id| id.index).collect();
+        assert_eq!(set, [9]);
     }
 }
 
@@ -198,35 +364,37 @@ proptest! {
 #[test]
 fn concurrent_marks_are_not_lost() {
     const WRITES: u64 = 20_000;
-    let ram = memory::allocate(MIN_MEMORY_BYTES).unwrap();
-    let log = Rc::new(FakeLog::default());
-    let mut tracker = Tracker::new(log, ram.clone(), None::<Rc<FakeDisk>>);
-    tracker.start().unwrap();
-    let writer = {
-        let ram = ram.clone();
-        std::thread::spawn(move || {
-            for n in 0..WRITES {
-                let chunk = n * 7919 % RAM_CHUNKS;
-                let mut content = [0; CHUNK_SIZE];
-                content[..8].copy_from_slice(&n.to_le_bytes());
-                memory::write_chunk(&ram, chunk, &content).unwrap();
+    for manual in [false, true] {
+        let ram = memory::allocate(MIN_MEMORY_BYTES).unwrap();
+        let mut tracker = Tracker::new(FakeLog::new(manual), ram.clone(), None::<Rc<FakeDisk>>);
+        tracker.start().unwrap();
+        let writer = {
+            let ram = ram.clone();
+            std::thread::spawn(move || {
+                for n in 0..WRITES {
+                    let chunk = n * 7919 % RAM_CHUNKS;
+                    let mut content = [0; CHUNK_SIZE];
+                    content[..8].copy_from_slice(&n.to_le_bytes());
+                    memory::write_chunk(&ram, chunk, &content).unwrap();
+                }
+            })
+        };
+        let mut copy = vec![[0; CHUNK_SIZE]; RAM_CHUNKS as usize];
+        loop {
+            let last = writer.is_finished();
+            for id in tracker.harvest().unwrap().iter() {
+                tracker.before_read(id.index).unwrap();
+                memory::read_chunk(&ram, id.index, &mut copy[id.index as usize]).unwrap();
             }
-        })
-    };
-    let mut copy = vec![[0; CHUNK_SIZE]; RAM_CHUNKS as usize];
-    loop {
-        let last = writer.is_finished();
-        for id in tracker.harvest().unwrap().iter() {
-            memory::read_chunk(&ram, id.index, &mut copy[id.index as usize]).unwrap();
+            if last {
+                break;
+            }
         }
-        if last {
-            break;
+        writer.join().unwrap();
+        let mut now = [0; CHUNK_SIZE];
+        for (index, copied) in copy.iter().enumerate() {
+            memory::read_chunk(&ram, index as u64, &mut now).unwrap();
+            assert_eq!(&now, copied, "chunk {index}");
         }
-    }
-    writer.join().unwrap();
-    let mut now = [0; CHUNK_SIZE];
-    for (index, copied) in copy.iter().enumerate() {
-        memory::read_chunk(&ram, index as u64, &mut now).unwrap();
-        assert_eq!(&now, copied, "chunk {index}");
     }
 }

@@ -12,6 +12,7 @@
 //! gives the machine back in the state it was in.
 
 mod build;
+mod contents;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -31,7 +32,6 @@ use guest_images::{
     overlay::{Overlay, OverlayError},
 };
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{
     boot::BootError,
@@ -48,7 +48,6 @@ use crate::{
     dirty::{DirtyError, Disk, KvmLog, Tracker},
     host::{Host, HostError},
     memory::{self, GuestRam, MemoryError},
-    pagemap,
     profile::{Incompatible, MachineProfile, ProfileError},
     state::{StateError, VmState},
     vcpu::{Gate, RunContext, Vcpu, VcpuThread, VmEvent},
@@ -366,26 +365,17 @@ impl Vm<Running> {
     }
 }
 
-/// The hash of a paused guest. Does not touch pages that do not exist: touched, they would count
-/// as written in the next handoff. Chunks of zeros are told by their absence, so that an audit
-/// takes as long as the guest is full.
+/// The hash of a paused guest. Does not touch what certainly is zero: touched, pages without a base
+/// would count as written in the next handoff. Chunks of zeros are told by their absence, so that an
+/// audit takes as long as the guest is full.
 pub(crate) fn full_hash(ram: &GuestRam, disk: Option<&Overlay>) -> Result<[u8; 32], MachineError> {
     let mut audit = Audit(blake3::Hasher::new());
     let mut chunk = [0; CHUNK_SIZE];
-    let mut first = 0;
-    for region in ram.iter() {
-        let chunks = region.len() / CHUNK_SIZE as u64;
-        let existing = pagemap::existing(memory::host_address(region)?, chunks);
-        for at in 0..chunks {
-            let word = existing.get((at / 64) as usize).copied().unwrap_or(u64::MAX);
-            if word >> (at % 64) & 1 == 1 {
-                memory::read_chunk(ram, first + at, &mut chunk)?;
-                audit.chunk(first + at, &chunk);
-            }
-        }
-        first += chunks;
-    }
-    audit.end_of_space(first);
+    contents::for_each(ram, &mut chunk, |index, chunk| {
+        audit.chunk(index, chunk);
+        Ok(())
+    })?;
+    audit.end_of_space(memory::chunk_count(ram));
     if let Some(disk) = disk {
         for index in 0..disk.chunks() {
             disk.read_chunk(index, &mut chunk)?;
@@ -497,22 +487,27 @@ impl<S> Vm<S> {
         Arc::clone(self.core.devices.serial())
     }
 
-    /// Copies one chunk's present content.
-    pub fn read_chunk(&self, id: ChunkId, into: &mut Chunk) -> Result<(), MachineError> {
+    /// Copies one chunk's present content. If it is changed after that, a later harvest tells.
+    pub fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), MachineError> {
         match (id.space, &self.core.disk) {
-            (Space::Ram, _) => memory::read_chunk(&self.core.ram, id.index, into)?,
+            (Space::Ram, _) => {
+                self.core.tracker.before_read(id.index)?;
+                memory::read_chunk(&self.core.ram, id.index, into)?;
+            }
             (Space::Disk, Some(disk)) => disk.read_chunk(id.index, into)?,
             (Space::Disk, None) => return Err(MachineError::NoDisk(id.index)),
         }
         Ok(())
     }
 
-    /// Starts dirty tracking and returns everything that may differ from zero RAM and base disk.
+    /// Starts dirty tracking and returns everything that may differ from the base: its memory (or
+    /// zero) and its disk.
     pub fn start_tracking(&mut self) -> Result<ChunkSet, MachineError> {
         Ok(self.core.tracker.start()?)
     }
 
-    /// Takes everything that changed since the last call.
+    /// Takes everything that changed since it was last read with [`Vm::read_chunk`]. What was taken
+    /// before and not read since is not taken again.
     pub fn harvest(&mut self) -> Result<ChunkSet, MachineError> {
         Ok(self.core.tracker.harvest()?)
     }

@@ -2,10 +2,10 @@
 
 use std::{fs::File, os::unix::fs::FileExt};
 
-use guest_images::{CHUNK_SIZE, chunk::is_zero};
+use guest_images::CHUNK_SIZE;
 use serde::{Deserialize, Serialize};
 
-use super::MachineError;
+use super::{MachineError, contents};
 use crate::{
     codec::Format,
     memory::{self, GuestRam},
@@ -50,13 +50,9 @@ pub(super) fn write_memory(ram: &GuestRam, file: &File) -> Result<u64, MachineEr
     file.set_len(memory::size_bytes(ram)).map_err(MachineError::WriteMemory)?;
     let mut chunk = [0; CHUNK_SIZE];
     let mut written = 0;
-    for index in 0..memory::chunk_count(ram) {
-        memory::read_chunk(ram, index, &mut chunk)?;
-        if !is_zero(&chunk) {
-            file.write_all_at(&chunk, index * CHUNK_SIZE as u64)
-                .map_err(MachineError::WriteMemory)?;
-            written += 1;
-        }
-    }
+    contents::for_each(ram, &mut chunk, |index, chunk| {
+        written += 1;
+        file.write_all_at(chunk, index * CHUNK_SIZE as u64).map_err(MachineError::WriteMemory)
+    })?;
     Ok(written)
 }

@@ -177,6 +177,10 @@ fn a_guest_goes_on_from_its_base() {
             assert!(before > 1000);
             let vm = vm.resume().unwrap();
             wait_for("the guest counts", || count(&vm) > before + 1000);
+            // An audit does not ask where a chunk came from.
+            let vm = vm.pause().unwrap();
+            let hash = full_hash(&copy_of(vm.ram()), None).unwrap();
+            assert_eq!(vm.full_hash().unwrap(), hash);
         }
         let refused = Vm::from_base(bench.config(), &machine).unwrap_err();
         assert!(matches!(refused, MachineError::NoBaseMemory), "{refused}");
@@ -211,7 +215,9 @@ fn kvms_log_and_the_vmms_writes_make_the_dirty_set() {
     let initial = vm.start_tracking().unwrap();
     assert!(initial.contains(counter));
     assert!(initial.contains(ChunkId { space: Space::Ram, index: CODE / CHUNK_SIZE as u64 }));
+    let mut chunk = [0; CHUNK_SIZE];
     for _ in 0..3 {
+        vm.read_chunk(counter, &mut chunk).unwrap();
         let before = count(&vm);
         wait_for("the guest counts", || count(&vm) > before + 1000);
         assert!(vm.harvest().unwrap().contains(counter), "KVM's log");
@@ -222,6 +228,73 @@ fn kvms_log_and_the_vmms_writes_make_the_dirty_set() {
     vm.harvest().unwrap();
     assert!(vm.harvest().unwrap().is_empty(), "nothing changes while paused");
     vm.stop_tracking().unwrap();
+}
+
+/// Adds one to a quadword in one of 256 pages, in an order that looks random, for ever.
+fn scribbling() -> tempfile::NamedTempFile {
+    kernel(&[
+        0xb9, 1, 0, 0, 0, // mov ecx, 1
+        0x69, 0xc9, 0x0d, 0x66, 0x19, 0, // again: imul ecx, ecx, 0x19660d
+        0x81, 0xc1, 0x5f, 0xf3, 0x6e, 0x3c, // add ecx, 0x3c6ef35f
+        0x89, 0xc8, // mov eax, ecx
+        0xc1, 0xe8, 0x18, // shr eax, 24
+        0xc1, 0xe0, 0x0c, // shl eax, 12
+        0x48, 0xff, 0x80, 0, 0, 0x20, 1, // inc qword [rax + 0x1200000]
+        0xeb, 0xe3, // jmp again
+    ])
+}
+
+/// How often [`scribbling`] has written.
+fn scribbles<S>(vm: &Vm<S>) -> u64 {
+    let page = |n: u64| vm.ram().read_obj::<u64>(GuestAddress(0x120_0000 + n * 4096)).unwrap();
+    (0..256).map(page).sum()
+}
+
+/// What an engine copies, round by round, from a guest that keeps writing is in the end the guest.
+#[test]
+fn copies_made_while_the_guest_writes_end_equal() {
+    for (manual, with_base) in [(true, false), (false, false), (true, true), (false, true)] {
+        let Some(bench) = Bench::new(scribbling(), 1) else { return };
+        let mut vm = Vm::boot(bench.config()).unwrap();
+        let mut base = vec![[0; CHUNK_SIZE]; memory::chunk_count(vm.ram()) as usize];
+        if with_base {
+            let (memory, machine) = (tempfile::tempfile().unwrap(), vm.machine().unwrap());
+            vm.write_memory(&memory).unwrap();
+            for (index, chunk) in base.iter_mut().enumerate() {
+                memory::read_chunk(vm.ram(), index as u64, chunk).unwrap();
+            }
+            let config = VmConfig { base_memory: Some(Arc::new(memory)), ..bench.config() };
+            vm = Vm::from_base(config, &machine).unwrap();
+        }
+        if !manual {
+            vm.core.tracker.use_plain_log().unwrap();
+        }
+        let mut vm = vm.resume().unwrap();
+        wait_for("the guest writes", || scribbles(&vm) > 100);
+        let mut copy = base;
+        let mut set = vm.start_tracking().unwrap();
+        for _ in 0..8 {
+            for id in set.iter() {
+                vm.read_chunk(id, &mut copy[id.index as usize]).unwrap();
+            }
+            let before = scribbles(&vm);
+            wait_for("the guest writes", || scribbles(&vm) > before + 100);
+            set = vm.harvest().unwrap();
+            assert!(!set.is_empty(), "the guest writes, and nothing is seen of it");
+            assert!(set.len() < 300, "{} chunks: more than the guest writes", set.len());
+        }
+        let mut vm = vm.pause().unwrap();
+        set.union(&vm.harvest().unwrap());
+        for id in set.iter() {
+            vm.read_chunk(id, &mut copy[id.index as usize]).unwrap();
+        }
+        assert!(vm.harvest().unwrap().is_empty());
+        let mut now = [0; CHUNK_SIZE];
+        for (index, copied) in copy.iter().enumerate() {
+            memory::read_chunk(vm.ram(), index as u64, &mut now).unwrap();
+            assert!(now == *copied, "chunk {index} (manual {manual}, base {with_base})");
+        }
+    }
 }
 
 #[test]
