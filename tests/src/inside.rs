@@ -5,12 +5,14 @@ mod copy;
 mod guest;
 pub(crate) mod init;
 mod kernel_log;
+mod measure;
 mod namespace;
 mod narrator;
 mod net;
 mod product;
 mod report;
 mod runner;
+mod state;
 mod stores;
 mod strangers;
 

@@ -5,6 +5,8 @@
 //! checks of what must stay true. The same program is the machine's first process and, inside, the
 //! runner of scenarios. `docs/lab.md` tells how to use it.
 
+mod compare;
+mod encode;
 mod exec;
 mod inside;
 mod machine;
@@ -33,6 +35,8 @@ enum Verb {
     Exec(exec::ExecArgs),
     /// Run scenarios in a lab host: guests handed off, faults, checks.
     Run(run::RunArgs),
+    /// Tell what an offline encoder makes of a state: the yardstick for bytes on the link.
+    Encode(encode::EncodeArgs),
     /// The part of `lab run` that is inside the lab host.
     #[command(hide = true)]
     Inside(inside::InsideArgs),
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Verb::Exec(args) => exec::exec(&args),
         Verb::Run(args) => run::run(&args),
+        Verb::Encode(args) => encode::run(&args),
         Verb::Inside(args) => inside::main(&args),
     };
     match result {

@@ -1,8 +1,14 @@
 //! What a scenario yields: the figures of its handoffs and the outcome of every check.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use crate::scenario::{Expect, Side};
+use crate::{
+    compare::Comparison,
+    encode::Encoded,
+    scenario::{Expect, Side},
+};
 
 /// The outcome of one scenario.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +33,10 @@ pub(crate) struct Outcome {
     pub(crate) checks: Vec<Check>,
     /// Every handoff.
     pub(crate) legs: Vec<Leg>,
+    /// Figures that were measured beside the handoffs, each several times.
+    pub(crate) figures: BTreeMap<String, Vec<f64>>,
+    /// What figures were held against: bounds, and other figures of the run.
+    pub(crate) compared: Vec<Comparison>,
     /// Why the scenario could not be carried through.
     pub(crate) error: Option<String>,
     /// What tells that not the product failed but the lab host under it.
@@ -71,6 +81,8 @@ pub(crate) struct Leg {
     pub(crate) client_gap_ms: Option<f64>,
     /// BLAKE3 of all RAM and disk at cutover, by the source and by the target.
     pub(crate) hashes: (Option<String>, Option<String>),
+    /// What an offline encoder makes of the state that arrived.
+    pub(crate) encoded: Option<Encoded>,
     /// When it was asked for and when it was over, by CLOCK_MONOTONIC.
     #[serde(skip)]
     pub(crate) window_ns: (i64, i64),
@@ -82,6 +94,11 @@ impl Outcome {
     /// Notes a check.
     pub(crate) fn check(&mut self, name: &str, passed: bool, detail: impl Into<String>) {
         self.checks.push(Check { name: name.into(), passed, detail: detail.into() });
+    }
+
+    /// Notes a measured figure.
+    pub(crate) fn figure(&mut self, name: impl Into<String>, value: f64) {
+        self.figures.entry(name.into()).or_default().push(value);
     }
 
     /// Takes the figures of the first handoff that moved the guest, and decides.

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::{
+    compare,
     exec::Request,
     inside::{IMAGES, OUTCOMES},
     machine::{host::Accelerator, image::Extra, qemu::HostLost, root::Root},
@@ -82,6 +83,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<i32> {
         outcomes.extend(run_boot(args, &root, boot)?);
     }
     repeat_after_host_faults(args, &root, &loaded, &mut outcomes)?;
+    hold_against_limits(&loaded, &mut outcomes);
     let json = serde_json::to_vec_pretty(&outcomes)?;
     fs::write(&report, json).with_context(|| format!("cannot write {}", report.display()))?;
     let failed = outcomes.iter().filter(|outcome| !outcome.passed).count();
@@ -111,6 +113,23 @@ fn repeat_after_host_faults(
         }
     }
     Ok(())
+}
+
+/// Compares figures, which may be of different scenarios, and says how they stand.
+fn hold_against_limits(loaded: &[Loaded], outcomes: &mut [Outcome]) {
+    let scenarios: Vec<&Scenario> = loaded.iter().map(|one| &one.scenario).collect();
+    compare::compare(&scenarios, outcomes);
+    for outcome in outcomes {
+        for comparison in &outcome.compared {
+            let word = match (comparison.is_bound(), comparison.holds) {
+                (false, _) => "stated",
+                (true, true) => "holds ",
+                (true, false) => "FAILED",
+            };
+            let Outcome { name, .. } = outcome;
+            crate::say(&format!("{word} {name}: {} {}", comparison.figure, comparison.detail()));
+        }
+    }
 }
 
 fn load(files: &[PathBuf]) -> Result<Vec<Loaded>> {

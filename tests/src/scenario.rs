@@ -3,10 +3,14 @@
 //! Every field is documented in `docs/lab.md`. A field that is not known is an error that names
 //! it, so that a typing mistake cannot quietly switch a check off.
 
+mod limits;
+
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+
+pub(crate) use self::limits::{Figure, FigureLimit, LegLimits, Limits, Ratio};
 
 /// Longest name: it becomes a directory name and a column of a table.
 const MAX_NAME_BYTES: usize = 48;
@@ -35,7 +39,7 @@ pub(crate) struct Scenario {
     pub(crate) steps: Vec<Step>,
     /// Where the guest must run at the end.
     pub(crate) ends_on: Place,
-    /// Figures that must not be exceeded.
+    /// Figures that must be kept to.
     #[serde(default)]
     pub(crate) limits: Limits,
 }
@@ -120,11 +124,19 @@ pub(crate) struct VmPlan {
     pub(crate) vcpus: u8,
     /// Appended to its kernel command line.
     pub(crate) append: String,
+    /// Whether its base holds memory, so that it goes on from where the base's guest was ready.
+    pub(crate) base_memory: bool,
 }
 
 impl Default for VmPlan {
     fn default() -> Self {
-        Self { image: "minimal".into(), memory_mib: 512, vcpus: 1, append: String::new() }
+        Self {
+            image: "minimal".into(),
+            memory_mib: 512,
+            vcpus: 1,
+            append: String::new(),
+            base_memory: false,
+        }
     }
 }
 
@@ -207,6 +219,28 @@ pub(crate) enum Step {
         /// The command line, as the agent documents it.
         command: String,
     },
+    /// Ask the guest's agent again and again, until a number of its answer is large enough.
+    Await {
+        /// The command line.
+        command: String,
+        /// The number's name in the answer.
+        field: String,
+        /// How large it must be.
+        at_least: f64,
+        /// How long that may take.
+        within_s: f64,
+    },
+    /// Ask the guest's agent several times and keep numbers of its answers.
+    Measure {
+        /// What the figures are called: `NAME.FIELD`.
+        name: String,
+        /// The command line.
+        command: String,
+        /// The numbers' names in the answers.
+        fields: Vec<String>,
+        /// How often.
+        times: u32,
+    },
     /// Hand the guest off.
     Handoff {
         /// From where.
@@ -228,6 +262,18 @@ pub(crate) enum Step {
         /// Who listens at the other cloudlet.
         #[serde(default)]
         peer: Peer,
+        /// What howdah is to leave out, as `--without` takes it.
+        #[serde(default)]
+        without: Vec<String>,
+        /// How howdah is to encode what changed a little, as `--delta` takes it.
+        #[serde(default)]
+        delta: Option<String>,
+        /// Whether an offline encoder shows what it makes of the state that arrived.
+        #[serde(default)]
+        encode: bool,
+        /// What the handoff may cost.
+        #[serde(default)]
+        limits: LegLimits,
     },
     /// Wait for the end of a handoff in the background.
     Finish {},
@@ -279,18 +325,6 @@ pub(crate) enum Peer {
     OtherVersion,
 }
 
-/// Figures of the first handoff that must not be exceeded.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct Limits {
-    /// Total time.
-    pub(crate) total_ms: Option<f64>,
-    /// Downtime.
-    pub(crate) downtime_ms: Option<f64>,
-    /// The longest silence that the client met.
-    pub(crate) client_gap_ms: Option<f64>,
-}
-
 impl Scenario {
     /// Reads a file.
     pub(crate) fn load(path: &Path) -> Result<Self> {
@@ -299,10 +333,33 @@ impl Scenario {
         Self::parse(&text).with_context(|| format!("{}", path.display()))
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    /// Reads the text of a file.
+    pub(crate) fn parse(text: &str) -> Result<Self> {
         let scenario: Self = toml::from_str(text)?;
         scenario.validate()?;
         Ok(scenario)
+    }
+
+    /// The limits of each handoff, in order.
+    pub(crate) fn leg_limits(&self) -> impl Iterator<Item = &LegLimits> {
+        self.steps.iter().filter_map(|step| match step {
+            Step::Handoff { limits, .. } => Some(limits),
+            _ => None,
+        })
+    }
+
+    /// What the offline encoder needs.
+    fn check_encoded(&self) -> Result<()> {
+        for step in &self.steps {
+            let Step::Handoff { encode, limits, .. } = step else { continue };
+            if *encode && !self.vm.base_memory {
+                bail!("encode = true needs [vm] base_memory = true: it reads RAM as a map of that");
+            }
+            if limits.encoder_ratio.is_some() && !encode {
+                bail!("encoder_ratio needs encode = true in the same handoff");
+            }
+        }
+        Ok(())
     }
 
     fn validate(&self) -> Result<()> {
@@ -336,12 +393,23 @@ impl Scenario {
                 Step::Wait { seconds } if !(0.0..=3600.0).contains(seconds) => {
                     bail!("steps: step {at} waits {seconds} s: use 0 to 3600")
                 }
+                Step::Await { within_s, .. } if !(0.0..=3600.0).contains(within_s) => {
+                    bail!("steps: step {at} waits for {within_s} s: use 0 to 3600")
+                }
+                Step::Measure { times, fields, .. } if *times == 0 || fields.is_empty() => {
+                    bail!("steps: step {at} measures nothing")
+                }
                 Step::Link { now } => check_link(now)?,
                 _ => {}
             }
         }
         if pending {
             bail!("steps: a handoff in the background is never finished");
+        }
+        self.limits.validate()?;
+        self.check_encoded()?;
+        for (at, limits) in self.leg_limits().enumerate() {
+            limits.validate().with_context(|| format!("limits of handoff {}", at + 1))?;
         }
         let mut link = self.link.at_first();
         check_link(&link)?;
@@ -409,6 +477,16 @@ mod tests {
             ("{ do = 'handoff', from = 'a', to = 'a' }", "where the guest is"),
             ("{ do = 'handoff', from = 'a', to = 'b', background = true }", "never finished"),
             ("{ do = 'wait', seconds = -1.0 }", "waits"),
+            ("{ do = 'handoff', from = 'a', to = 'b', encode = true }", "base_memory"),
+            (
+                "{ do = 'handoff', from = 'a', to = 'b', limits = { encoder_ratio = 1.1 } }",
+                "encode = true",
+            ),
+            (
+                "{ do = 'handoff', from = 'a', to = 'b', limits = { ratios = [{ of = 'bytes', leg = 0 }] } }",
+                "numbered from 1",
+            ),
+            ("{ do = 'measure', name = 'n', command = 'c', fields = [], times = 1 }", "nothing"),
         ] {
             let error = error_of(&with_steps(steps));
             assert!(error.contains(word), "{steps}: {error}");
@@ -432,12 +510,13 @@ mod tests {
         let mut pending = vec![dir];
         let mut names = Vec::new();
         while let Some(dir) = pending.pop() {
-            for entry in fs::read_dir(dir).unwrap() {
+            for entry in fs::read_dir(&dir).unwrap() {
                 let path = entry.unwrap().path();
                 if path.is_dir() {
                     pending.push(path);
                 } else if path.extension().is_some_and(|suffix| suffix == "toml") {
-                    names.push(Scenario::load(&path).unwrap().name);
+                    // Those of one directory run together.
+                    names.push((dir.clone(), Scenario::load(&path).unwrap().name));
                 }
             }
         }

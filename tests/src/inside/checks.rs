@@ -298,6 +298,7 @@ mod tests {
             link_counter_bytes: counted,
             client_gap_ms: None,
             hashes: (None, None),
+            encoded: None,
             window_ns: (0, 0),
             report: Value::Null,
         }

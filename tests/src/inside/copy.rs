@@ -1,4 +1,4 @@
-//! Copies a directory tree into memory without giving memory to its holes.
+//! Copies a directory tree into memory without giving memory to its holes, or twice to large files.
 
 use std::{
     fs::{self, File},
@@ -12,8 +12,25 @@ use anyhow::{Context, Result};
 /// Pieces that are read, and left out when they are all zero. 9p does not tell where holes are.
 const PIECE_BYTES: usize = 64 << 10;
 
+/// Smaller files are copied even where links would do: they may be locked, or replaced.
+const LINKED_BYTES: u64 = 1 << 20;
+
 /// Copies what is below `from` to `to`. Sockets, devices and FIFOs are left out.
 pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    walk(from, to, &copy_sparse)
+}
+
+/// The same on one file system, with large files as hard links: for files that never change.
+pub(crate) fn link_tree(from: &Path, to: &Path) -> Result<()> {
+    walk(from, to, &|source, target| {
+        if fs::metadata(source)?.len() < LINKED_BYTES {
+            return copy_sparse(source, target);
+        }
+        fs::hard_link(source, target)
+    })
+}
+
+fn walk(from: &Path, to: &Path, bring: &dyn Fn(&Path, &Path) -> io::Result<()>) -> Result<()> {
     fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
     let entries = fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))?;
     for entry in entries {
@@ -21,14 +38,13 @@ pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
         let (source, target) = (entry.path(), to.join(entry.file_name()));
         let kind = entry.file_type().with_context(|| format!("{}", source.display()))?;
         if kind.is_dir() {
-            copy_tree(&source, &target)?;
+            walk(&source, &target, bring)?;
         } else if kind.is_symlink() {
             fs::read_link(&source)
                 .and_then(|link| std::os::unix::fs::symlink(link, &target))
                 .with_context(|| format!("cannot copy the link {}", source.display()))?;
         } else if kind.is_file() {
-            copy_sparse(&source, &target)
-                .with_context(|| format!("cannot copy {}", source.display()))?;
+            bring(&source, &target).with_context(|| format!("cannot copy {}", source.display()))?;
         }
     }
     Ok(())
@@ -76,5 +92,12 @@ mod tests {
         assert!(fs::metadata(to.join("a/b/sparse")).unwrap().blocks() * 512 < 1 << 20);
         assert_eq!(fs::metadata(to.join("run")).unwrap().mode() & 0o777, 0o750);
         assert_eq!(fs::read_link(to.join("link")).unwrap(), Path::new("a/b"));
+        let linked = dir.path().join("linked");
+        link_tree(&from, &linked).unwrap();
+        let same = |name: &str| {
+            let inode = |root: &Path| fs::metadata(root.join(name)).unwrap().ino();
+            inode(&from) == inode(&linked)
+        };
+        assert!(same("a/b/sparse") && !same("run"));
     }
 }

@@ -91,6 +91,12 @@ pub(crate) fn wait_ready(limit: Duration) -> Result<Vitals> {
     }
 }
 
+/// Gives a guest that goes on from a base's memory a nonce of its own; its first vital signs.
+pub(crate) fn renew() -> Result<Vitals> {
+    ask("renew")?;
+    vitals()
+}
+
 /// Puts right what a slow boot did to the guest's clock, so that a handoff is not blamed for it.
 pub(crate) fn set_clock() -> Result<()> {
     let output = CLIENT

@@ -124,7 +124,7 @@ fn mount_system() -> Result<()> {
     mount_at("dev", "/dev", "devtmpfs", none, None)?;
     mount_at("proc", "/proc", "proc", none, None)?;
     mount_at("sys", "/sys", "sysfs", none, None)?;
-    mount_at("run", "/run", "tmpfs", quiet, Some("mode=755"))?;
+    mount_at("run", "/run", "tmpfs", quiet, Some("mode=755,size=90%"))?;
     mount_at("debug", "/sys/kernel/debug", "debugfs", none, None)?;
     for dir in ["/dev/pts", "/dev/shm"] {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {dir}"))?;

@@ -24,8 +24,12 @@ pub(crate) const PORT: u16 = 7070;
 /// The guest's name, and its base's.
 pub(crate) const VM: &str = "guest";
 const BASE: &str = "base";
+/// The name of the base with memory that is made of it.
+const BASE_WITH_MEMORY: &str = "base-with-memory";
 /// How long any command but a handoff may take.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a guest may take to boot, get ready and become a base.
+const BUILDS: Duration = Duration::from_secs(400);
 /// How long `howdah receive` may take until it listens.
 const LISTENS: Duration = Duration::from_secs(20);
 /// The state of a socket that listens, in /proc/net/tcp.
@@ -118,8 +122,12 @@ impl Ended {
 impl Cloudlet {
     /// Runs a command to its end; an exit status other than 0 is an error.
     pub(crate) fn howdah(&self, args: &[&str]) -> Result<Ended> {
+        self.howdah_within(PATIENCE, args)
+    }
+
+    fn howdah_within(&self, limit: Duration, args: &[&str]) -> Result<Ended> {
         let name = args.iter().take(2).copied().collect::<Vec<_>>().join("-");
-        let ended = self.start_howdah(args, &name)?.wait(PATIENCE)?;
+        let ended = self.start_howdah(args, &name)?.wait(limit)?;
         if ended.status != Some(0) {
             bail!(
                 "cloudlet {}: howdah {} ended with {}: {}",
@@ -169,8 +177,28 @@ impl Cloudlet {
         Ok(())
     }
 
+    /// Boots the imported base and makes one with memory of the guest when it is ready.
+    pub(crate) fn build_memory(&self, plan: &VmPlan) -> Result<()> {
+        let (memory, vcpus) = (plan.memory_mib.to_string(), plan.vcpus.to_string());
+        let timeout_s = BUILDS.as_secs().to_string();
+        let mut args =
+            vec!["base", "build", "--from", BASE, "--name", BASE_WITH_MEMORY, "--memory-mib"];
+        args.extend([&memory, "--vcpus", &vcpus, "--tap", TAP, "--mac", GUEST_MAC]);
+        args.extend(["--timeout-s", &timeout_s]);
+        if !plan.append.is_empty() {
+            args.extend(["--append", &plan.append]);
+        }
+        self.howdah_within(BUILDS, &args)?;
+        Ok(())
+    }
+
     /// Starts the guest in the background.
     pub(crate) fn run_vm(&self, plan: &VmPlan) -> Result<()> {
+        if plan.base_memory {
+            // The rest of the machine is the base's.
+            self.howdah(&["vm", "run", VM, "--base", BASE_WITH_MEMORY, "--tap", TAP, "--detach"])?;
+            return Ok(());
+        }
         let (memory, vcpus) = (plan.memory_mib.to_string(), plan.vcpus.to_string());
         let mut args = vec![
             "vm",

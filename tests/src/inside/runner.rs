@@ -18,10 +18,11 @@ use serde_json::Value;
 use super::{
     checks, guest,
     guest::{Client, Vitals},
+    measure,
     narrator::Narrator,
     net::{Network, kill_all},
     product::{Cloudlet, Ended, PORT, Running, VM},
-    report,
+    report, state,
     stores::Stores,
     strangers::LaterVersion,
 };
@@ -74,6 +75,7 @@ struct Pending {
     from: Side,
     to: Side,
     audit: bool,
+    encode: bool,
     expect: Expect,
     says: Option<String>,
     asked_ns: i64,
@@ -181,6 +183,24 @@ impl<'a> Stage<'a> {
                 self.narrator.say(&format!("the guest is told: {command}"));
                 guest::ask(command).map(drop)
             }
+            Step::Await { command, field, at_least, within_s } => {
+                let within = Duration::from_secs_f64(*within_s);
+                let took = measure::wait_for(command, field, *at_least, within)?;
+                self.narrator.say(&format!(
+                    "the guest: {command}: {field} reached {at_least} after {:.1} s",
+                    took.as_secs_f64()
+                ));
+                Ok(())
+            }
+            Step::Measure { name, command, fields, times } => {
+                for _ in 0..*times {
+                    let values = measure::numbers(command, fields)?;
+                    for (field, value) in fields.iter().zip(values) {
+                        self.outcome.figure(format!("{name}.{field}"), value);
+                    }
+                }
+                Ok(())
+            }
             Step::Handoff { background, .. } => {
                 self.hand_off(step)?;
                 if *background { Ok(()) } else { self.finish_handoff() }
@@ -200,16 +220,25 @@ impl<'a> Stage<'a> {
     fn start(&mut self) -> Result<()> {
         let plan = &self.scenario.vm;
         self.narrator.say(&format!(
-            "cloudlet A boots a guest: Debian's kernel, {} MiB, {} vCPU",
-            plan.memory_mib, plan.vcpus
+            "cloudlet A {} a guest: Debian's kernel, {} MiB, {} vCPU",
+            if plan.base_memory { "resumes" } else { "boots" },
+            plan.memory_mib,
+            plan.vcpus
         ));
         self.receive(Side::A)?;
         let stranger = |step: &Step| matches!(step, Step::Handoff { peer: Peer::OtherVersion, .. });
         if !self.scenario.steps.iter().any(stranger) {
             self.receive(Side::B)?;
         }
+        let asked = Instant::now();
         self.a.run_vm(plan)?;
-        let born = guest::wait_ready(BOOT)?;
+        // A VM of a base with memory goes on; the others have a kernel to boot now.
+        self.outcome.figure("vm_run_ms", asked.elapsed().as_secs_f64() * 1e3);
+        let mut born = guest::wait_ready(BOOT)?;
+        self.outcome.figure("answers_ms", asked.elapsed().as_secs_f64() * 1e3);
+        if plan.base_memory {
+            born = guest::renew()?;
+        }
         guest::set_clock()?;
         self.narrator.say(&format!(
             "the guest runs on A: boot id {}, counter {}",
@@ -227,7 +256,9 @@ impl<'a> Stage<'a> {
     }
 
     fn hand_off(&mut self, step: &Step) -> Result<()> {
-        let Step::Handoff { from, to, audit, expect, says, peer, .. } = step else {
+        let Step::Handoff { from, to, audit, expect, says, peer, without, delta, encode, .. } =
+            step
+        else {
             bail!("not a handoff");
         };
         let stranger = match peer {
@@ -241,6 +272,13 @@ impl<'a> Stage<'a> {
         let mut args = vec!["handoff", VM, &address];
         if *audit {
             args.push("--audit");
+        }
+        let without = without.join(",");
+        if !without.is_empty() {
+            args.extend(["--without", &without]);
+        }
+        if let Some(mode) = delta {
+            args.extend(["--delta", mode]);
         }
         if !self.narrator.talks() {
             args.insert(0, "--json");
@@ -260,6 +298,7 @@ impl<'a> Stage<'a> {
             from: *from,
             to: *to,
             audit: *audit,
+            encode: *encode,
             expect: *expect,
             says: says.clone(),
             asked_ns,
@@ -302,11 +341,17 @@ impl<'a> Stage<'a> {
             rounds: report::rounds(&report),
             link_counter_bytes: self.network.link_bytes()?.saturating_sub(pending.bytes_before),
             client_gap_ms: None,
+            encoded: None,
             window_ns: (pending.asked_ns, over_ns),
             report,
         };
         self.narrator.leg(&leg);
         self.outcome.legs.push(leg);
+        if pending.encode && outcome == Expect::Moved {
+            let encoded = state::encode(self.cloudlet(pending.to), &self.work)
+                .context("the offline encoder")?;
+            self.outcome.legs.last_mut().context("no handoff")?.encoded = Some(encoded);
+        }
         judge(pending.expect, outcome, pending.says.as_deref(), &ended)?;
         pending.stranger.map_or(Ok(()), LaterVersion::finish)
     }

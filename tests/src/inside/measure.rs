@@ -1,0 +1,62 @@
+//! Figures beside those of handoffs: what the guest's agent says, asked once or again and again.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::guest;
+
+/// How often the agent is asked while something is awaited.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// Asks until a number of the answer is large enough; returns how long that took.
+pub(crate) fn wait_for(
+    command: &str,
+    field: &str,
+    at_least: f64,
+    within: Duration,
+) -> Result<Duration> {
+    let started = Instant::now();
+    loop {
+        let answer = guest::ask(command)?;
+        let value = number(&answer, field)?;
+        if value >= at_least {
+            return Ok(started.elapsed());
+        }
+        if started.elapsed() > within {
+            let limit_s = within.as_secs_f64();
+            bail!("{command}: {field} is {value} after {limit_s} s and should be {at_least}");
+        }
+        thread::sleep(EVERY);
+    }
+}
+
+/// Asks once; returns the numbers of the answer, in the order of `fields`.
+pub(crate) fn numbers(command: &str, fields: &[String]) -> Result<Vec<f64>> {
+    let answer = guest::ask(command)?;
+    fields.iter().map(|field| number(&answer, field)).collect()
+}
+
+fn number(answer: &Value, field: &str) -> Result<f64> {
+    let value = answer.get(field).and_then(Value::as_f64);
+    value.with_context(|| format!("the agent's answer has no number {field}: {answer}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn numbers_are_found_or_missed_by_name() {
+        let answer = json!({ "ok": true, "count": 3, "rate": 1.5 });
+        assert_eq!(number(&answer, "count").unwrap(), 3.0);
+        assert_eq!(number(&answer, "rate").unwrap(), 1.5);
+        let error = number(&answer, "speed").unwrap_err().to_string();
+        assert!(error.contains("no number speed"), "{error}");
+    }
+}

@@ -1,0 +1,133 @@
+//! The whole state of a paused guest, read from outside of howdah, for the offline encoder.
+//!
+//! RAM is read through the memory of the VM's process, where it is a private map of the base's
+//! memory; the disk is exported. Neither passes through what a handoff is made of.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+
+use super::product::{Cloudlet, VM};
+use crate::encode::{Encoded, Encoder, encode_file, read_up_to};
+
+/// Parts of a base in which a handoff looks for equal chunks.
+const PARTS: [&str; 4] = ["disk.raw", "kernel", "initramfs", "memory.raw"];
+const MEMORY: &str = "memory.raw";
+/// How much of RAM is read at once.
+const PIECE: usize = 1 << 20;
+
+/// Pauses the guest, lets the encoder see all of it, and lets it go on.
+pub(crate) fn encode(cloudlet: &Cloudlet, work: &Path) -> Result<Encoded> {
+    cloudlet.howdah(&["vm", "pause", VM])?;
+    let encoded = encode_paused(cloudlet, work);
+    cloudlet.howdah(&["vm", "resume", VM])?;
+    encoded
+}
+
+fn encode_paused(cloudlet: &Cloudlet, work: &Path) -> Result<Encoded> {
+    let base = base_with_memory(&cloudlet.home)?;
+    let parts: Vec<PathBuf> =
+        PARTS.iter().map(|part| base.join(part)).filter(|part| part.exists()).collect();
+    let mut encoder = Encoder::new(&parts)?;
+    let pid = fs::read_to_string(cloudlet.home.join("vms").join(VM).join("lock"))
+        .context("the VM has no lock file")?;
+    encode_ram(&mut encoder, pid.trim(), &base.join(MEMORY))?;
+    let disk = work.join("encoded-disk.raw");
+    cloudlet.howdah(&["vm", "export-disk", VM, &disk.to_string_lossy()])?;
+    let encoded = encode_file(&mut encoder, &disk, Some(&base.join("disk.raw")));
+    // It takes much of the lab host's memory.
+    fs::remove_file(&disk)?;
+    encoded?;
+    encoder.finish()
+}
+
+/// The only base with memory in a cloudlet's store.
+fn base_with_memory(home: &Path) -> Result<PathBuf> {
+    let bases = home.join("store/bases");
+    let entries =
+        fs::read_dir(&bases).with_context(|| format!("cannot list {}", bases.display()))?;
+    let dirs = entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<Vec<_>, _>>();
+    let mut with_memory = dirs?.into_iter().filter(|dir| dir.join(MEMORY).exists());
+    match (with_memory.next(), with_memory.next()) {
+        (Some(base), None) => Ok(base),
+        (None, _) => bail!("no base with memory in {}", bases.display()),
+        _ => bail!("more than one base with memory in {}", bases.display()),
+    }
+}
+
+fn encode_ram(encoder: &mut Encoder, pid: &str, base_memory: &Path) -> Result<()> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
+        .with_context(|| format!("process {pid} of the VM is gone"))?;
+    let maps = guest_maps(&maps);
+    let memory = File::open(format!("/proc/{pid}/mem")).context("cannot read the VM's memory")?;
+    let before = File::open(base_memory)?;
+    let size = before.metadata()?.len();
+    let mapped: u64 = maps.iter().map(|map| map.bytes).sum();
+    if mapped != size {
+        bail!("{mapped} bytes of guest RAM are mapped from base memory, which has {size}");
+    }
+    let (mut now, mut old) = (vec![0; PIECE], vec![0; PIECE]);
+    for map in maps {
+        let mut done = 0;
+        while done < map.bytes {
+            let length = (map.bytes - done).min(PIECE as u64) as usize;
+            let (now, old) = (&mut now[..length], &mut old[..length]);
+            let places = [(&memory, &mut *now, map.address), (&before, &mut *old, map.offset)];
+            for (file, into, at) in places {
+                if read_up_to(file, into, at + done)? != length {
+                    bail!("guest RAM at {:#x} cannot be read", map.address + done);
+                }
+            }
+            encoder.take_changed(now, old)?;
+            done += length as u64;
+        }
+    }
+    Ok(())
+}
+
+/// A piece of guest RAM in the VM's process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct GuestMap {
+    address: u64,
+    bytes: u64,
+    /// Where it is in the base's memory.
+    offset: u64,
+}
+
+/// Writable private maps of base memory: that is what guest RAM is.
+fn guest_maps(maps: &str) -> Vec<GuestMap> {
+    let parse = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (from, to) = words.next()?.split_once('-')?;
+        let (rights, offset) = (words.next()?, words.next()?);
+        let name = words.nth(2)?;
+        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+        let guest = rights.starts_with("rw") && rights.ends_with('p');
+        let map =
+            GuestMap { address: hex(from)?, bytes: hex(to)? - hex(from)?, offset: hex(offset)? };
+        (guest && Path::new(name).file_name()? == MEMORY).then_some(map)
+    };
+    maps.lines().filter_map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_ram_is_the_private_map_of_base_memory() {
+        let maps = "\
+7f0000000000-7f0040000000 rw-p 00000000 00:15 77   /a/store/bases/ff/memory.raw
+7f0050000000-7f0090000000 r--s 00000000 00:15 77   /a/store/bases/ff/memory.raw
+7f00a0000000-7f00a0001000 rw-p 40000000 00:15 77   /a/store/bases/ff/memory.raw (deleted)
+7f00b0000000-7f00b0001000 rw-p 00000000 00:15 78   /a/store/bases/ff/disk.raw
+7f00c0000000-7f00c0001000 rw-p 00000000 00:00 0 ";
+        let found = guest_maps(maps);
+        assert_eq!(found.len(), 2);
+        assert_eq!((found[0].bytes, found[0].offset), (1 << 30, 0));
+        assert_eq!((found[1].address, found[1].offset), (0x7f00_a000_0000, 1 << 30));
+    }
+}
