@@ -1,10 +1,16 @@
-//! The engine's view of a base: what both ends hold before a handoff starts.
+//! The engine's view of bases: what both ends hold before a handoff starts.
 
-use std::io;
+use std::{fmt, io, sync::Arc};
 
-use guest_images::{Base, BaseId, Chunk, ChunkHash, Part, Place, chunk::is_zero};
+use guest_images::{
+    Base, BaseId, Chunk, ChunkHash, Part, Place,
+    chunk::{ZERO_CHUNK, is_zero},
+};
 
 use crate::chunks::{ChunkId, Space};
+
+/// The most bases that one handoff refers to: what two bits on the wire can name.
+pub const MAX_BASES: usize = 4;
 
 /// A base as the stages see it. Its memory does not grow with its disk.
 pub trait BaseView: Send + Sync {
@@ -13,6 +19,14 @@ pub trait BaseView: Send + Sync {
 
     /// Where a chunk with this content can be found, if the index knows it.
     fn lookup(&self, hash: &ChunkHash) -> Option<Place>;
+
+    /// Looks several contents up at once, each into its slot; what lies beyond the shorter of both
+    /// is left alone. An implementation may sort them, and wait for memory once and not each time.
+    fn lookup_batch(&self, hashes: &[ChunkHash], places: &mut [Option<Place>]) {
+        for (hash, place) in hashes.iter().zip(places) {
+            *place = self.lookup(hash);
+        }
+    }
 
     /// The chunk at `place`; nothing for a place outside its part.
     fn chunk(&self, place: Place) -> Option<&Chunk>;
@@ -50,9 +64,86 @@ impl BaseView for Base {
     }
 }
 
-/// The place in the base whose content chunk `id` has before the guest ever wrote it, or `None`
-/// where it begins as zeros: RAM beyond the end of the base's memory, all of it if the base has
-/// none, and disk beyond the end of the base's disk.
+/// A place in one of the bases of a handoff.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BasePlace {
+    /// The base's number in [`Bases`]; 0 is the VM's own.
+    pub base: u8,
+    /// Where in it.
+    pub place: Place,
+}
+
+/// More bases than a handoff can name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} bases are more than the {MAX_BASES} that one handoff can refer to")]
+pub struct TooManyBases(pub usize);
+
+/// The bases that both ends of a handoff hold, in the order on which they agreed: first the VM's
+/// own, from which its chunks begin, then others that may hold equal contents.
+#[derive(Clone)]
+pub struct Bases {
+    own: Arc<dyn BaseView>,
+    also: Arc<[Arc<dyn BaseView>]>,
+}
+
+impl Bases {
+    /// The VM's own base and others.
+    pub fn new(own: Arc<dyn BaseView>, also: Vec<Arc<dyn BaseView>>) -> Result<Self, TooManyBases> {
+        match also.len() + 1 {
+            all if all > MAX_BASES => Err(TooManyBases(all)),
+            _ => Ok(Self { own, also: also.into() }),
+        }
+    }
+
+    /// The VM's own base.
+    pub fn own(&self) -> &dyn BaseView {
+        &*self.own
+    }
+
+    /// The bases with their numbers.
+    pub fn iter(&self) -> impl Iterator<Item = (u8, &dyn BaseView)> {
+        (0u8..).zip(std::iter::once(&self.own).chain(&*self.also).map(|base| &**base))
+    }
+
+    /// The base with this number.
+    pub fn get(&self, number: u8) -> Option<&dyn BaseView> {
+        match number.checked_sub(1) {
+            None => Some(self.own()),
+            Some(other) => self.also.get(usize::from(other)).map(|base| &**base),
+        }
+    }
+
+    /// Whether there is such a place.
+    pub fn holds(&self, at: BasePlace) -> bool {
+        self.get(at.base).is_some_and(|base| base.holds(at.place))
+    }
+
+    /// How many chunks the part that `at` names has; zero if there is no such base.
+    pub fn part_chunks(&self, at: BasePlace) -> u64 {
+        self.get(at.base).map_or(0, |base| base.part_chunks(at.place.part))
+    }
+
+    /// The chunk at a place; nothing for a place outside.
+    pub fn chunk(&self, at: BasePlace) -> Option<&Chunk> {
+        self.get(at.base)?.chunk(at.place)
+    }
+}
+
+impl From<Arc<dyn BaseView>> for Bases {
+    fn from(own: Arc<dyn BaseView>) -> Self {
+        Self { own, also: Arc::new([]) }
+    }
+}
+
+impl fmt::Debug for Bases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter().map(|(_, base)| base.id())).finish()
+    }
+}
+
+/// The place in the VM's own base whose content chunk `id` has before the guest ever wrote it, or
+/// `None` where it begins as zeros: RAM beyond the end of the base's memory, all of it if the base
+/// has none, and disk beyond the end of the base's disk.
 pub fn own_place(base: &dyn BaseView, id: ChunkId) -> Option<Place> {
     let part = match id.space {
         Space::Ram => Part::Memory,
@@ -62,6 +153,14 @@ pub fn own_place(base: &dyn BaseView, id: ChunkId) -> Option<Place> {
     base.holds(place).then_some(place)
 }
 
+/// What chunk `id` holds before the guest ever wrote it.
+pub fn own_chunk(base: &dyn BaseView, id: ChunkId) -> io::Result<&Chunk> {
+    match own_place(base, id) {
+        None => Ok(ZERO_CHUNK),
+        Some(place) => base.chunk(place).ok_or_else(|| no_such_place(base.id(), place)),
+    }
+}
+
 /// Whether `chunk` is what chunk `id` holds before the guest ever wrote it.
 ///
 /// Both ends decide by this one function, on bytes and not on how the chunk travelled, whether a
@@ -69,9 +168,7 @@ pub fn own_place(base: &dyn BaseView, id: ChunkId) -> Option<Place> {
 pub fn is_base_state(base: &dyn BaseView, id: ChunkId, chunk: &Chunk) -> io::Result<bool> {
     match own_place(base, id) {
         None => Ok(is_zero(chunk)),
-        Some(place) => {
-            Ok(base.chunk(place).ok_or_else(|| no_such_place(base.id(), place))? == chunk)
-        }
+        Some(_) => Ok(own_chunk(base, id)? == chunk),
     }
 }
 

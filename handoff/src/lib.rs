@@ -24,7 +24,7 @@ pub mod tcp;
 pub mod vm;
 pub mod wire;
 
-pub use base_view::BaseView;
+pub use base_view::{BasePlace, BaseView, Bases};
 pub use chunks::{ChunkId, ChunkSet, Geometry, Space};
 pub use link::{Clock, Connect, LinkGauge, LinkReading, Transport};
 pub use root::{StateRoot, StateTable};

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::stage::Stats;
+use crate::stage::{Share, Stats};
 
 /// How a handoff stands: enough for one live line.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -97,8 +97,9 @@ pub struct Report {
     pub full_hash: Option<String>,
     /// The rounds, the one at cutover included.
     pub rounds: Vec<Round>,
-    /// What became of the chunks, in the order in which classes are tried, and then the stages that
-    /// work on whole batches.
+    /// What became of the chunks, by class, in the order in which classes are tried.
+    pub classes: Vec<StageShare>,
+    /// What each stage did, in the order in which chunks pass them.
     pub stages: Vec<StageShare>,
     /// Where the downtime went.
     pub cutover: Option<Cutover>,
@@ -154,13 +155,15 @@ pub struct Round {
 pub struct StageShare {
     /// The class or stage.
     pub name: String,
-    /// Chunks of the class; for a stage those of all its batches.
+    /// Chunks of the class; chunks that the stage was given.
     pub chunks: u64,
-    /// Bytes in.
+    /// Bytes in: for the class and for `classify` and `delta` those of the chunks, then what the
+    /// stage before gave. The machine's state enters at `compress`.
     pub bytes_in: u64,
-    /// Bytes out.
+    /// Bytes out; for a class those that it takes in batches, before compression.
     pub bytes_out: u64,
-    /// Seconds of CPU; for classes an estimate from samples.
+    /// Seconds of CPU of the threads that did it. Those of classes add up to `classify` and `delta`,
+    /// shared out by samples.
     pub cpu_s: f64,
 }
 
@@ -193,14 +196,22 @@ pub fn millis(time: Duration) -> f64 {
 
 /// The classes as reports have them.
 pub fn class_shares(stats: &Stats) -> Vec<StageShare> {
-    let share = |(class, share): (crate::stage::Class, &crate::stage::ClassStats)| StageShare {
-        name: class.name().to_owned(),
+    stats.classes().map(|(class, share)| share_of(class.name(), share)).collect()
+}
+
+/// The stages as reports have them.
+pub fn stage_shares(stats: &Stats) -> Vec<StageShare> {
+    stats.stages().map(|(stage, share)| share_of(stage.name(), share)).collect()
+}
+
+fn share_of(name: &str, share: &Share) -> StageShare {
+    StageShare {
+        name: name.to_owned(),
         chunks: share.chunks,
         bytes_in: share.bytes_in,
         bytes_out: share.bytes_out,
         cpu_s: share.cpu_ns as f64 / 1e9,
-    };
-    stats.iter().map(share).collect()
+    }
 }
 
 #[cfg(test)]
@@ -218,7 +229,8 @@ mod tests {
             downtime_ms: Some(downtime.estimate_ms),
             downtime: Some(downtime),
             rounds: vec![Round { number: 1, chunks: 10, ..Round::default() }],
-            stages: class_shares(&Stats::default()),
+            classes: class_shares(&Stats::default()),
+            stages: stage_shares(&Stats::default()),
             cutover: Some(Cutover::default()),
             ..Report::default()
         }

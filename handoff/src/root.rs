@@ -184,6 +184,16 @@ impl StateTable {
         self.groups.get(&key)?.get(slot)
     }
 
+    /// Every chunk that differs from its base state with its hash: RAM before disk, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = (ChunkId, ChunkHash)> + '_ {
+        self.groups.iter().flat_map(|(&(space, number), group)| {
+            (0..GROUP_CHUNKS).filter_map(move |slot| {
+                let id = ChunkId { space, index: number * GROUP_CHUNKS + slot };
+                Some((id, group.get(slot as usize)?))
+            })
+        })
+    }
+
     /// The state root now. Takes `&mut` to keep the group roots it works out.
     pub fn root(&mut self) -> StateRoot {
         let mut hasher = blake3::Hasher::new_derive_key(TOP_CONTEXT);

@@ -66,7 +66,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             session,
             vm,
             running: false,
-            resolver: Resolver::new(base, geometry),
+            resolver: Resolver::new(base.into(), geometry),
             decompressor,
             state: Vec::new(),
             round: 0,

@@ -8,10 +8,10 @@ use crate::{
     ownership::Question,
     policy::{Decision, Measurements},
     report::{
-        Cutover, Downtime, Outcome, Phase, Progress, Report, Round, StageShare, class_shares,
-        millis,
+        Cutover, Downtime, Outcome, Phase, Progress, Report, Round, class_shares, millis,
+        stage_shares,
     },
-    stage::Stats,
+    stage::{Stage, Stats},
     wire::Resumed,
 };
 
@@ -268,6 +268,9 @@ impl<'a> Meter<'a> {
         base: String,
     ) -> Report {
         let now = self.clock.now();
+        let mut stats = stats.unwrap_or_default();
+        stats[Stage::Compress] = self.worker.compress.get();
+        stats[Stage::Seal] = self.worker.seal.get();
         let status = self.status;
         let (sent, received) =
             (status.bytes_sent.load(Relaxed), status.bytes_received.load(Relaxed));
@@ -290,7 +293,8 @@ impl<'a> Meter<'a> {
                 .filter(|rate| *rate * moving > 0.0)
                 .map(|rate| (sent as f64 / (rate * moving)).min(1.0)),
             rounds: self.rounds.clone(),
-            stages: self.stages(stats),
+            classes: class_shares(&stats),
+            stages: stage_shares(&stats),
             cutover: self.cutover.pausing.map(|_| self.cutover_shares()),
             ..self.report.clone()
         }
@@ -299,18 +303,6 @@ impl<'a> Meter<'a> {
     fn downtime(&self) -> Option<Downtime> {
         let until = self.cutover.resumed?.saturating_sub(self.cutover.pausing?);
         Some(Downtime::measured(until, self.rtt(), self.predicted))
-    }
-
-    fn stages(&self, stats: Option<Stats>) -> Vec<StageShare> {
-        let mut shares = stats.as_ref().map(class_shares).unwrap_or_default();
-        shares.push(StageShare {
-            name: "compress".into(),
-            chunks: stats.map_or(0, |s| s.chunks()),
-            bytes_in: self.worker.bytes_in.load(Relaxed),
-            bytes_out: self.worker.bytes_out.load(Relaxed),
-            cpu_s: self.worker.busy_us.load(Relaxed) as f64 / 1e6,
-        });
-        shares
     }
 
     fn cutover_shares(&self) -> Cutover {

@@ -7,6 +7,7 @@ use crate::{
     ownership::{JournalError, OwnershipError, Record},
     policy::CutOverPolicy,
     report::Report,
+    stage::StageOptions,
     vm::VmError,
     wire::Versions,
 };
@@ -69,6 +70,8 @@ pub struct SendOptions {
     pub versions: Versions,
     /// Whether both sides hash all RAM and disk at cutover. Costs downtime.
     pub audit: bool,
+    /// Which optimisations are used.
+    pub stages: StageOptions,
     /// When to cut over.
     pub policy: CutOverPolicy,
     /// Bounds on waits.
@@ -84,6 +87,7 @@ impl SendOptions {
             machine,
             versions: Versions::OURS,
             audit: false,
+            stages: StageOptions::default(),
             policy: CutOverPolicy::default(),
             limits: Limits::default(),
         }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crossbeam_channel::unbounded;
-use guest_images::{BaseId, CHUNK_SIZE, Chunk};
+use guest_images::BaseId;
 
 use super::{
     KeptReason, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
@@ -16,7 +16,7 @@ use super::{
     worker::{Job, WorkerStats, work},
 };
 use crate::{
-    BaseView, ChunkSet, Clock, Connect, Offer, SourceVm, Space,
+    BaseView, Bases, ChunkSet, Clock, Connect, Offer, SourceVm, Space,
     order::RoundOrder,
     ownership::{
         Guest, HandoffId, Journal, Question, Verdict,
@@ -25,7 +25,7 @@ use crate::{
     report::{Outcome, Progress, Report},
     root::StateRoot,
     source::SourceSession,
-    stage::{BatchBuilder, Classifier, SegmentKind, pack::MAX_BATCH_BYTES},
+    stage::{ClassifyError, Outbound, SegmentKind, pack::MAX_BATCH_BYTES},
     vm::VmError,
     wire::{Hello, Intent, Resumed},
 };
@@ -77,7 +77,7 @@ pub fn send<C: Connect + Send>(
         let (notices, notices_rx) = unbounded();
         let (status, worker, limits) = (&status, &worker, &options.limits);
         let from_worker = notices.clone();
-        scope.spawn(move || work(handoff.handoff, &jobs_rx, &sealed, &from_worker, worker, clock));
+        scope.spawn(move || work(handoff.handoff, &jobs_rx, &sealed, &from_worker, worker));
         let session = SourceSession::new(hello, limits.silence, limits.ping_every);
         let mut courier = Courier {
             session,
@@ -96,9 +96,10 @@ pub fn send<C: Connect + Send>(
         let applied = (clock.now(), 0);
         let notices = notices_rx;
         let pipe = Pipe { jobs, orders, notices, status, limits, clock, cancel, applied, meter };
-        let classifier = Classifier::new(Arc::clone(&base), guest.vm.geometry());
+        let bases = Bases::from(Arc::clone(&base));
+        let outbound = Outbound::new(bases, guest.vm.geometry(), options.stages);
         let mut run =
-            Run { guest, pipe, classifier, journal, options, base: base.id(), handoff, round: 0 };
+            Run { guest, pipe, outbound, journal, options, base: base.id(), handoff, round: 0 };
         match walk(&mut run, changed) {
             Ok(settled) => settle(&mut run, settled),
             Err(reason) => {
@@ -165,6 +166,10 @@ impl HeldGuest<'_> {
 
 fn failed(doing: &'static str) -> impl FnOnce(VmError) -> KeptReason {
     move |source| KeptReason::Vm { doing, source }
+}
+
+fn unclassified(source: ClassifyError) -> KeptReason {
+    KeptReason::Vm { doing: "comparing with the base", source: source.into() }
 }
 
 fn hello(
@@ -236,7 +241,7 @@ fn settle(run: &mut Run<'_>, settled: Settled) -> Result<SendOutcome, SendError>
 struct Run<'a> {
     guest: HeldGuest<'a>,
     pipe: Pipe<'a>,
-    classifier: Classifier,
+    outbound: Outbound,
     journal: &'a mut Journal,
     options: &'a SendOptions,
     base: BaseId,
@@ -246,7 +251,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn report(&self, outcome: Outcome, reason: Option<String>) -> Report {
-        let (stats, base) = (self.classifier.stats(), self.base.to_string());
+        let (stats, base) = (self.outbound.stats(), self.base.to_string());
         self.pipe.meter.report(outcome, reason, Some(stats), base)
     }
 
@@ -274,30 +279,24 @@ impl Run<'_> {
     fn send_round(&mut self, set: ChunkSet) -> Result<(), KeptReason> {
         self.round += 1;
         self.pipe.meter.round_begins(self.round, set.len());
-        let mut chunk: Chunk = [0; CHUNK_SIZE];
-        let mut batch = BatchBuilder::new(self.round);
+        self.outbound.begin(self.round);
         for id in RoundOrder::shuffled(set, rand::random()) {
-            self.guest.vm.read_chunk(id, &mut chunk).map_err(failed("reading the guest"))?;
-            let op = self.classifier.classify(id, &chunk).map_err(|e| KeptReason::Vm {
-                doing: "comparing with the base",
-                source: e.into(),
-            })?;
+            let slot = self.outbound.slot(id).map_err(unclassified)?;
+            self.guest.vm.read_chunk(id, slot).map_err(failed("reading the guest"))?;
             self.pipe.meter.chunk_done();
-            if batch.push(id, op, &chunk).is_err() {
-                self.push_batch(std::mem::replace(&mut batch, BatchBuilder::new(self.round)))?;
-                // An empty batch has room for any one chunk.
-                let _ = batch.push(id, op, &chunk);
-            }
+            self.push_batches()?;
         }
-        if !batch.is_empty() {
-            self.push_batch(batch)?;
-        }
-        Ok(())
+        self.outbound.end().map_err(unclassified)?;
+        self.push_batches()
     }
 
-    fn push_batch(&mut self, batch: BatchBuilder) -> Result<(), KeptReason> {
-        let body = batch.finish().body;
-        self.pipe.push(Job::Body { round: self.round, kind: SegmentKind::Chunks, body })
+    /// Gives to the pipeline what is complete.
+    fn push_batches(&mut self) -> Result<(), KeptReason> {
+        while let Some(batch) = self.outbound.poll() {
+            let (round, kind) = (self.round, SegmentKind::Chunks);
+            self.pipe.push(Job::Body { round, kind, body: batch.body, chunks: batch.chunks })?;
+        }
+        Ok(())
     }
 
     fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {
@@ -379,14 +378,14 @@ impl<'r, 'a> Paused<'r, 'a> {
         }
         for piece in state.chunks(MAX_BATCH_BYTES) {
             let (round, kind) = (run.round, SegmentKind::MachineState);
-            run.pipe.push(Job::Body { round, kind, body: piece.to_vec() })?;
+            run.pipe.push(Job::Body { round, kind, body: piece.to_vec(), chunks: 0 })?;
         }
         let full_hash = match run.options.audit {
             true => Some(run.guest.vm.full_hash().map_err(failed("hashing the guest"))?),
             false => None,
         };
         run.pipe.meter.state_packed(state.len(), full_hash);
-        let root = run.classifier.root();
+        let root = run.outbound.root();
         // Right behind the last segment: a round trip is saved.
         run.pipe.push(Job::Prepare(root, full_hash))?;
         Ok(Sent { run, root, full_hash })

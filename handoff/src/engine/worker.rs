@@ -1,24 +1,20 @@
 //! The source's worker: compresses and seals, in order.
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::Duration,
-};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 
 use super::courier::{Notice, Sealed};
 use crate::{
-    Clock,
     ownership::HandoffId,
     root::StateRoot,
-    stage::{Compressor, Sealer, SegmentKind},
+    stage::{Compressor, CpuWatch, Sealer, SegmentKind, Share, SharedShare},
 };
 
 /// What the engine gives to the worker.
 pub(super) enum Job {
-    /// A body to compress and seal.
-    Body { round: u32, kind: SegmentKind, body: Vec<u8> },
+    /// A body to compress and seal, and how many chunks it speaks of.
+    Body { round: u32, kind: SegmentKind, body: Vec<u8>, chunks: u64 },
     /// Goes through, behind everything before it.
     Prepare(StateRoot, Option<[u8; 32]>),
 }
@@ -26,9 +22,8 @@ pub(super) enum Job {
 /// What the worker did.
 #[derive(Debug, Default)]
 pub(super) struct WorkerStats {
-    pub(super) bytes_in: AtomicU64,
-    pub(super) bytes_out: AtomicU64,
-    pub(super) busy_us: AtomicU64,
+    pub(super) compress: SharedShare,
+    pub(super) seal: SharedShare,
 }
 
 /// Works until the engine or the courier is gone.
@@ -38,7 +33,6 @@ pub(super) fn work(
     sealed: &Sender<Sealed>,
     notices: &Sender<Notice>,
     stats: &WorkerStats,
-    clock: &dyn Clock,
 ) {
     let mut sealer = Sealer::new(&handoff.0);
     let mut compressor = match Compressor::new() {
@@ -49,16 +43,17 @@ pub(super) fn work(
     for job in jobs {
         let out = match job {
             Job::Prepare(root, full_hash) => Sealed::Prepare(root, full_hash),
-            Job::Body { round, kind, body } => {
-                let start = clock.now();
+            Job::Body { round, kind, body, chunks } => {
+                let mut watch = CpuWatch::start();
                 let packed = match compressor.compress(&body) {
                     Ok(packed) => packed,
                     Err(e) => return drop(notices.send(Notice::Compressor(e.to_string()))),
                 };
+                let (bytes_in, bytes_out) = (body.len() as u64, packed.payload.len() as u64);
+                stats.compress.add(Share { chunks, bytes_in, bytes_out, cpu_ns: watch.lap_ns() });
                 let segment = sealer.seal(round, kind, packed);
-                stats.bytes_in.fetch_add(body.len() as u64, Relaxed);
-                stats.bytes_out.fetch_add(segment.encoded_len() as u64, Relaxed);
-                stats.busy_us.fetch_add(micros(clock.now().saturating_sub(start)), Relaxed);
+                let (bytes_in, bytes_out) = (bytes_out, segment.encoded_len() as u64);
+                stats.seal.add(Share { chunks, bytes_in, bytes_out, cpu_ns: watch.lap_ns() });
                 Sealed::Segment(segment)
             }
         };

@@ -1,18 +1,24 @@
 //! The first stage, forward: the cheapest way to tell the target what a chunk holds.
 //! Its reverse is [`super::resolve`]; both share [`Op`]'s meaning and [`is_base_state`].
+//!
+//! Chunks come in groups: all of a group are compared and hashed, then looked up in the bases at
+//! once, and then decided upon one after the other.
 
-use std::{io, sync::Arc};
+use std::io;
 
 use guest_images::{
-    CHUNK_SIZE, Chunk, ChunkHash, Place,
+    Chunk, ChunkHash, Place,
     chunk::{ZERO_CHUNK, is_zero},
 };
 
-use super::stats::{Class, Stats};
+use super::{
+    options::StageOptions,
+    pack::What,
+    stats::{Class, CpuWatch},
+};
 use crate::{
-    base_view::{BaseView, is_base_state},
-    chunks::{ChunkId, Geometry, Space},
-    link::Clock,
+    base_view::{BasePlace, Bases, is_base_state},
+    chunks::{ChunkId, ChunkSet, Geometry, Space},
     root::{StateRoot, StateTable},
 };
 
@@ -21,12 +27,14 @@ use crate::{
 pub enum Op {
     /// The target holds exactly this: nothing is sent.
     Unchanged,
-    /// Its base state again: zeros in RAM, the base disk's content on disk.
+    /// The same, and it holds it from an earlier visit of this VM.
+    Known,
+    /// Its base state again.
     Reset,
-    /// Zeros on disk, where the base has something else.
+    /// Zeros, where its base state is something else.
     Zero,
-    /// The content of a place in the base.
-    FromBase(Place),
+    /// The content of a place in a base.
+    FromBase(BasePlace),
     /// The content that another chunk has at the target when this op is applied there.
     FromSeen(ChunkId),
     /// The content itself.
@@ -38,34 +46,37 @@ impl Op {
     pub fn class(self) -> Class {
         match self {
             Op::Unchanged => Class::Unchanged,
+            Op::Known => Class::Known,
             Op::Reset => Class::Reset,
             Op::Zero => Class::Zero,
-            Op::FromBase(_) => Class::Base,
+            Op::FromBase(at) => Class::of_place(at),
             Op::FromSeen(_) => Class::Seen,
             Op::Data => Class::Data,
         }
     }
-}
 
-/// Which ways may be used. All are, but to measure what each is worth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StageOptions {
-    /// [`Op::Unchanged`].
-    pub unchanged: bool,
-    /// [`Op::Reset`].
-    pub reset: bool,
-    /// [`Op::Zero`].
-    pub zero: bool,
-    /// [`Op::FromBase`].
-    pub base: bool,
-    /// [`Op::FromSeen`].
-    pub seen: bool,
-}
-
-impl Default for StageOptions {
-    fn default() -> Self {
-        Self { unchanged: true, reset: true, zero: true, base: true, seen: true }
+    /// What is sent for it, if anything is: `chunk` is the content.
+    pub fn what(self, chunk: &Chunk) -> Option<What<'_>> {
+        match self {
+            Op::Unchanged | Op::Known => None,
+            Op::Reset => Some(What::Reset),
+            Op::Zero => Some(What::Zero),
+            Op::FromBase(at) => Some(What::FromBase(at)),
+            Op::FromSeen(source) => Some(What::FromSeen(source)),
+            Op::Data => Some(What::Data(chunk)),
+        }
     }
+}
+
+/// How a chunk travels, and what that changes at the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// What becomes of it.
+    pub op: Op,
+    /// The hash of what the target holds until then; `None` where that is its base state.
+    pub before: Option<ChunkHash>,
+    /// The same from then on.
+    pub after: Option<ChunkHash>,
 }
 
 /// A chunk could not be classified.
@@ -89,12 +100,8 @@ pub enum ClassifyError {
     },
 }
 
-/// A clock is read for one chunk in this many: reading it may cost as much as a hash where the
-/// kernel has no fast clock.
-const CPU_SAMPLE: u64 = 16;
-
-/// Slots of the table of chunks sent before: 512 KiB.
-const SEEN_SLOTS: usize = 1 << 16;
+/// Slots of the table of chunks sent before: 1 MiB.
+const SEEN_SLOTS: usize = 1 << 17;
 
 /// Where contents sent before can be found, by the first bits of their hash. Slots are overwritten
 /// without a thought: a hit counts only if the state table says that the chunk still has that hash.
@@ -124,7 +131,8 @@ impl Seen {
     }
 
     fn slot(hash: &ChunkHash) -> usize {
-        usize::from(u16::from_le_bytes([hash.0[0], hash.0[1]]))
+        let [a, b, c, d, ..] = hash.0;
+        u32::from_le_bytes([a, b, c, d]) as usize % SEEN_SLOTS
     }
 
     fn find(&self, hash: &ChunkHash, table: &StateTable) -> Option<ChunkId> {
@@ -138,9 +146,10 @@ impl Seen {
 }
 
 /// What a chunk's bytes say, whatever was sent before.
+#[derive(Clone, Copy)]
 enum Content {
     BaseState,
-    DiskZero,
+    Zero,
     Other(ChunkHash),
 }
 
@@ -149,28 +158,39 @@ enum Content {
 /// Every op returned must reach the target, in the order in which they were returned: later ones
 /// build on earlier ones. If one is dropped, the handoff is over for this classifier.
 pub struct Classifier {
-    base: Arc<dyn BaseView>,
+    bases: Bases,
     options: StageOptions,
-    clock: Option<Arc<dyn Clock>>,
     table: StateTable,
+    /// Chunks that the target still holds as it did before this handoff.
+    from_start: Option<ChunkSet>,
     seen: Seen,
     zero: ChunkHash,
-    stats: Stats,
-    classified: u64,
+    lookup: Lookup,
+}
+
+/// Buffers of one group.
+#[derive(Default)]
+struct Lookup {
+    contents: Vec<Content>,
+    /// Hashes to be looked up, and the number of each one's chunk in the group.
+    hashes: Vec<ChunkHash>,
+    numbers: Vec<usize>,
+    /// For each chunk of the group where its content was found.
+    found: Vec<Option<BasePlace>>,
+    places: Vec<Option<Place>>,
 }
 
 impl Classifier {
-    /// For a target that begins as `base`: RAM zero, disk equal to the base's.
-    pub fn new(base: Arc<dyn BaseView>, geometry: Geometry) -> Self {
+    /// For a target on which every chunk has its base state.
+    pub fn new(bases: Bases, geometry: Geometry) -> Self {
         Self {
-            table: StateTable::new(base.id(), geometry),
-            base,
+            table: StateTable::new(bases.own().id(), geometry),
+            bases,
             options: StageOptions::default(),
-            clock: None,
+            from_start: None,
             seen: Seen::new(),
             zero: ChunkHash::of(ZERO_CHUNK),
-            stats: Stats::default(),
-            classified: 0,
+            lookup: Lookup::default(),
         }
     }
 
@@ -179,83 +199,226 @@ impl Classifier {
         Self { options, ..self }
     }
 
-    /// The same with CPU time taken by `clock`; without one it is reported as 0.
-    pub fn with_clock(self, clock: Arc<dyn Clock>) -> Self {
-        Self { clock: Some(clock), ..self }
+    /// The same for a target that holds what `table` says, which must be of the same base: its
+    /// geometry is the guest's.
+    pub fn with_start(mut self, table: StateTable) -> Self {
+        let mut from_start = ChunkSet::new(table.geometry());
+        for (id, hash) in table.iter() {
+            from_start.insert(id);
+            if self.options.known {
+                self.seen.insert(&hash, id);
+            }
+        }
+        Self { table, from_start: Some(from_start), ..self }
     }
 
     /// Decides how `chunk`, a copy of what `id` holds, travels.
-    pub fn classify(&mut self, id: ChunkId, chunk: &Chunk) -> Result<Op, ClassifyError> {
-        let clock = self.clock.clone().filter(|_| self.classified.is_multiple_of(CPU_SAMPLE));
-        let start = clock.as_ref().map(|clock| clock.now());
-        let content = self.examine(id, chunk)?;
-        let op = self.decide(id, chunk, content);
-        self.classified += 1;
-        let share = &mut self.stats[op.class()];
-        share.chunks += 1;
-        share.bytes_in += CHUNK_SIZE as u64;
-        if let (Some(clock), Some(start)) = (clock, start) {
-            share.sample(clock.now().saturating_sub(start));
+    pub fn classify(&mut self, id: ChunkId, chunk: &Chunk) -> Result<Decision, ClassifyError> {
+        let mut decisions = Vec::with_capacity(1);
+        self.classify_group(&[id], std::slice::from_ref(chunk), &mut decisions, None)?;
+        // One chunk, one decision.
+        decisions.pop().ok_or(ClassifyError::Outside { id, geometry: self.table.geometry() })
+    }
+
+    /// Decides how a group of chunks travels: `chunks` are copies of what `ids` hold, in the same
+    /// order as the decisions that are appended. `cpu_ns`, if given, gets the CPU time that each
+    /// chunk took by itself.
+    pub fn classify_group(
+        &mut self,
+        ids: &[ChunkId],
+        chunks: &[Chunk],
+        decisions: &mut Vec<Decision>,
+        cpu_ns: Option<&mut Vec<u64>>,
+    ) -> Result<(), ClassifyError> {
+        let mut lookup = std::mem::take(&mut self.lookup);
+        let examined = self.examine_group(ids, chunks, &mut lookup, cpu_ns);
+        if examined.is_ok() {
+            self.look_up(&mut lookup);
+            let all = ids.iter().zip(chunks).zip(lookup.contents.iter().zip(&lookup.found));
+            decisions.extend(
+                all.map(|((id, chunk), (content, at))| self.decide(*id, chunk, *content, *at)),
+            );
         }
-        Ok(op)
+        self.lookup = lookup;
+        examined
     }
 
     /// The part that costs CPU and depends on nothing sent before.
+    fn examine_group(
+        &self,
+        ids: &[ChunkId],
+        chunks: &[Chunk],
+        lookup: &mut Lookup,
+        mut cpu_ns: Option<&mut Vec<u64>>,
+    ) -> Result<(), ClassifyError> {
+        lookup.contents.clear();
+        lookup.hashes.clear();
+        lookup.numbers.clear();
+        let mut watch = cpu_ns.is_some().then(CpuWatch::start);
+        for (number, (id, chunk)) in ids.iter().zip(chunks).enumerate() {
+            let content = self.examine(*id, chunk)?;
+            lookup.contents.push(content);
+            let hash = match content {
+                Content::Other(hash) => Some(hash),
+                Content::Zero if !self.options.zero => Some(self.zero),
+                _ => None,
+            };
+            if let Some(hash) = hash {
+                lookup.hashes.push(hash);
+                lookup.numbers.push(number);
+            }
+            if let (Some(watch), Some(cpu_ns)) = (&mut watch, &mut cpu_ns) {
+                cpu_ns.push(watch.lap_ns());
+            }
+        }
+        Ok(())
+    }
+
     fn examine(&self, id: ChunkId, chunk: &Chunk) -> Result<Content, ClassifyError> {
         let geometry = self.table.geometry();
         if !geometry.contains(id) {
             return Err(ClassifyError::Outside { id, geometry });
         }
-        let is_base = is_base_state(&*self.base, id, chunk)
+        let is_base = is_base_state(self.bases.own(), id, chunk)
             .map_err(|source| ClassifyError::Base { id, source })?;
         Ok(if is_base {
             Content::BaseState
-        } else if id.space == Space::Disk && is_zero(chunk) {
-            Content::DiskZero
+        } else if is_zero(chunk) {
+            Content::Zero
         } else {
             Content::Other(ChunkHash::of(chunk))
         })
     }
 
-    fn decide(&mut self, id: ChunkId, chunk: &Chunk, content: Content) -> Op {
-        let hash = match content {
-            Content::BaseState => {
-                let before = self.table.clear(id);
-                if before.is_none() && self.options.unchanged {
-                    return Op::Unchanged;
-                }
-                if self.options.reset {
-                    return Op::Reset;
-                }
-                return self.by_reference(&ChunkHash::of(chunk)).unwrap_or(Op::Data);
+    /// Looks all hashes of the group up, base by base, as long as some were not found.
+    fn look_up(&self, lookup: &mut Lookup) {
+        let Lookup { contents, hashes, numbers, found, places } = lookup;
+        found.clear();
+        found.resize(contents.len(), None);
+        for (number, base) in self.bases.iter() {
+            if hashes.is_empty() {
+                break;
             }
-            Content::DiskZero => self.zero,
-            Content::Other(hash) => hash,
-        };
-        if self.options.unchanged && self.table.get(id) == Some(hash) {
-            return Op::Unchanged;
+            if !self.searches(number) {
+                continue;
+            }
+            places.clear();
+            places.resize(hashes.len(), None);
+            base.lookup_batch(hashes, places);
+            let mut missing = 0;
+            for i in 0..hashes.len() {
+                let at = places[i].map(|place| BasePlace { base: number, place });
+                match at.filter(|at| self.allows(*at) && base.holds(at.place)) {
+                    Some(at) => found[numbers[i]] = Some(at),
+                    None => {
+                        (hashes[missing], numbers[missing]) = (hashes[i], numbers[i]);
+                        missing += 1;
+                    }
+                }
+            }
+            hashes.truncate(missing);
+            numbers.truncate(missing);
         }
-        // Looked for before the table changes, so that a chunk never refers to itself.
-        let reference = match content {
-            Content::DiskZero if self.options.zero => Some(Op::Zero),
-            _ => self.by_reference(&hash),
-        };
-        self.table.set(id, hash);
-        reference.unwrap_or_else(|| {
-            self.seen.insert(&hash, id);
-            Op::Data
-        })
     }
 
-    fn by_reference(&self, hash: &ChunkHash) -> Option<Op> {
-        let base = || self.base.lookup(hash).filter(|place| self.base.holds(*place));
-        let seen = || self.seen.find(hash, &self.table);
-        self.options
-            .base
-            .then(base)
-            .flatten()
-            .map(Op::FromBase)
+    /// Whether places in this base may be named at all.
+    fn searches(&self, number: u8) -> bool {
+        match number {
+            0 => self.options.base_disk || self.options.base_memory,
+            _ => self.options.other_bases,
+        }
+    }
+
+    fn allows(&self, at: BasePlace) -> bool {
+        match Class::of_place(at) {
+            Class::BaseDisk => self.options.base_disk,
+            Class::BaseMemory => self.options.base_memory,
+            _ => self.options.other_bases,
+        }
+    }
+
+    fn decide(
+        &mut self,
+        id: ChunkId,
+        chunk: &Chunk,
+        content: Content,
+        at: Option<BasePlace>,
+    ) -> Decision {
+        let before = self.table.get(id);
+        let (op, after) = match content {
+            Content::BaseState => (self.to_base_state(id, chunk, before), None),
+            Content::Zero => {
+                (self.to_content(id, self.zero, before, at, self.options.zero), Some(self.zero))
+            }
+            Content::Other(hash) => (self.to_content(id, hash, before, at, false), Some(hash)),
+        };
+        if before != after
+            && let Some(from_start) = &mut self.from_start
+        {
+            from_start.remove(id);
+        }
+        match after {
+            None => _ = self.table.clear(id),
+            Some(hash) => {
+                self.table.set(id, hash);
+                if op == Op::Data {
+                    self.seen.insert(&hash, id);
+                }
+            }
+        }
+        Decision { op, before, after }
+    }
+
+    fn to_base_state(&self, id: ChunkId, chunk: &Chunk, before: Option<ChunkHash>) -> Op {
+        let options = &self.options;
+        if before.is_none() && options.unchanged {
+            return Op::Unchanged;
+        }
+        if options.reset {
+            return Op::Reset;
+        }
+        if options.zero && is_zero(chunk) {
+            return Op::Zero;
+        }
+        // Rare enough to be looked up by itself.
+        let hash = ChunkHash::of(chunk);
+        let at = self.bases.iter().filter(|(number, _)| self.searches(*number)).find_map(
+            |(number, base)| {
+                let place = base.lookup(&hash).filter(|place| base.holds(*place))?;
+                Some(BasePlace { base: number, place }).filter(|at| self.allows(*at))
+            },
+        );
+        self.by_reference(id, &hash, at)
+    }
+
+    fn to_content(
+        &self,
+        id: ChunkId,
+        hash: ChunkHash,
+        before: Option<ChunkHash>,
+        at: Option<BasePlace>,
+        as_zero: bool,
+    ) -> Op {
+        if before == Some(hash) {
+            let from_start = self.from_start.as_ref().is_some_and(|set| set.contains(id));
+            match from_start {
+                true if self.options.known => return Op::Known,
+                false if self.options.unchanged => return Op::Unchanged,
+                _ => {}
+            }
+        }
+        match as_zero {
+            true => Op::Zero,
+            false => self.by_reference(id, &hash, at),
+        }
+    }
+
+    /// Asked before the table changes. A chunk never refers to itself: that would say nothing.
+    fn by_reference(&self, id: ChunkId, hash: &ChunkHash, at: Option<BasePlace>) -> Op {
+        let seen = || self.seen.find(hash, &self.table).filter(|source| *source != id);
+        at.map(Op::FromBase)
             .or_else(|| self.options.seen.then(seen).flatten().map(Op::FromSeen))
+            .unwrap_or(Op::Data)
     }
 
     /// The root of what the target holds once it applied every op returned so far.
@@ -268,12 +431,13 @@ impl Classifier {
         &self.table
     }
 
-    /// What the chunks so far were. Bytes out are for the caller to add, from its batches.
-    pub fn stats(&self) -> Stats {
-        let mut stats = self.stats;
-        for class in Class::ALL {
-            stats[class].estimate();
-        }
-        stats
+    /// The same, for good.
+    pub fn into_table(self) -> StateTable {
+        self.table
+    }
+
+    /// The bases that it looks into.
+    pub fn bases(&self) -> &Bases {
+        &self.bases
     }
 }

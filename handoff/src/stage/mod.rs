@@ -13,6 +13,9 @@
 
 pub mod classify;
 pub mod compress;
+pub mod delta;
+pub mod options;
+pub mod outbound;
 pub mod pack;
 mod pack_codec;
 pub mod resolve;
@@ -21,9 +24,12 @@ pub mod stats;
 #[cfg(test)]
 mod tests;
 
-pub use classify::{Classifier, ClassifyError, Op, StageOptions};
+pub use classify::{Classifier, ClassifyError, Decision, Op};
 pub use compress::{Codec, Compressor, DecompressError, Decompressor, Packed};
+pub use delta::{DeltaCodec, DeltaError, DeltaMode};
+pub use options::{StageOptions, UnknownSwitch};
+pub use outbound::Outbound;
 pub use pack::{Batch, BatchBuilder, BatchError, BatchFull, BatchLimits, RawBatch, Step, What};
 pub use resolve::{Applied, ResolveError, Resolver};
 pub use seal::{OpenError, Opener, Sealer, Segment, SegmentError, SegmentKind};
-pub use stats::{Class, ClassStats, Stats};
+pub use stats::{Class, CpuWatch, Share, SharedShare, Stage, Stats, thread_cpu_ns};

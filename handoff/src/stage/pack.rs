@@ -3,29 +3,37 @@
 //! A body is a table of runs and the data that they refer to:
 //!
 //! ```text
-//! generation u32 le | runs varint | run ... | data: 4096 bytes for each chunk of a data run
-//! run = tag u8 | start delta | chunks - 1 varint | reference delta, for base and seen runs only
-//! tag = bits 0-2 kind: 0 reset, 1 zero, 2 base, 3 seen, 4 data
+//! generation u32 le | runs varint | run ... | chunk of a data run [4096] ... | delta ...
+//! run = tag u8 | start delta | chunks - 1 varint
+//!       for base and seen runs: reference delta
+//!       for delta runs: bytes of each chunk's delta - 1 varint ...
+//! tag = bits 0-2 kind: 0 reset, 1 zero, 2 base, 3 seen, 4 data, 5 delta
 //!       bit  3   space: 0 RAM, 1 disk
-//!       bits 4-5 for a base run its part, for a seen run the space referred to, else 0
-//!       bits 6-7 0
+//!       bits 4-5 for a base run its part, for a seen run the space referred to, for a delta run
+//!                its codec, else 0
+//!       bits 6-7 for a base run the number of its base, else 0
 //! ```
 //!
 //! A run is `chunks` neighbours that travel the same way; the places or chunks that a base or seen
 //! run refers to are neighbours too. A delta is a zigzag varint from where the last run in that
-//! space (for references: of that part, or that space) ended, at first from 0. All integers are in
-//! their shortest form, so that a batch has exactly one encoding of each run.
+//! space (for references: of that part of that base, or that space) ended, at first from 0. All
+//! integers are in their shortest form, so that a batch has exactly one encoding of each run.
+//! Chunks and deltas follow the table apart from each other, each in the order of the table: alike
+//! data compresses better side by side.
 
 use guest_images::{CHUNK_SIZE, Chunk, Part, Place};
 
 use super::{
-    classify::Op,
+    delta::{DeltaCodec, MAX_DELTA_BYTES},
     pack_codec::{Cursor, MAX_VARINT_BYTES, put_delta, put_varint},
     stats::Class,
 };
-use crate::chunks::{ChunkId, Space};
+use crate::{
+    base_view::{BasePlace, MAX_BASES},
+    chunks::{ChunkId, Space},
+};
 
-/// The most data that a batch carries. Codecs gain little from more, and this much is 0.8 s of a
+/// The most data that a batch carries, in chunks; deltas count by their bytes. Codecs gain little from more, and this much is 0.8 s of a
 /// 10 Mbps link uncompressed: the grain at which the sender can change its mind.
 pub const MAX_BATCH_DATA_CHUNKS: usize = 256;
 
@@ -35,9 +43,11 @@ pub const MAX_BATCH_CHUNKS: usize = 8192;
 /// Bytes that a run takes at most: tag, start, count below 2^14, reference.
 const MAX_RUN_BYTES: usize = 1 + MAX_VARINT_BYTES + 2 + MAX_VARINT_BYTES;
 
+/// The most data that a batch carries, in bytes.
+const MAX_BATCH_DATA_BYTES: usize = MAX_BATCH_DATA_CHUNKS * CHUNK_SIZE;
+
 /// The largest body: generation, number of runs, runs of one chunk each, data.
-pub const MAX_BATCH_BYTES: usize =
-    4 + 2 + MAX_BATCH_CHUNKS * MAX_RUN_BYTES + MAX_BATCH_DATA_CHUNKS * CHUNK_SIZE;
+pub const MAX_BATCH_BYTES: usize = 4 + 2 + MAX_BATCH_CHUNKS * MAX_RUN_BYTES + MAX_BATCH_DATA_BYTES;
 
 /// Why a body is not a batch. Positions are byte offsets in the body.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -76,14 +86,22 @@ pub enum BatchError {
     },
     /// More chunks than a batch may have.
     #[error(
-        "a batch of {chunks} chunks, {data_chunks} of them with data, is over the limit of \
-         {MAX_BATCH_CHUNKS} and {MAX_BATCH_DATA_CHUNKS}"
+        "a batch of {chunks} chunks with {data_bytes} bytes of data is over the limit of \
+         {MAX_BATCH_CHUNKS} chunks and {MAX_BATCH_DATA_BYTES} bytes"
     )]
     TooManyChunks {
         /// Chunks of all kinds.
         chunks: u64,
-        /// Chunks with data.
-        data_chunks: u64,
+        /// Bytes of chunks and deltas.
+        data_bytes: u64,
+    },
+    /// A delta that is longer than the chunk it stands for.
+    #[error("the delta announced at byte {at} of the batch has {len} bytes")]
+    DeltaLength {
+        /// Where its length is.
+        at: usize,
+        /// Its length.
+        len: u64,
     },
     /// The data is not what the table speaks of.
     #[error("the batch carries {actual} bytes of data where its table speaks of {expected}")]
@@ -100,9 +118,10 @@ pub enum BatchError {
 enum RunKind {
     Reset,
     Zero,
-    Base(Place),
+    Base(BasePlace),
     Seen(ChunkId),
     Data,
+    Delta(DeltaCodec),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,23 +132,24 @@ struct Run {
 }
 
 impl Run {
-    fn of(id: ChunkId, op: Op) -> Option<Self> {
-        let kind = match (op, id.space) {
-            (Op::Unchanged, _) => return None,
-            // In RAM, zeros are the base state: one way to say one thing.
-            (Op::Reset, _) | (Op::Zero, Space::Ram) => RunKind::Reset,
-            (Op::Zero, Space::Disk) => RunKind::Zero,
-            (Op::FromBase(place), _) => RunKind::Base(place),
-            (Op::FromSeen(source), _) => RunKind::Seen(source),
-            (Op::Data, _) => RunKind::Data,
+    fn of(id: ChunkId, what: &What<'_>) -> Self {
+        let kind = match *what {
+            What::Reset => RunKind::Reset,
+            What::Zero => RunKind::Zero,
+            What::FromBase(at) => RunKind::Base(at),
+            What::FromSeen(source) => RunKind::Seen(source),
+            What::Data(_) => RunKind::Data,
+            What::Delta(codec, _) => RunKind::Delta(codec),
         };
-        Some(Self { kind, first: id, chunks: 1 })
+        Self { kind, first: id, chunks: 1 }
     }
 
     /// The run's effect on its chunk number `n`.
     fn kind_at(&self, n: u64) -> RunKind {
         match self.kind {
-            RunKind::Base(p) => RunKind::Base(Place { part: p.part, index: p.index + n }),
+            RunKind::Base(BasePlace { base, place: Place { part, index } }) => {
+                RunKind::Base(BasePlace { base, place: Place { part, index: index + n } })
+            }
             RunKind::Seen(s) => RunKind::Seen(ChunkId { space: s.space, index: s.index + n }),
             kind => kind,
         }
@@ -148,48 +168,53 @@ impl Run {
     }
 
     fn tag(&self) -> u8 {
-        let (kind, reference) = match self.kind {
-            RunKind::Reset => (0, 0),
-            RunKind::Zero => (1, 0),
-            RunKind::Base(place) => (2, place.part as u8),
-            RunKind::Seen(source) => (3, source.space as u8),
-            RunKind::Data => (4, 0),
+        let (kind, detail, base) = match self.kind {
+            RunKind::Reset => (0, 0, 0),
+            RunKind::Zero => (1, 0, 0),
+            RunKind::Base(at) => (2, at.place.part as u8, at.base),
+            RunKind::Seen(source) => (3, source.space as u8, 0),
+            RunKind::Data => (4, 0, 0),
+            RunKind::Delta(codec) => (5, codec as u8, 0),
         };
-        kind | (self.first.space as u8) << 3 | reference << 4
+        kind | (self.first.space as u8) << 3 | detail << 4 | base << 6
     }
 
     /// A run of unknown extent from its tag, or `None` if the tag means nothing.
     fn from_tag(tag: u8) -> Option<Self> {
-        let space = if tag & 8 == 0 { Space::Ram } else { Space::Disk };
-        let kind = match (tag & 7, tag >> 4) {
-            (0, 0) => RunKind::Reset,
-            (1, 0) if space == Space::Disk => RunKind::Zero,
-            (2, 0) => RunKind::Base(Place { part: Part::Disk, index: 0 }),
-            (2, 1) => RunKind::Base(Place { part: Part::Kernel, index: 0 }),
-            (2, 2) => RunKind::Base(Place { part: Part::Initramfs, index: 0 }),
-            (2, 3) => RunKind::Base(Place { part: Part::Memory, index: 0 }),
-            (3, 0) => RunKind::Seen(ChunkId { space: Space::Ram, index: 0 }),
-            (3, 1) => RunKind::Seen(ChunkId { space: Space::Disk, index: 0 }),
-            (4, 0) => RunKind::Data,
+        let space = |bit: u8| if bit == 0 { Space::Ram } else { Space::Disk };
+        let kind = match (tag & 7, tag >> 4 & 3, tag >> 6) {
+            (0, 0, 0) => RunKind::Reset,
+            (1, 0, 0) => RunKind::Zero,
+            (2, part, base) => {
+                let place = Place { part: Part::try_from(part).ok()?, index: 0 };
+                RunKind::Base(BasePlace { base, place })
+            }
+            (3, bit @ 0..=1, 0) => RunKind::Seen(ChunkId { space: space(bit), index: 0 }),
+            (4, 0, 0) => RunKind::Data,
+            (5, codec, 0) => RunKind::Delta(DeltaCodec::from_u8(codec)?),
             _ => return None,
         };
-        Some(Self { kind, first: ChunkId { space, index: 0 }, chunks: 1 })
+        let first = ChunkId { space: space(tag >> 3 & 1), index: 0 };
+        Some(Self { kind, first, chunks: 1 })
     }
 }
 
 fn reference_of(kind: RunKind) -> Option<u64> {
     match kind {
-        RunKind::Base(place) => Some(place.index),
+        RunKind::Base(at) => Some(at.place.index),
         RunKind::Seen(source) => Some(source.index),
         _ => None,
     }
 }
 
+/// How many parts two bits can name.
+const PARTS: usize = 4;
+
 /// Where the last run in each space, and the last reference to each part and space, ended.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ends {
     ids: [u64; 2],
-    parts: [u64; Part::ALL.len()],
+    parts: [[u64; PARTS]; MAX_BASES],
     sources: [u64; 2],
 }
 
@@ -200,13 +225,15 @@ impl Ends {
 
     fn reference(&mut self, kind: RunKind) -> Option<&mut u64> {
         match kind {
-            RunKind::Base(place) => Some(&mut self.parts[place.part as usize]),
+            RunKind::Base(at) => {
+                self.parts.get_mut(usize::from(at.base))?.get_mut(at.place.part as usize)
+            }
             RunKind::Seen(source) => Some(&mut self.sources[source.space as usize]),
             _ => None,
         }
     }
 
-    fn encode(&mut self, run: &Run, out: &mut Vec<u8>) {
+    fn encode(&mut self, run: &Run, delta_lens: &[u16], out: &mut Vec<u8>) {
         out.push(run.tag());
         let end = self.id(run.first.space);
         put_delta(out, *end, run.first.index);
@@ -215,6 +242,9 @@ impl Ends {
         if let (Some(end), Some(start)) = (self.reference(run.kind), reference_of(run.kind)) {
             put_delta(out, *end, start);
             *end = start.wrapping_add(run.chunks);
+        }
+        for len in delta_lens {
+            put_varint(out, u64::from(len - 1));
         }
     }
 
@@ -231,7 +261,7 @@ impl Ends {
             let start = cursor.delta(*end)?;
             *end = past(start)?;
             match &mut run.kind {
-                RunKind::Base(place) => place.index = start,
+                RunKind::Base(at) => at.place.index = start,
                 RunKind::Seen(source) => source.index = start,
                 _ => {}
             }
@@ -243,7 +273,7 @@ impl Ends {
 /// When a batch counts as full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchLimits {
-    /// Chunks with data, at most [`MAX_BATCH_DATA_CHUNKS`].
+    /// Chunks' worth of data, at most [`MAX_BATCH_DATA_CHUNKS`].
     pub data_chunks: usize,
     /// Chunks of all kinds, at most [`MAX_BATCH_CHUNKS`].
     pub chunks: usize,
@@ -255,7 +285,7 @@ impl Default for BatchLimits {
     }
 }
 
-/// A full batch was given one more chunk: finish it first.
+/// A batch that has no room for one more chunk: finish it first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the batch is full: finish it before the next chunk is pushed")]
 pub struct BatchFull;
@@ -278,9 +308,12 @@ pub struct BatchBuilder {
     generation: u32,
     ends: Ends,
     open: Option<Run>,
+    /// Lengths of the open run's deltas.
+    open_deltas: Vec<u16>,
     table: Vec<u8>,
     runs: u64,
     data: Vec<u8>,
+    deltas: Vec<u8>,
     chunks: u64,
     class_bytes: [u64; Class::ALL.len()],
 }
@@ -303,18 +336,25 @@ impl BatchBuilder {
             generation,
             ends: Ends::default(),
             open: None,
+            open_deltas: Vec::new(),
             table: Vec::new(),
             runs: 0,
-            data: Vec::with_capacity(limits.data_chunks * CHUNK_SIZE),
+            data: Vec::new(),
+            deltas: Vec::new(),
             chunks: 0,
             class_bytes: [0; Class::ALL.len()],
         }
     }
 
-    /// Whether it must be finished before the next chunk.
+    /// Whether it must be finished before the next chunk: it has no room for any that might come.
     pub fn is_full(&self) -> bool {
         self.chunks >= self.limits.chunks as u64
-            || self.data.len() >= self.limits.data_chunks * CHUNK_SIZE
+            || self.data_bytes() > (self.limits.data_chunks - 1) * CHUNK_SIZE
+    }
+
+    /// Bytes of chunks and deltas in it so far.
+    pub fn data_bytes(&self) -> usize {
+        self.data.len() + self.deltas.len()
     }
 
     /// Whether there is nothing to send.
@@ -322,18 +362,22 @@ impl BatchBuilder {
         self.chunks == 0
     }
 
+    /// The generation that it was made with.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
     /// Chunks in it so far.
     pub fn chunks(&self) -> u64 {
         self.chunks
     }
 
-    /// Adds what is to become of a chunk; its content is taken for [`Op::Data`] only, and
-    /// [`Op::Unchanged`] adds nothing.
-    pub fn push(&mut self, id: ChunkId, op: Op, chunk: &Chunk) -> Result<(), BatchFull> {
-        let Some(next) = Run::of(id, op) else { return Ok(()) };
+    /// Adds what is to become of a chunk. A delta must have 1 to [`MAX_DELTA_BYTES`] bytes.
+    pub fn push(&mut self, id: ChunkId, what: What<'_>) -> Result<(), BatchFull> {
         if self.is_full() {
             return Err(BatchFull);
         }
+        let next = Run::of(id, &what);
         match &mut self.open {
             Some(run) if run.continues_with(&next) => run.chunks += 1,
             _ => {
@@ -341,8 +385,14 @@ impl BatchBuilder {
                 self.open = Some(next);
             }
         }
-        if next.kind == RunKind::Data {
-            self.data.extend_from_slice(chunk);
+        match what {
+            What::Data(chunk) => self.data.extend_from_slice(chunk),
+            What::Delta(_, delta) => {
+                debug_assert!((1..=MAX_DELTA_BYTES).contains(&delta.len()));
+                self.open_deltas.push(delta.len() as u16);
+                self.deltas.extend_from_slice(delta);
+            }
+            _ => {}
         }
         self.chunks += 1;
         Ok(())
@@ -351,14 +401,19 @@ impl BatchBuilder {
     fn close_run(&mut self) {
         let Some(run) = self.open.take() else { return };
         let before = self.table.len();
-        self.ends.encode(&run, &mut self.table);
+        self.ends.encode(&run, &self.open_deltas, &mut self.table);
         self.runs += 1;
-        let (class, data) = match run.kind {
-            RunKind::Reset => (Class::Reset, 0),
-            RunKind::Zero => (Class::Zero, 0),
-            RunKind::Base(_) => (Class::Base, 0),
-            RunKind::Seen(_) => (Class::Seen, 0),
-            RunKind::Data => (Class::Data, run.chunks * CHUNK_SIZE as u64),
+        let data = match run.kind {
+            RunKind::Data => run.chunks * CHUNK_SIZE as u64,
+            _ => self.open_deltas.drain(..).map(u64::from).sum(),
+        };
+        let class = match run.kind {
+            RunKind::Reset => Class::Reset,
+            RunKind::Zero => Class::Zero,
+            RunKind::Base(at) => Class::of_place(at),
+            RunKind::Seen(_) => Class::Seen,
+            RunKind::Data => Class::Data,
+            RunKind::Delta(_) => Class::Delta,
         };
         self.class_bytes[class as usize] += (self.table.len() - before) as u64 + data;
     }
@@ -366,12 +421,13 @@ impl BatchBuilder {
     /// The batch.
     pub fn finish(mut self) -> RawBatch {
         self.close_run();
-        let size = 4 + MAX_VARINT_BYTES + self.table.len() + self.data.len();
+        let size = 4 + MAX_VARINT_BYTES + self.table.len() + self.data_bytes();
         let mut body = Vec::with_capacity(size);
         body.extend_from_slice(&self.generation.to_le_bytes());
         put_varint(&mut body, self.runs);
         body.append(&mut self.table);
         body.append(&mut self.data);
+        body.append(&mut self.deltas);
         RawBatch { body, chunks: self.chunks, class_bytes: self.class_bytes }
     }
 }
@@ -381,14 +437,16 @@ impl BatchBuilder {
 pub enum What<'a> {
     /// Its base state again.
     Reset,
-    /// Zeros, on disk.
+    /// Zeros, where its base state is something else.
     Zero,
-    /// The content of a place in the base.
-    FromBase(Place),
+    /// The content of a place in a base.
+    FromBase(BasePlace),
     /// The content that another chunk has now.
     FromSeen(ChunkId),
     /// This content.
     Data(&'a Chunk),
+    /// What it holds now, changed by this delta.
+    Delta(DeltaCodec, &'a [u8]),
 }
 
 /// One step of a batch.
@@ -407,6 +465,8 @@ pub struct Batch<'a> {
     runs: Vec<Run>,
     chunks: u64,
     data: &'a [Chunk],
+    delta_lens: Vec<u16>,
+    deltas: &'a [u8],
 }
 
 impl<'a> Batch<'a> {
@@ -420,26 +480,44 @@ impl<'a> Batch<'a> {
         let count = cursor.varint()?;
         let mut ends = Ends::default();
         let mut runs = Vec::new();
-        let (mut chunks, mut data_chunks) = (0u64, 0u64);
+        let mut delta_lens = Vec::new();
+        let (mut chunks, mut data_chunks, mut delta_bytes) = (0u64, 0u64, 0u64);
         for _ in 0..count {
             let run = ends.decode(&mut cursor)?;
             chunks = chunks.saturating_add(run.chunks);
             if run.kind == RunKind::Data {
                 data_chunks = data_chunks.saturating_add(run.chunks);
             }
-            if chunks > MAX_BATCH_CHUNKS as u64 || data_chunks > MAX_BATCH_DATA_CHUNKS as u64 {
-                return Err(BatchError::TooManyChunks { chunks, data_chunks });
+            let check = |delta_bytes: u64| {
+                let data_bytes =
+                    data_chunks.saturating_mul(CHUNK_SIZE as u64).saturating_add(delta_bytes);
+                let fits =
+                    chunks <= MAX_BATCH_CHUNKS as u64 && data_bytes <= MAX_BATCH_DATA_BYTES as u64;
+                fits.then_some(()).ok_or(BatchError::TooManyChunks { chunks, data_bytes })
+            };
+            check(delta_bytes)?;
+            if let RunKind::Delta(_) = run.kind {
+                for _ in 0..run.chunks {
+                    let len = delta_len(&mut cursor)?;
+                    delta_bytes += u64::from(len);
+                    delta_lens.push(len);
+                }
+                check(delta_bytes)?;
             }
             runs.push(run);
         }
-        let (data, rest) = cursor.rest().as_chunks::<CHUNK_SIZE>();
-        if data.len() as u64 != data_chunks || !rest.is_empty() {
+        // Both fit: checked above.
+        let (data_len, delta_len) = (data_chunks as usize * CHUNK_SIZE, delta_bytes as usize);
+        let rest = cursor.rest();
+        if rest.len() != data_len + delta_len {
             return Err(BatchError::DataLength {
-                expected: data_chunks as usize * CHUNK_SIZE,
-                actual: cursor.rest().len(),
+                expected: data_len + delta_len,
+                actual: rest.len(),
             });
         }
-        Ok(Self { generation, runs, chunks, data })
+        let (data, deltas) = rest.split_at(data_len);
+        let (data, _) = data.as_chunks::<CHUNK_SIZE>();
+        Ok(Self { generation, runs, chunks, data, delta_lens, deltas })
     }
 
     /// The generation of every chunk in it.
@@ -455,22 +533,36 @@ impl<'a> Batch<'a> {
     /// Its steps, in the order in which they must be taken.
     pub fn steps(&self) -> impl Iterator<Item = Step<'a>> + '_ {
         let mut data = self.data.iter();
+        let (mut delta_lens, mut deltas) = (self.delta_lens.iter(), self.deltas);
         let ops = self
             .runs
             .iter()
             .flat_map(|run| (0..run.chunks).map(move |n| (run.id_at(n), run.kind_at(n))));
         ops.map_while(move |(id, kind)| {
+            // Never ends early: `parse` counted as much data as there is.
             let what = match kind {
                 RunKind::Reset => What::Reset,
                 RunKind::Zero => What::Zero,
-                RunKind::Base(place) => What::FromBase(place),
+                RunKind::Base(at) => What::FromBase(at),
                 RunKind::Seen(source) => What::FromSeen(source),
-                // Never ends early: `parse` counted as many chunks of data as there are.
                 RunKind::Data => What::Data(data.next()?),
+                RunKind::Delta(codec) => {
+                    let (delta, rest) = deltas.split_at_checked((*delta_lens.next()?).into())?;
+                    deltas = rest;
+                    What::Delta(codec, delta)
+                }
             };
             Some(Step { id, what })
         })
     }
+}
+
+/// The length of one delta.
+fn delta_len(cursor: &mut Cursor<'_>) -> Result<u16, BatchError> {
+    let at = cursor.at();
+    let len = cursor.varint()?.saturating_add(1);
+    let fits = u16::try_from(len).ok().filter(|len| usize::from(*len) <= MAX_DELTA_BYTES);
+    fits.ok_or(BatchError::DeltaLength { at, len })
 }
 
 #[cfg(test)]
@@ -483,64 +575,75 @@ mod tests {
         ChunkId { space: if disk { Space::Disk } else { Space::Ram }, index }
     }
 
-    fn ops() -> impl Strategy<Value = (ChunkId, Op)> {
+    /// What becomes of a chunk, with data made from a number.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Kind {
+        Reset,
+        Zero,
+        Base(BasePlace),
+        Seen(ChunkId),
+        Data(u8),
+        Delta(DeltaCodec, usize),
+    }
+
+    static BYTES: [u8; 2 * MAX_DELTA_BYTES] = [7; 2 * MAX_DELTA_BYTES];
+
+    impl Kind {
+        fn what(&self) -> What<'static> {
+            match *self {
+                Kind::Reset => What::Reset,
+                Kind::Zero => What::Zero,
+                Kind::Base(at) => What::FromBase(at),
+                Kind::Seen(source) => What::FromSeen(source),
+                Kind::Data(n) => What::Data(BYTES[usize::from(n)..].first_chunk().unwrap()),
+                Kind::Delta(codec, len) => What::Delta(codec, &BYTES[..len]),
+            }
+        }
+    }
+
+    fn ops() -> impl Strategy<Value = (ChunkId, Kind)> {
         let index = || prop_oneof![0u64..50, any::<u64>(), Just(u64::MAX), Just(u64::MAX - 1)];
         let part = prop::sample::select(Part::ALL.to_vec());
-        (any::<bool>(), index(), 0u8..6, part, index(), any::<bool>()).prop_map(
-            |(disk, index, kind, part, reference, source_disk)| {
-                let op = match kind {
-                    0 => Op::Unchanged,
-                    1 => Op::Reset,
-                    2 => Op::Zero,
-                    3 => Op::FromBase(Place { part, index: reference }),
-                    4 => Op::FromSeen(id(source_disk, reference)),
-                    _ => Op::Data,
-                };
-                (id(disk, index), op)
-            },
-        )
-    }
-
-    fn content(n: usize) -> Chunk {
-        [n as u8 | 1; CHUNK_SIZE]
-    }
-
-    fn expected(id: ChunkId, op: Op, chunk: &Chunk) -> Option<Step<'_>> {
-        let what = match (op, id.space) {
-            (Op::Unchanged, _) => return None,
-            (Op::Zero, Space::Ram) | (Op::Reset, _) => What::Reset,
-            (Op::Zero, Space::Disk) => What::Zero,
-            (Op::FromBase(place), _) => What::FromBase(place),
-            (Op::FromSeen(source), _) => What::FromSeen(source),
-            (Op::Data, _) => What::Data(chunk),
-        };
-        Some(Step { id, what })
+        let source = (any::<bool>(), index());
+        let kind = prop_oneof![
+            Just(Kind::Reset),
+            Just(Kind::Zero),
+            (0u8..4, part, index()).prop_map(|(base, part, index)| Kind::Base(BasePlace {
+                base,
+                place: Place { part, index }
+            })),
+            source.prop_map(|(disk, index)| Kind::Seen(id(disk, index))),
+            any::<u8>().prop_map(Kind::Data),
+            (any::<bool>(), prop_oneof![1usize..300, Just(MAX_DELTA_BYTES)]).prop_map(
+                |(xor, len)| Kind::Delta(if xor { DeltaCodec::Xor } else { DeltaCodec::Runs }, len)
+            ),
+        ];
+        (any::<bool>(), index(), kind).prop_map(|(disk, index, kind)| (id(disk, index), kind))
     }
 
     proptest! {
         #[test]
         fn round_trip(ops in prop::collection::vec(ops(), 0..60), generation: u32) {
-            let chunks: Vec<Chunk> = (0..ops.len()).map(content).collect();
             let mut batch = BatchBuilder::new(generation);
-            for ((id, op), chunk) in ops.iter().zip(&chunks) {
-                batch.push(*id, *op, chunk).unwrap();
+            for (id, kind) in &ops {
+                batch.push(*id, kind.what()).unwrap();
             }
             let raw = batch.finish();
             // An op on the very last chunk number has no end to encode: refused, not wrapped.
-            let touches_end = ops.iter().any(|(id, op)| {
-                let reference = match op {
-                    Op::FromBase(place) => place.index,
-                    Op::FromSeen(source) => source.index,
+            let touches_end = ops.iter().any(|(id, kind)| {
+                let reference = match kind {
+                    Kind::Base(at) => at.place.index,
+                    Kind::Seen(source) => source.index,
                     _ => 0,
                 };
-                *op != Op::Unchanged && (id.index == u64::MAX || reference == u64::MAX)
+                id.index == u64::MAX || reference == u64::MAX
             });
             match Batch::parse(&raw.body) {
                 Ok(parsed) => {
                     prop_assert!(!touches_end);
                     let steps: Vec<_> = parsed.steps().collect();
-                    let wanted: Vec<_> = ops.iter().zip(&chunks)
-                        .filter_map(|((id, op), chunk)| expected(*id, *op, chunk)).collect();
+                    let wanted: Vec<_> =
+                        ops.iter().map(|(id, kind)| Step { id: *id, what: kind.what() }).collect();
                     prop_assert_eq!(parsed.generation(), generation);
                     prop_assert_eq!(parsed.chunks(), raw.chunks);
                     prop_assert_eq!(steps, wanted);
@@ -562,8 +665,8 @@ mod tests {
         #[test]
         fn no_more_no_less(ops in prop::collection::vec(ops(), 0..20), extra: u8) {
             let mut batch = BatchBuilder::new(1);
-            for (id, op) in ops {
-                batch.push(ChunkId { index: id.index / 2, ..id }, op, &content(1)).unwrap();
+            for (id, kind) in ops {
+                batch.push(ChunkId { index: id.index / 2, ..id }, kind.what()).unwrap();
             }
             let mut body = batch.finish().body;
             if Batch::parse(&body).is_ok() {
@@ -580,7 +683,8 @@ mod tests {
         let mut batch = BatchBuilder::new(1);
         for n in 0..100 {
             let place = Place { part: Part::Disk, index: 5000 + n };
-            batch.push(id(false, 1000 + n), Op::FromBase(place), &content(1)).unwrap();
+            let at = BasePlace { base: 3, place };
+            batch.push(id(false, 1000 + n), What::FromBase(at)).unwrap();
         }
         assert_eq!(batch.chunks(), 100);
         let raw = batch.finish();
@@ -591,17 +695,22 @@ mod tests {
     fn full_is_full() {
         let limits = BatchLimits { data_chunks: 2, chunks: 3 };
         let mut batch = BatchBuilder::with_limits(1, limits);
-        batch.push(id(false, 1), Op::Reset, &content(1)).unwrap();
-        batch.push(id(false, 2), Op::Reset, &content(1)).unwrap();
+        batch.push(id(false, 1), What::Reset).unwrap();
+        batch.push(id(false, 2), What::Reset).unwrap();
         assert!(!batch.is_full());
-        batch.push(id(false, 4), Op::Data, &content(1)).unwrap();
+        batch.push(id(false, 4), Kind::Data(1).what()).unwrap();
         assert!(batch.is_full());
-        assert_eq!(batch.push(id(false, 5), Op::Data, &content(1)), Err(BatchFull));
-        batch.push(id(false, 5), Op::Unchanged, &content(1)).unwrap();
+        assert_eq!(batch.push(id(false, 5), What::Reset), Err(BatchFull));
 
         let mut batch = BatchBuilder::with_limits(1, limits);
-        batch.push(id(false, 4), Op::Data, &content(1)).unwrap();
-        batch.push(id(true, 4), Op::Data, &content(1)).unwrap();
+        batch.push(id(false, 4), Kind::Data(1).what()).unwrap();
+        batch.push(id(true, 4), Kind::Data(1).what()).unwrap();
+        assert!(batch.is_full());
+
+        // With a delta in it there is no room for a whole chunk.
+        let mut batch = BatchBuilder::with_limits(1, limits);
+        batch.push(id(false, 4), Kind::Data(1).what()).unwrap();
+        batch.push(id(false, 5), Kind::Delta(DeltaCodec::Runs, 1).what()).unwrap();
         assert!(batch.is_full());
     }
 
@@ -612,8 +721,8 @@ mod tests {
         for n in 0..MAX_BATCH_CHUNKS as u64 {
             let far = id(false, if n % 2 == 0 { n } else { u64::MAX / 2 + n });
             let data = n >= (MAX_BATCH_CHUNKS - MAX_BATCH_DATA_CHUNKS) as u64;
-            let op = if data { Op::Data } else { Op::FromSeen(far) };
-            batch.push(far, op, &content(1)).unwrap();
+            let kind = if data { Kind::Data(1) } else { Kind::Seen(far) };
+            batch.push(far, kind.what()).unwrap();
         }
         assert!(batch.is_full());
         let raw = batch.finish();
@@ -631,7 +740,7 @@ mod tests {
         };
         assert_eq!(claim(MAX_BATCH_CHUNKS as u64), Ok(MAX_BATCH_CHUNKS as u64));
         let chunks = MAX_BATCH_CHUNKS as u64 + 1;
-        assert_eq!(claim(chunks), Err(BatchError::TooManyChunks { chunks, data_chunks: 0 }));
+        assert_eq!(claim(chunks), Err(BatchError::TooManyChunks { chunks, data_bytes: 0 }));
         assert!(claim(u64::MAX).is_err());
         let runs = [&[0; 4][..], &[0xff; 9], &[1]].concat();
         assert_eq!(Batch::parse(&runs).unwrap_err(), BatchError::Truncated { at: 14 });
@@ -639,7 +748,7 @@ mod tests {
 
     #[test]
     fn unknown_tags() {
-        for tag in [1u8, 5, 6, 7, 0x10, 0x23, 0x42, 0x80, 0xff] {
+        for tag in [6u8, 7, 0x10, 0x23, 0x34, 0x35, 0x41, 0x43, 0x45, 0x80, 0xff] {
             let body = [0, 0, 0, 0, 1, tag, 0, 0, 0];
             assert_eq!(Batch::parse(&body).unwrap_err(), BatchError::Tag { at: 5, tag });
         }

@@ -3,17 +3,17 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     io,
-    sync::Arc,
 };
 
-use guest_images::{CHUNK_SIZE, Chunk, ChunkHash, Place, chunk::ZERO_CHUNK};
+use guest_images::{CHUNK_SIZE, Chunk, ChunkHash, chunk::ZERO_CHUNK};
 
 use super::{
+    delta::{self, DeltaError},
     pack::{Batch, BatchError, Step, What},
     stats::Class,
 };
 use crate::{
-    base_view::{BaseView, is_base_state},
+    base_view::{BasePlace, Bases, is_base_state},
     chunks::{ChunkId, Geometry},
     root::{GROUP_CHUNKS, GroupKey, StateRoot, StateTable, group_of},
     vm::{TargetVm, VmError},
@@ -33,13 +33,13 @@ pub enum ResolveError {
         /// What there is.
         geometry: Geometry,
     },
-    /// It refers to a place that the base has not. Nothing was written.
-    #[error("the batch refers to {place:?} for {id:?}, but that part has {chunks} chunks")]
+    /// It refers to a place that the bases have not. Nothing was written.
+    #[error("the batch refers to {at:?} for {id:?}, but that part has {chunks} chunks")]
     NoSuchPlace {
         /// The chunk.
         id: ChunkId,
         /// What it refers to.
-        place: Place,
+        at: BasePlace,
         /// Chunks in that part.
         chunks: u64,
     },
@@ -60,6 +60,14 @@ pub enum ResolveError {
         written: ChunkHash,
         /// The hash of what is there.
         found: ChunkHash,
+    },
+    /// A delta does not fit what it is to change.
+    #[error("cannot make {id:?} from what was there: {source}")]
+    Delta {
+        /// The chunk.
+        id: ChunkId,
+        /// What is wrong.
+        source: DeltaError,
     },
     /// The base could not be read.
     #[error("cannot read the base for {id:?}: {source}")]
@@ -117,21 +125,27 @@ impl Generations {
 ///
 /// After an error the VM and the table no longer go together: the handoff must be aborted.
 pub struct Resolver {
-    base: Arc<dyn BaseView>,
+    bases: Bases,
     table: StateTable,
     generations: Generations,
     zero: ChunkHash,
 }
 
 impl Resolver {
-    /// For a VM that begins as `base`: RAM zero, disk equal to the base's.
-    pub fn new(base: Arc<dyn BaseView>, geometry: Geometry) -> Self {
+    /// For a VM on which every chunk has its base state.
+    pub fn new(bases: Bases, geometry: Geometry) -> Self {
         Self {
-            table: StateTable::new(base.id(), geometry),
-            base,
+            table: StateTable::new(bases.own().id(), geometry),
+            bases,
             generations: Generations::default(),
             zero: ChunkHash::of(ZERO_CHUNK),
         }
+    }
+
+    /// The same for a VM that holds what `table` says, verified. It must be of the same base: its
+    /// geometry is the guest's.
+    pub fn with_start(self, table: StateTable) -> Self {
+        Self { table, ..self }
     }
 
     /// Applies one batch. All of it is checked before any of it is written.
@@ -165,13 +179,13 @@ impl Resolver {
             }
         }
         match step.what {
-            What::FromBase(place) if !self.base.holds(place) => Err(ResolveError::NoSuchPlace {
-                id: step.id,
-                place,
-                chunks: self.base.part_chunks(place.part),
-            }),
+            What::FromBase(at) if !self.bases.holds(at) => Err(self.no_such_place(step.id, at)),
             _ => Ok(()),
         }
+    }
+
+    fn no_such_place(&self, id: ChunkId, at: BasePlace) -> ResolveError {
+        ResolveError::NoSuchPlace { id, at, chunks: self.bases.part_chunks(at) }
     }
 
     fn take(&mut self, vm: &mut dyn TargetVm, step: &Step<'_>) -> Result<Class, ResolveError> {
@@ -184,11 +198,11 @@ impl Resolver {
                 Ok(Class::Reset)
             }
             What::Zero => self.write(vm, id, ZERO_CHUNK, self.zero).map(|()| Class::Zero),
-            What::FromBase(place) => {
-                self.base
-                    .read(place, &mut copy)
-                    .map_err(|source| ResolveError::Base { id, source })?;
-                self.write(vm, id, &copy, ChunkHash::of(&copy)).map(|()| Class::Base)
+            What::FromBase(at) => {
+                // Shared, so that the chunk borrowed from it leaves `self` to be written to.
+                let bases = self.bases.clone();
+                let chunk = bases.chunk(at).ok_or_else(|| self.no_such_place(id, at))?;
+                self.write(vm, id, chunk, ChunkHash::of(chunk)).map(|()| Class::of_place(at))
             }
             What::FromSeen(source_id) => {
                 let hash = self.read_received(vm, id, source_id, &mut copy)?;
@@ -196,6 +210,12 @@ impl Resolver {
             }
             What::Data(chunk) => {
                 self.write(vm, id, chunk, ChunkHash::of(chunk)).map(|()| Class::Data)
+            }
+            What::Delta(codec, bytes) => {
+                vm.read_chunk(id, &mut copy).map_err(|source| ResolveError::Vm { id, source })?;
+                delta::apply(codec, bytes, &mut copy)
+                    .map_err(|source| ResolveError::Delta { id, source })?;
+                self.write(vm, id, &copy, ChunkHash::of(&copy)).map(|()| Class::Delta)
             }
         }
     }
@@ -228,7 +248,7 @@ impl Resolver {
         hash: ChunkHash,
     ) -> Result<(), ResolveError> {
         vm.write_chunk(id, chunk).map_err(|source| ResolveError::Vm { id, source })?;
-        let is_base = is_base_state(&*self.base, id, chunk)
+        let is_base = is_base_state(self.bases.own(), id, chunk)
             .map_err(|source| ResolveError::Base { id, source })?;
         if is_base {
             self.table.clear(id);
@@ -246,5 +266,10 @@ impl Resolver {
     /// The table behind [`Resolver::root`].
     pub fn table(&self) -> &StateTable {
         &self.table
+    }
+
+    /// The same, for good.
+    pub fn into_table(self) -> StateTable {
+        self.table
     }
 }

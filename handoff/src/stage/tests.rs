@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    base_view::{BaseView, own_place, testing::MemBase},
+    base_view::{BasePlace, BaseView, Bases, own_place, testing::MemBase},
     chunks::{ChunkId, ChunkSet, Geometry, Space},
     order::RoundOrder,
     root::StateTable,
@@ -35,6 +35,10 @@ fn base() -> Arc<MemBase> {
         Arc::new(MemBase::new(disk, (100..110).map(content).collect(), vec![]))
     });
     BASE.clone()
+}
+
+fn bases() -> Bases {
+    Bases::from(base() as Arc<dyn BaseView>)
 }
 
 /// RAM and disk in memory.
@@ -155,52 +159,45 @@ fn writes() -> impl Strategy<Value = Vec<(ChunkId, u16, u64)>> {
 }
 
 struct Source {
-    classifier: Classifier,
+    outbound: Outbound,
     compressor: Compressor,
     sealer: Sealer,
-    stats: Stats,
-    limits: BatchLimits,
 }
 
 impl Source {
     fn new(options: StageOptions) -> Self {
         Self {
-            classifier: Classifier::new(base(), GEOMETRY).with_options(options),
+            outbound: Outbound::new(bases(), GEOMETRY, options)
+                .with_limits(BatchLimits { data_chunks: 5, chunks: 40 }),
             compressor: Compressor::new().unwrap(),
             sealer: Sealer::new(b"handoff"),
-            stats: Stats::default(),
-            limits: BatchLimits { data_chunks: 5, chunks: 40 },
         }
     }
 
     fn round(&mut self, vm: &mut MemVm, round: u32, dirty: ChunkSet, wire: &mut Vec<Vec<u8>>) {
-        let mut batch = BatchBuilder::with_limits(round, self.limits);
+        self.outbound.begin(round);
         for id in RoundOrder::shuffled(dirty, round.into()) {
-            let chunk = *vm.chunk(id);
-            let op = self.classifier.classify(id, &chunk).unwrap();
-            batch.push(id, op, &chunk).unwrap();
-            if batch.is_full() {
-                let next = BatchBuilder::with_limits(round, self.limits);
-                self.send(round, std::mem::replace(&mut batch, next), wire);
-            }
+            *self.outbound.slot(id).unwrap() = *vm.chunk(id);
+            self.send(round, wire);
         }
-        self.send(round, batch, wire);
+        self.outbound.end().unwrap();
+        self.send(round, wire);
     }
 
-    fn send(&mut self, round: u32, batch: BatchBuilder, wire: &mut Vec<Vec<u8>>) {
-        let batch = batch.finish();
-        self.stats.add_bytes_out(&batch.class_bytes);
-        let packed = self.compressor.compress(&batch.body).unwrap();
-        let mut bytes = Vec::new();
-        self.sealer.seal(round, SegmentKind::Chunks, packed).encode_into(&mut bytes);
-        wire.push(bytes);
+    fn send(&mut self, round: u32, wire: &mut Vec<Vec<u8>>) {
+        while let Some(batch) = self.outbound.poll() {
+            let packed = self.compressor.compress(&batch.body).unwrap();
+            let mut bytes = Vec::new();
+            self.sealer.seal(round, SegmentKind::Chunks, packed).encode_into(&mut bytes);
+            wire.push(bytes);
+        }
     }
 }
 
 fn deliver(wire: &[Vec<u8>], vm: &mut MemVm) -> Resolver {
     let mut opener = Opener::new(b"handoff");
     let mut decompressor = Decompressor::new().unwrap();
-    let mut resolver = Resolver::new(base(), GEOMETRY);
+    let mut resolver = Resolver::new(bases(), GEOMETRY);
     for bytes in wire {
         let segment = Segment::decode(bytes).unwrap();
         opener.open(&segment).unwrap();
@@ -213,9 +210,12 @@ fn deliver(wire: &[Vec<u8>], vm: &mut MemVm) -> Resolver {
 }
 
 fn options() -> impl Strategy<Value = StageOptions> {
-    (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
-        |(unchanged, reset, zero, base, seen)| StageOptions { unchanged, reset, zero, base, seen },
-    )
+    prop::sample::subsequence(StageOptions::SWITCHES.to_vec(), 0..=StageOptions::SWITCHES.len())
+        .prop_map(|off| {
+            let mut options = StageOptions::default();
+            off.into_iter().for_each(|name| options.switch_off(name).unwrap());
+            options
+        })
 }
 
 proptest! {
@@ -247,12 +247,12 @@ proptest! {
         let mut resolver = deliver(&wire, &mut target);
         prop_assert!(target == guest);
         let root = guest.root();
-        prop_assert_eq!(source.classifier.root(), root);
+        prop_assert_eq!(source.outbound.root(), root);
         prop_assert_eq!(resolver.root(), root);
-        let bytes_out: u64 = source.stats.iter().map(|(_, share)| share.bytes_out).sum();
-        let stats = source.classifier.stats();
+        let stats = source.outbound.stats();
+        let bytes_out: u64 = stats.classes().map(|(_, share)| share.bytes_out).sum();
         prop_assert!(bytes_out >= stats[Class::Data].chunks * CHUNK_SIZE as u64);
-        prop_assert_eq!(source.stats[Class::Unchanged].bytes_out, 0);
+        prop_assert_eq!(stats[Class::Unchanged].bytes_out, 0);
     }
 
     /// Nothing that a peer can send makes the target panic, or write outside the guest.
@@ -260,7 +260,7 @@ proptest! {
     fn hostile_bodies(bodies in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..60), 30)) {
         let mut vm = MemVm::new(base());
         for body in bodies {
-            let _ = Resolver::new(base(), GEOMETRY).apply(&mut vm, &body);
+            let _ = Resolver::new(bases(), GEOMETRY).apply(&mut vm, &body);
         }
     }
 
@@ -270,15 +270,17 @@ proptest! {
         writes in writes(), at in any::<prop::sample::Index>(), xor in 1u8.., cut: bool,
     ) {
         let mut batch = BatchBuilder::new(1);
-        let mut classifier = Classifier::new(base(), GEOMETRY);
+        let mut classifier = Classifier::new(bases(), GEOMETRY);
         for (id, n, _) in writes {
-            let op = classifier.classify(id, &content(n)).unwrap();
-            batch.push(id, op, &content(n)).unwrap();
+            let op = classifier.classify(id, &content(n)).unwrap().op;
+            if let Some(what) = op.what(&content(n)) {
+                batch.push(id, what).unwrap();
+            }
         }
         let mut body = batch.finish().body;
         let at = at.index(body.len());
         if cut { body.truncate(at) } else { body[at] ^= xor }
-        let _ = Resolver::new(base(), GEOMETRY).apply(&mut MemVm::new(base()), &body);
+        let _ = Resolver::new(bases(), GEOMETRY).apply(&mut MemVm::new(base()), &body);
         if cut {
             prop_assert!(Batch::parse(&body).is_err());
         }
@@ -286,13 +288,13 @@ proptest! {
 }
 
 fn classify(classifier: &mut Classifier, id: ChunkId, n: u16) -> Op {
-    classifier.classify(id, &content(n)).unwrap()
+    classifier.classify(id, &content(n)).unwrap().op
 }
 
 #[test]
 fn each_way_is_taken() {
-    let mut c = Classifier::new(base(), GEOMETRY);
-    let kernel = Place { part: Part::Kernel, index: 3 };
+    let mut c = Classifier::new(bases(), GEOMETRY);
+    let kernel = BasePlace { base: 0, place: Place { part: Part::Kernel, index: 3 } };
     assert_eq!(classify(&mut c, ram(0), 0), Op::Unchanged, "RAM begins as zeros");
     assert_eq!(classify(&mut c, disk(7), 7), Op::Unchanged, "disk begins as base");
     assert_eq!(classify(&mut c, disk(319), 0), Op::Unchanged, "zeros beyond the base's end");
@@ -309,15 +311,11 @@ fn each_way_is_taken() {
     assert_eq!(classify(&mut c, ram(1), 0), Op::Reset);
     assert_eq!(classify(&mut c, disk(9), 9), Op::Reset);
     assert_eq!(c.table().len(), 1);
-    let stats = c.stats();
-    assert_eq!(stats.chunks(), 15);
-    assert_eq!(stats[Class::Reset].chunks, 4);
-    assert_eq!(stats[Class::Data].bytes_in, 2 * CHUNK_SIZE as u64);
 }
 
 #[test]
 fn a_chunk_never_refers_to_itself() {
-    let mut c = Classifier::new(base(), GEOMETRY)
+    let mut c = Classifier::new(bases(), GEOMETRY)
         .with_options(StageOptions { unchanged: false, ..StageOptions::default() });
     assert_eq!(classify(&mut c, ram(2), 120), Op::Data);
     assert_eq!(classify(&mut c, ram(2), 121), Op::Data);
@@ -326,7 +324,7 @@ fn a_chunk_never_refers_to_itself() {
 
 #[test]
 fn outside_is_an_error_on_both_sides() {
-    let mut c = Classifier::new(base(), GEOMETRY);
+    let mut c = Classifier::new(bases(), GEOMETRY);
     for id in [ram(700), disk(320), ram(u64::MAX / 2)] {
         assert!(matches!(c.classify(id, &content(1)), Err(ClassifyError::Outside { .. })));
         let ops = [(id, Op::Reset), (id, Op::Data), (ram(0), Op::FromSeen(id))];
@@ -338,20 +336,23 @@ fn outside_is_an_error_on_both_sides() {
         }
     }
     let place = Place { part: Part::Initramfs, index: 0 };
-    let error = apply(&mut MemVm::new(base()), 1, &[(ram(0), Op::FromBase(place))]).unwrap_err();
-    assert!(matches!(error, ResolveError::NoSuchPlace { chunks: 0, .. }), "{error}");
+    for base_number in 0..4 {
+        let at = BasePlace { base: base_number, place };
+        let error = apply(&mut MemVm::new(base()), 1, &[(ram(0), Op::FromBase(at))]).unwrap_err();
+        assert!(matches!(error, ResolveError::NoSuchPlace { chunks: 0, .. }), "{error}");
+    }
 }
 
 fn body(generation: u32, ops: &[(ChunkId, Op)]) -> Vec<u8> {
     let mut batch = BatchBuilder::new(generation);
     for (id, op) in ops {
-        batch.push(*id, *op, &content(120 + generation as u16)).unwrap();
+        batch.push(*id, op.what(&content(120 + generation as u16)).unwrap()).unwrap();
     }
     batch.finish().body
 }
 
 fn apply(vm: &mut MemVm, generation: u32, ops: &[(ChunkId, Op)]) -> Result<Applied, ResolveError> {
-    Resolver::new(base(), GEOMETRY).apply(vm, &body(generation, ops))
+    Resolver::new(bases(), GEOMETRY).apply(vm, &body(generation, ops))
 }
 
 /// Disk items without a version let a reordered block overwrite a newer one: so every chunk has
@@ -359,7 +360,7 @@ fn apply(vm: &mut MemVm, generation: u32, ops: &[(ChunkId, Op)]) -> Result<Appli
 #[test]
 fn older_never_overwrites_newer() {
     let mut vm = MemVm::new(base());
-    let mut resolver = Resolver::new(base(), GEOMETRY);
+    let mut resolver = Resolver::new(bases(), GEOMETRY);
     resolver.apply(&mut vm, &body(3, &[(disk(4), Op::Data), (disk(5), Op::Reset)])).unwrap();
     let root = resolver.root();
     let old = body(2, &[(disk(4), Op::Zero), (disk(5), Op::Data), (disk(6), Op::Data)]);
@@ -378,7 +379,7 @@ fn references_to_what_was_not_received() {
     assert!(matches!(error, ResolveError::NotReceived { .. }), "{error}");
 
     let mut vm = MemVm::new(base());
-    let mut resolver = Resolver::new(base(), GEOMETRY);
+    let mut resolver = Resolver::new(bases(), GEOMETRY);
     resolver.apply(&mut vm, &body(1, &[(ram(1), Op::Data)])).unwrap();
     vm.chunk(ram(1))[17] ^= 1;
     let refers = body(1, &[(ram(0), Op::FromSeen(ram(1)))]);
@@ -390,9 +391,9 @@ fn references_to_what_was_not_received() {
 /// cannot make it compute another root.
 #[test]
 fn the_table_goes_by_content() {
-    let own = Place { part: Part::Disk, index: 70 };
+    let own = BasePlace { base: 0, place: Place { part: Part::Disk, index: 70 } };
     let mut vm = MemVm::new(base());
-    let mut resolver = Resolver::new(base(), GEOMETRY);
+    let mut resolver = Resolver::new(bases(), GEOMETRY);
     let empty = resolver.root();
     // Chunks 6 and 70 of the base disk are equal, so both come back to their base state.
     resolver
