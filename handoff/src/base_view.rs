@@ -95,6 +95,12 @@ impl Bases {
         }
     }
 
+    /// The VM's own base, and those of the others, counted from 0, for which `keep` says so.
+    pub fn only(&self, keep: impl Fn(usize) -> bool) -> Self {
+        let kept = self.also.iter().enumerate().filter(|(n, _)| keep(*n));
+        Self { own: Arc::clone(&self.own), also: kept.map(|(_, base)| Arc::clone(base)).collect() }
+    }
+
     /// The VM's own base.
     pub fn own(&self) -> &dyn BaseView {
         &*self.own

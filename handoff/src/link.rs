@@ -36,6 +36,8 @@ pub struct LinkReading {
     pub delivered_bytes: u64,
     /// Bytes handed to the transport and not acknowledged.
     pub unacked_bytes: u64,
+    /// For how long there were any: the time in which the link was the one to wait for.
+    pub busy: Duration,
 }
 
 /// The longest a receiving half may block.

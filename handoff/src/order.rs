@@ -44,6 +44,18 @@ impl RoundOrder {
         self.remaining
     }
 
+    /// Takes out those of `chunks` that have not been taken, and says how many that were.
+    pub fn leave_out(&mut self, chunks: &ChunkSet) -> u64 {
+        let before = self.remaining;
+        for id in chunks.iter() {
+            if self.left.contains(id) {
+                self.left.remove(id);
+                self.remaining -= 1;
+            }
+        }
+        before - self.remaining
+    }
+
     /// The chunks that have not been taken: an abort puts them back.
     pub fn into_rest(self) -> ChunkSet {
         self.left

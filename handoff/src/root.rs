@@ -2,8 +2,8 @@
 //!
 //! # What it is
 //!
-//! Let the *base state* of a chunk be zeros in RAM, and on disk the chunk of the same number of the
-//! base's disk (zeros beyond its end). A chunk *differs* when its content is not its base state.
+//! Let the *base state* of a chunk be the chunk of the same number of the base's memory or disk:
+//! zeros beyond the end of that, and in RAM where the base has no memory. A chunk *differs* when its content is not its base state.
 //! With `H(context, data)` = BLAKE3 in its key-derivation mode, integers little-endian:
 //!
 //! ```text
@@ -26,12 +26,15 @@
 //! with a difference: 42 KB for a guest that changed all of its 1 GiB. Nothing scans RAM or disk.
 //! Memory: about 8 KiB for each MiB of the guest in which something differs.
 
+mod file;
+
 use std::{collections::BTreeMap, fmt};
 
 use guest_images::{BaseId, ChunkHash};
 use serde::{Deserialize, Serialize};
 
 use crate::chunks::{ChunkId, Geometry, Space};
+pub use file::TableError;
 
 /// Chunks in a group: 1 MiB of the guest. The slot must fit a byte.
 pub const GROUP_CHUNKS: u64 = 256;
@@ -101,7 +104,7 @@ impl Group {
         self.present == [0; 4]
     }
 
-    fn root(&mut self) -> [u8; 32] {
+    fn root(&self) -> [u8; 32] {
         if let Some(root) = self.root {
             return root;
         }
@@ -112,9 +115,7 @@ impl Group {
                 hasher.update(&hash.0);
             }
         }
-        let root = *hasher.finalize().as_bytes();
-        self.root = Some(root);
-        root
+        *hasher.finalize().as_bytes()
     }
 }
 
@@ -134,6 +135,11 @@ impl StateTable {
     /// The table of a guest that equals its base.
     pub fn new(base: BaseId, geometry: Geometry) -> Self {
         Self { base, geometry, groups: BTreeMap::new(), len: 0 }
+    }
+
+    /// The base that this table is about.
+    pub fn base(&self) -> BaseId {
+        self.base
     }
 
     /// The geometry that bounds this table.
@@ -196,11 +202,20 @@ impl StateTable {
 
     /// The state root now. Takes `&mut` to keep the group roots it works out.
     pub fn root(&mut self) -> StateRoot {
+        for group in self.groups.values_mut() {
+            group.root = Some(group.root());
+        }
+        self.current_root()
+    }
+
+    /// [`StateTable::root`] for a table that is only read: what changed since the last call of that
+    /// one is worked out again each time.
+    pub fn current_root(&self) -> StateRoot {
         let mut hasher = blake3::Hasher::new_derive_key(TOP_CONTEXT);
         hasher.update(&self.base.0);
         hasher.update(&self.geometry.ram_chunks.to_le_bytes());
         hasher.update(&self.geometry.disk_chunks.to_le_bytes());
-        for ((space, number), group) in &mut self.groups {
+        for ((space, number), group) in &self.groups {
             let mut entry = [0; 41];
             entry[0] = *space as u8;
             entry[1..9].copy_from_slice(&number.to_le_bytes());

@@ -12,7 +12,7 @@ use crate::{
     ownership::{Question, Verdict, bounded_text},
     root::StateRoot,
     stage::Segment,
-    wire::{Commit, Frame, Hello, Intent, Prepare, Resumed, Versions},
+    wire::{Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, Versions, Welcome},
 };
 
 /// Bytes of segments that may be unacknowledged.
@@ -29,6 +29,8 @@ pub enum SourceEvent {
     Welcomed {
         /// The version both speak.
         version: u32,
+        /// What of the offer the target holds.
+        agreed: Agreed,
     },
     /// A later link goes on after this segment.
     Relinked {
@@ -81,6 +83,9 @@ pub enum Violation {
     /// A version that was not offered.
     #[error("the peer chose version {0}, which was not offered")]
     Version(u32),
+    /// Bases or a state that were not offered, or others than on the link before.
+    #[error("the peer builds on {0:?}, which was not agreed")]
+    Agreed(Agreed),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +110,8 @@ enum Word {
 pub struct SourceSession {
     hello: Hello,
     link: Link,
-    welcomed: bool,
+    /// What the first Welcome agreed to.
+    welcomed: Option<Agreed>,
     progressed: bool,
     /// Segments not known to be applied, oldest first, numbered without gaps.
     window: VecDeque<Segment>,
@@ -132,7 +138,7 @@ impl SourceSession {
         Self {
             hello,
             link: Link::Down,
-            welcomed: false,
+            welcomed: None,
             progressed: false,
             window: VecDeque::new(),
             window_used: 0,
@@ -165,7 +171,7 @@ impl SourceSession {
         self.sent_bytes = 0;
         self.word_sent = false;
         self.outbox.clear();
-        if self.welcomed {
+        if self.welcomed.is_some() {
             self.hello.intent = Intent::Resume;
         }
         self.outbox.push_back(Frame::Hello(Box::new(self.hello.clone())));
@@ -227,6 +233,11 @@ impl SourceSession {
     /// Bytes of segments that the target has not applied yet, as far as is known.
     pub fn unapplied_bytes(&self) -> u64 {
         self.window_used
+    }
+
+    /// Of those, bytes that were not given to the present link yet.
+    pub fn unsent_bytes(&self) -> u64 {
+        self.window_used - self.sent_bytes
     }
 
     /// The last segment that the target has applied.
@@ -303,9 +314,7 @@ impl SourceSession {
         let unexpected = |frame: &Frame, when| Violation::Unexpected { frame: frame.name(), when };
         if self.link == Link::Greeting {
             return match frame {
-                Frame::Welcome(welcome) => {
-                    self.welcome(welcome.version, welcome.applied_up_to, welcome.window_bytes)
-                }
+                Frame::Welcome(welcome) => self.welcome(welcome),
                 Frame::Refuse(refusal) => self.tell(SourceEvent::Refused(refusal)),
                 Frame::Status { question, verdict } => {
                     self.about("Status", question)?;
@@ -374,22 +383,31 @@ impl SourceSession {
         }
     }
 
-    fn welcome(&mut self, version: u32, applied: u64, window: u64) -> Result<(), Violation> {
+    fn welcome(&mut self, welcome: Welcome) -> Result<(), Violation> {
+        let Welcome { version, applied_up_to, window_bytes, agreed } = welcome;
         let Versions { min, max } = self.hello.versions;
         if !(min..=max).contains(&version) {
             return Err(Violation::Version(version));
         }
-        self.applied(applied)?;
+        let possible = match (self.welcomed, &self.hello.intent) {
+            (Some(before), _) => agreed == before,
+            (None, Intent::New(offer)) => agreed.answers(offer),
+            (None, Intent::Resume | Intent::Settle) => agreed == Agreed::default(),
+        };
+        if !possible {
+            return Err(Violation::Agreed(agreed));
+        }
+        self.applied(applied_up_to)?;
         self.link = Link::Up;
         self.sent = 0;
         self.sent_bytes = 0;
-        self.window_bytes = DEFAULT_WINDOW_BYTES.min(window);
+        self.window_bytes = DEFAULT_WINDOW_BYTES.min(window_bytes);
         self.progressed = true;
-        let first = !std::mem::replace(&mut self.welcomed, true);
+        let first = self.welcomed.replace(agreed).is_none();
         self.tell(if first {
-            SourceEvent::Welcomed { version }
+            SourceEvent::Welcomed { version, agreed }
         } else {
-            SourceEvent::Relinked { applied_up_to: applied }
+            SourceEvent::Relinked { applied_up_to }
         })
     }
 

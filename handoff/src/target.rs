@@ -12,7 +12,7 @@ use crate::{
     root::StateRoot,
     source::Violation,
     stage::{OpenError, Opener, Segment},
-    wire::{Ack, Frame, Prepare, Resumed, Welcome},
+    wire::{Ack, Agreed, Frame, Prepare, Resumed, Welcome},
 };
 
 /// An acknowledgement is sent when so many bytes were applied since the last one ...
@@ -77,6 +77,7 @@ enum Phase {
 #[derive(Debug)]
 pub struct TargetSession {
     handoff: Question,
+    agreed: Agreed,
     window_bytes: u64,
     phase: Phase,
     opener: Opener,
@@ -91,15 +92,17 @@ pub struct TargetSession {
 }
 
 impl TargetSession {
-    /// A handoff whose Hello was accepted. Say [`TargetSession::link_up`] for the first link too.
+    /// A handoff whose Hello was accepted, built on what `agreed` says. Say [`TargetSession::link_up`] for the first link too.
     pub fn new(
         handoff: Question,
+        agreed: Agreed,
         window_bytes: u64,
         silence: Duration,
         ping_every: Duration,
     ) -> Self {
         Self {
             handoff,
+            agreed,
             window_bytes,
             phase: Phase::Receiving,
             opener: Opener::new(&handoff.handoff.0),
@@ -121,8 +124,9 @@ impl TargetSession {
         self.outbox.clear();
         self.unacked_bytes = 0;
         self.unacked_since = None;
-        let (applied_up_to, window_bytes) = (self.applied_up_to, self.window_bytes);
-        self.outbox.push_back(Frame::Welcome(Welcome { version, applied_up_to, window_bytes }));
+        let Self { applied_up_to, window_bytes, agreed, .. } = *self;
+        let welcome = Welcome { version, applied_up_to, window_bytes, agreed };
+        self.outbox.push_back(Frame::Welcome(welcome));
     }
 
     /// A link on which the source, having lost all but its record, asks how this handoff stands.

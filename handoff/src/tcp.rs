@@ -151,6 +151,7 @@ impl LinkGauge for TcpGauge {
             delivered_bytes: info.tcpi_bytes_acked.saturating_sub(1),
             unacked_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss)
                 + u64::from(info.tcpi_notsent_bytes),
+            busy: Duration::from_micros(info.tcpi_busy_time),
         })
     }
 }
@@ -237,7 +238,9 @@ mod tests {
         tx.write_all(b"back").unwrap();
         near_rx.read_exact(&mut into).unwrap();
         assert_eq!(&into, b"back");
-        assert!(gauge.read().unwrap().delivered_bytes <= 1000);
+        let reading = gauge.read().unwrap();
+        assert!(reading.delivered_bytes <= 1000, "{reading:?}");
+        assert!(reading.busy < Duration::from_secs(5), "{reading:?}");
         drop(tx);
         assert_eq!(near_rx.read(&mut into).unwrap(), 0);
     }

@@ -3,7 +3,11 @@
 use guest_images::{BaseId, Chunk};
 use serde::{Deserialize, Serialize};
 
-use crate::chunks::{ChunkId, ChunkSet, Geometry};
+use crate::{
+    base_view::Bases,
+    chunks::{ChunkId, ChunkSet, Geometry},
+    root::{StateRoot, StateTable},
+};
 
 /// An error of a VM or host, as text for a person: the engine's decision is always the same
 /// (abort the handoff, keep the guest where it is), so it carries what, where and the way out.
@@ -19,8 +23,8 @@ pub trait SourceVm {
     /// How large the VM's spaces are. Does not change.
     fn geometry(&self) -> Geometry;
 
-    /// Starts dirty tracking, then returns every chunk that may differ from the state in which the
-    /// target begins: RAM all zero, disk equal to the base disk.
+    /// Starts dirty tracking, then returns every chunk that may differ from its base state: in RAM
+    /// the base's memory (zeros where the base has none), on disk the base disk.
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError>;
 
     /// Chunks changed since the last harvest: KVM's dirty log, the VMM's own writes to guest
@@ -33,10 +37,25 @@ pub trait SourceVm {
     /// [`SourceVm::start_tracking`] starts afresh.
     fn stop_tracking(&mut self) -> Result<(), VmError>;
 
+    /// RAM chunks that the guest called free since this was last asked, and that no harvest
+    /// returned after the guest had called them so. The engine asks while the guest runs, and does
+    /// not send what is in the answer: it leaves the set of the round under way.
+    ///
+    /// Nothing is lost by that, because of what the VM promises for each chunk it ever returned
+    /// here: if the guest writes it again, a later harvest returns it, as for every write. If not,
+    /// [`SourceVm::pause`] brings it back to its base state (as
+    /// [`TargetVm::reset_chunk`] does) before it returns, and the next harvest returns it too, so
+    /// that both ends hold the same bytes whatever was sent before. Before the pause nothing is
+    /// discarded: after an abort the guest finds its memory as it left it.
+    fn take_free_hints(&mut self) -> Result<ChunkSet, VmError> {
+        Ok(ChunkSet::new(self.geometry()))
+    }
+
     /// Copies one chunk's present content.
     fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError>;
 
-    /// Stops vCPUs, drains devices. Returns when nothing of the guest can change.
+    /// Stops vCPUs, drains devices, discards what is still free by
+    /// [`SourceVm::take_free_hints`]. Returns when nothing of the guest can change.
     fn pause(&mut self) -> Result<(), VmError>;
 
     /// The paused machine's state but RAM and disk: vCPUs, interrupt controllers, clock, devices.
@@ -66,7 +85,16 @@ pub struct Offer {
     pub changed_disk_chunks: u64,
     /// vCPUs, CPU features and devices, encoded by the VMM; compared before data moves.
     pub machine: Vec<u8>,
+    /// Other bases that the source holds and could refer to, at most [`MAX_ALSO`].
+    pub also: Vec<BaseId>,
+    /// States of this VM that the source remembers having left at the peer, at most [`MAX_KNOWN`].
+    pub known: Vec<StateRoot>,
 }
+
+/// The most bases in [`Offer::also`].
+pub const MAX_ALSO: usize = 3;
+/// The most states in [`Offer::known`].
+pub const MAX_KNOWN: usize = 4;
 
 /// Why a target will not take a VM: told to the peer, which keeps its guest running.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -109,15 +137,29 @@ pub trait TargetHost {
     type Vm: TargetVm;
 
     /// Checks the offer and reserves all that is needed: memory, disk, devices.
-    fn prepare(&mut self, offer: &Offer) -> Result<Self::Vm, Refusal>;
+    fn prepare(&mut self, offer: &Offer) -> Result<Prepared<Self::Vm>, Refusal>;
 }
 
-/// A VM that is being received: RAM zero, disk equal to base, until chunks are written.
+/// What a target has ready for an offer.
+#[derive(Debug)]
+pub struct Prepared<Vm> {
+    /// The VM, in its base state, or in the state of `start`.
+    pub vm: Vm,
+    /// [`Offer::base`] first, then those of [`Offer::also`] that are held here, in that order.
+    pub bases: Bases,
+    /// The state that `vm` holds already, if it is one of [`Offer::known`]. Whoever gives it has
+    /// hashed every chunk of it: memory and disks lose bits between visits.
+    pub start: Option<StateTable>,
+}
+
+/// A VM that is being received: in its base state, or in that of [`Prepared::start`], until chunks
+/// are written.
 pub trait TargetVm {
     /// Writes one chunk.
     fn write_chunk(&mut self, id: ChunkId, chunk: &Chunk) -> Result<(), VmError>;
 
-    /// Makes one chunk equal to the base again: zero in RAM, the base disk's content on disk.
+    /// Makes one chunk equal to the base again: the base's memory in RAM (zero without one), the
+    /// base disk's content on disk.
     fn reset_chunk(&mut self, id: ChunkId) -> Result<(), VmError>;
 
     /// Copies one chunk's present content.

@@ -22,7 +22,7 @@ use handoff::{
     },
     ownership::{Journal, Record, State, Tenure, VmId},
     tcp::{MonotonicClock, TcpConnect, accept_tcp},
-    wire::Versions,
+    wire::{VERSION_MAX, Versions},
 };
 use sim::{Fault, Host, HostFaults, MemConnect, Runners, Source, Target, base};
 
@@ -73,11 +73,6 @@ fn target_side<L: Transport + Send + 'static>(
                 let _ = first.settle(&mut journal, &limits(), &clock);
                 continue;
             }
-            let base = Arc::clone(&host.base);
-            let resolve = |id| match id == base.id() {
-                true => Ok(Arc::clone(&base) as Arc<dyn BaseView>),
-                false => Err(Refusal::UnknownBase(id)),
-            };
             let (relink, relinks) = unbounded();
             let over = AtomicBool::new(false);
             let outcome = thread::scope(|scope| {
@@ -91,8 +86,7 @@ fn target_side<L: Transport + Send + 'static>(
                     }
                 });
                 let mut journal = Journal::open(&path).unwrap();
-                let outcome =
-                    receive(first, &mut host, &resolve, &mut journal, &relinks, &options, &clock);
+                let outcome = receive(first, &mut host, &mut journal, &relinks, &options, &clock);
                 over.store(true, SeqCst);
                 outcome
             });
@@ -148,7 +142,7 @@ impl Pair {
         let base = Arc::clone(&self.base) as Arc<dyn BaseView>;
         send(
             &mut self.source,
-            base,
+            base.into(),
             &mut self.connect,
             &mut journal,
             &self.options,
@@ -173,7 +167,7 @@ fn state(path: &Path) -> State {
 
 fn assert_moved(mut pair: Pair) {
     let outcome = pair.send();
-    let SendOutcome::Moved(report) = outcome else { panic!("{outcome:?}") };
+    let SendOutcome::Moved { report, .. } = outcome else { panic!("{outcome:?}") };
     let sent = pair.source.guest.memory.lock().unwrap().hash();
     assert!(!pair.source.guest.is_running());
     assert!(matches!(state(&pair.journals.path().join("source")), State::Released { .. }));
@@ -232,7 +226,7 @@ fn a_flipped_bit_costs_a_link_and_nothing_else() {
 #[test]
 fn what_was_applied_is_not_sent_again() {
     let mut whole = pair(&[], HostFaults::default(), 0);
-    assert!(matches!(whole.send(), SendOutcome::Moved(_)));
+    assert!(matches!(whole.send(), SendOutcome::Moved { .. }));
     let needed = whole.connect.total.load(SeqCst);
     whole.finish();
 
@@ -241,7 +235,7 @@ fn what_was_applied_is_not_sent_again() {
     let mut broken = pair(&[cut], HostFaults::default(), 0);
     // Slow, so that the target keeps up and little is on its way when the link breaks.
     broken.connect.bytes_per_s = 4 << 20;
-    assert!(matches!(broken.send(), SendOutcome::Moved(_)));
+    assert!(matches!(broken.send(), SendOutcome::Moved { .. }));
     let took = broken.connect.total.load(SeqCst);
     broken.finish();
     assert!(took < needed + needed / 4, "{took} bytes, {needed} without a break");
@@ -274,7 +268,7 @@ fn a_refusal_leaves_the_guest_alone() {
 fn an_unknown_version_is_refused() {
     let mut pair = pair(&[], HostFaults::default(), 100);
     pair.options.versions = Versions { min: 90, max: 99 };
-    let expected = Refusal::Version { ours: 1, theirs: 99 };
+    let expected = Refusal::Version { ours: VERSION_MAX, theirs: 99 };
     assert_kept(pair, |r| matches!(r, KeptReason::Refused(got) if *got == expected));
 }
 
@@ -372,7 +366,7 @@ fn over_tcp() {
         let base = Arc::clone(&pair.base) as Arc<dyn BaseView>;
         let outcome = send(
             &mut pair.source,
-            base,
+            base.into(),
             &mut connect,
             &mut journal,
             &pair.options,
@@ -382,7 +376,7 @@ fn over_tcp() {
         )
         .unwrap();
         match outcome {
-            SendOutcome::Moved(report) => {
+            SendOutcome::Moved { report, .. } => {
                 assert!(!fail_load && report.downtime.unwrap().rtt_ms > 0.0, "{report:?}");
             }
             SendOutcome::KeptHere { reason: KeptReason::Declined(_), .. } => assert!(fail_load),
@@ -401,7 +395,7 @@ fn over_tcp() {
 #[test]
 fn in_doubt_until_the_peer_can_be_asked() {
     let mut whole = pair(&[], HostFaults::default(), 0);
-    assert!(matches!(whole.send(), SendOutcome::Moved(_)));
+    assert!(matches!(whole.send(), SendOutcome::Moved { .. }));
     whole.finish();
     // Down: Welcome, acks, pongs, then Prepared; which byte is the last of Prepared varies with
     // the acks, so cut at many places and look at what became of it.
@@ -413,7 +407,7 @@ fn in_doubt_until_the_peer_can_be_asked() {
         let outcome = pair.send();
         match outcome {
             SendOutcome::KeptHere { .. } => assert!(pair.source.guest.is_running()),
-            SendOutcome::Moved(_) => assert!(!pair.source.guest.is_running()),
+            SendOutcome::Moved { .. } => assert!(!pair.source.guest.is_running()),
             SendOutcome::InDoubt { .. } => {
                 in_doubt += 1;
                 assert!(!pair.source.guest.is_running());

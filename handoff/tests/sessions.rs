@@ -11,13 +11,15 @@ use handoff::{
     source::{SourceEvent, SourceSession, Violation},
     stage::{Codec, Packed, Sealer, Segment, SegmentKind},
     target::{TargetError, TargetEvent, TargetSession},
-    wire::{Ack, Frame, Hello, Intent, Resumed, Versions, Welcome},
+    wire::{Ack, Agreed, Frame, Hello, Intent, Resumed, VERSION_MAX, Versions, Welcome},
 };
 use proptest::prelude::*;
 
 const LATENCY: Duration = Duration::from_millis(25);
 const STEP: Duration = Duration::from_millis(5);
 const ROOT: StateRoot = StateRoot([5; 32]);
+/// What the target took of the offer.
+const AGREED: Agreed = Agreed { bases: 1, known: Some(0) };
 const SILENCE: Duration = Duration::from_secs(2);
 const PING: Duration = Duration::from_millis(60);
 
@@ -32,6 +34,8 @@ fn hello() -> Hello {
         geometry: Geometry { ram_chunks: 1, disk_chunks: 1 },
         changed_disk_chunks: 0,
         machine: Vec::new(),
+        also: vec![BaseId([1; 32])],
+        known: vec![ROOT],
     };
     Hello {
         versions: Versions::OURS,
@@ -83,7 +87,7 @@ impl Pair {
         Self {
             now: Duration::from_secs(1),
             source: SourceSession::new(hello(), SILENCE, PING),
-            target: TargetSession::new(question(), 350_000, SILENCE, PING),
+            target: TargetSession::new(question(), AGREED, 350_000, SILENCE, PING),
             up: VecDeque::new(),
             down: VecDeque::new(),
             linked: false,
@@ -142,7 +146,7 @@ impl Pair {
                 Frame::Hello(hello) => {
                     assert_eq!(hello.handoff, question());
                     self.greeted = true;
-                    self.target.link_up(1, self.now);
+                    self.target.link_up(VERSION_MAX, self.now);
                 }
                 frame => self.target.handle(frame, self.now).unwrap(),
             }
@@ -272,7 +276,8 @@ fn welcomed() -> SourceSession {
     let mut source = SourceSession::new(hello(), SILENCE, PING);
     source.link_up(Duration::ZERO);
     assert!(matches!(source.poll_transmit(), Some(Frame::Hello(_))));
-    let welcome = Welcome { version: 1, applied_up_to: 0, window_bytes: 1 << 20 };
+    let welcome =
+        Welcome { version: VERSION_MAX, applied_up_to: 0, window_bytes: 1 << 20, agreed: AGREED };
     source.handle(Frame::Welcome(welcome), Duration::ZERO).unwrap();
     source
 }
@@ -300,14 +305,34 @@ fn a_target_that_lies_is_found_out() {
 
     let mut greeting = SourceSession::new(hello(), SILENCE, PING);
     greeting.link_up(at);
-    let welcome = Welcome { version: 7, applied_up_to: 0, window_bytes: 0 };
+    let welcome = Welcome { version: 7, applied_up_to: 0, window_bytes: 0, agreed: AGREED };
     assert_eq!(greeting.handle(Frame::Welcome(welcome), at), Err(Violation::Version(7)));
+
+    for (bases, known) in [(2, None), (0, Some(1))] {
+        let mut greeting = SourceSession::new(hello(), SILENCE, PING);
+        greeting.link_up(at);
+        let agreed = Agreed { bases, known };
+        let welcome = Welcome { version: VERSION_MAX, applied_up_to: 0, window_bytes: 0, agreed };
+        let answer = greeting.handle(Frame::Welcome(welcome), at);
+        assert_eq!(answer, Err(Violation::Agreed(agreed)), "not offered");
+    }
+    let mut relinked = welcomed();
+    relinked.link_down();
+    relinked.link_up(at);
+    let welcome = Welcome {
+        version: VERSION_MAX,
+        applied_up_to: 0,
+        window_bytes: 0,
+        agreed: Agreed::default(),
+    };
+    let answer = relinked.handle(Frame::Welcome(welcome), at);
+    assert_eq!(answer, Err(Violation::Agreed(Agreed::default())), "another than before");
 }
 
 #[test]
 fn a_source_that_lies_is_found_out() {
     let at = Duration::ZERO;
-    let fresh = || TargetSession::new(question(), 1 << 20, SILENCE, PING);
+    let fresh = || TargetSession::new(question(), AGREED, 1 << 20, SILENCE, PING);
     let mut all = segments(2);
     let second = all.pop_back().unwrap();
     assert!(matches!(fresh().handle(Frame::Segment(second), at), Err(TargetError::Open(_))));
@@ -327,8 +352,8 @@ fn a_source_that_lies_is_found_out() {
 
 #[test]
 fn a_silent_link_is_given_up_and_a_waiting_target_asks() {
-    let mut target = TargetSession::new(question(), 1 << 20, SILENCE, PING);
-    target.link_up(1, Duration::ZERO);
+    let mut target = TargetSession::new(question(), AGREED, 1 << 20, SILENCE, PING);
+    target.link_up(VERSION_MAX, Duration::ZERO);
     target.prepared(ROOT, None, Duration::ZERO);
     let mut now = Duration::ZERO;
     let mut asked = false;
@@ -341,7 +366,7 @@ fn a_silent_link_is_given_up_and_a_waiting_target_asks() {
     }
     assert!(now >= SILENCE);
     // Two seconds of silence are also when it would ask; a link that says anything else is asked.
-    target.link_up(1, now);
+    target.link_up(VERSION_MAX, now);
     for _ in 0..500 {
         now += STEP;
         target.heard(now);

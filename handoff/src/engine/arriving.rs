@@ -1,17 +1,17 @@
 //! A guest on its way in: applies what came, and carries out what the ownership machine decides.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use super::{Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions, worker::micros};
 use crate::{
-    BaseView, Clock, Geometry,
+    Clock, Geometry, StateTable,
     ownership::{
         Guest, Journal, Question, Record, Step, Verdict,
         target::{self, Event, Say},
     },
     stage::{Decompressor, Resolver, Segment, SegmentKind},
     target::{TargetEvent, TargetSession},
-    vm::TargetVm,
+    vm::{Prepared, TargetVm},
     wire::{Prepare, Resumed},
 };
 
@@ -25,6 +25,14 @@ pub(super) enum Settled {
     },
     /// It does not, and will not from this handoff.
     Failed(ReceiveError),
+}
+
+/// A guest that runs, and what is known of it.
+pub(super) struct Running<Vm> {
+    pub(super) vm: Vm,
+    pub(super) record: Record,
+    pub(super) full_hash: Option<[u8; 32]>,
+    pub(super) table: StateTable,
 }
 
 pub(super) struct Arriving<'a, Vm> {
@@ -50,8 +58,7 @@ pub(super) struct Arriving<'a, Vm> {
 impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     #[allow(clippy::too_many_arguments)]
     pub(super) fn new(
-        vm: Vm,
-        base: Arc<dyn BaseView>,
+        prepared: Prepared<Vm>,
         geometry: Geometry,
         session: TargetSession,
         journal: &'a mut Journal,
@@ -62,11 +69,16 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         let handoff = session.handoff();
         let decompressor =
             Decompressor::new().map_err(|e| ReceiveError::Declined(format!("zstd: {e}")))?;
+        let Prepared { vm, bases, start } = prepared;
+        let mut resolver = Resolver::new(bases, geometry);
+        if let Some(table) = start {
+            resolver = resolver.with_start(table);
+        }
         Ok(Self {
             session,
             vm,
             running: false,
-            resolver: Resolver::new(base.into(), geometry),
+            resolver,
             decompressor,
             state: Vec::new(),
             round: 0,
@@ -335,9 +347,14 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         }
     }
 
-    pub(super) fn into_running(self) -> Result<(Vm, Record, Option<[u8; 32]>), ReceiveError> {
+    pub(super) fn into_running(self) -> Result<Running<Vm>, ReceiveError> {
         let record = self.journal.record().cloned();
         let missing = || ReceiveError::Link("the guest runs without an ownership record".into());
-        Ok((self.vm, record.ok_or_else(missing)?, self.full_hash))
+        Ok(Running {
+            vm: self.vm,
+            record: record.ok_or_else(missing)?,
+            full_hash: self.full_hash,
+            table: self.resolver.into_table(),
+        })
     }
 }

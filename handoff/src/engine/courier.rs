@@ -13,10 +13,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounde
 use super::{
     Limits,
     reader::{Heard, read_link, weight},
+    worker::micros,
 };
 use crate::{
     Clock, Connect, Transport,
-    link::LinkGauge,
+    link::{LinkGauge, LinkReading},
     root::StateRoot,
     source::{SourceEvent, SourceSession},
     stage::Segment,
@@ -77,6 +78,13 @@ pub(super) struct LinkStatus {
     pub(super) queued_jobs: AtomicU64,
     pub(super) unapplied_bytes: AtomicU64,
     pub(super) applied_bytes: AtomicU64,
+    /// Bytes of segments that have not reached the peer's end of the link; where the transport
+    /// cannot tell, those not applied.
+    pub(super) in_flight_bytes: AtomicU64,
+    /// Bytes delivered on all links, and the microseconds in which there were some to deliver. Zero
+    /// where the transport does not measure.
+    pub(super) delivered_bytes: AtomicU64,
+    pub(super) busy_us: AtomicU64,
     pub(super) rtt_us: AtomicU64,
     pub(super) rtt_min_us: AtomicU64,
     pub(super) links: AtomicU64,
@@ -94,6 +102,8 @@ pub(super) struct Courier<'a, C: Connect> {
     pub(super) committed: bool,
     pub(super) over: bool,
     pub(super) submitted_bytes: u64,
+    /// What the present link's gauge said last.
+    pub(super) reading: Option<LinkReading>,
 }
 
 /// Why a link is no longer used.
@@ -206,6 +216,7 @@ impl<C: Connect> Courier<'_, C> {
         };
         self.status.links.fetch_add(1, Relaxed);
         self.session.link_up(self.clock.now());
+        self.reading = gauge.as_deref().and_then(LinkGauge::read);
         let (stop, queued) = (AtomicBool::new(false), AtomicU64::new(0));
         let (to, heard) = unbounded();
         let (clock, status) = (self.clock, self.status);
@@ -334,19 +345,37 @@ impl<C: Connect> Courier<'_, C> {
             }
             // In this order, so that work in hand is counted at least once at any moment.
             self.status.unapplied_bytes.store(self.session.unapplied_bytes(), Relaxed);
+            self.status.in_flight_bytes.store(self.in_flight_bytes(), Relaxed);
             self.status.queued_jobs.fetch_sub(1, Release);
             busy = true;
         }
         busy
     }
 
-    fn publish(&self, gauge: Option<&dyn LinkGauge>) {
-        let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    /// What the transport holds counts by its own word: the peer's acknowledgements of segments
+    /// come late, so that there are few of them.
+    fn in_flight_bytes(&self) -> u64 {
+        match self.reading {
+            Some(reading) => self.session.unsent_bytes() + reading.unacked_bytes,
+            None => self.session.unapplied_bytes(),
+        }
+    }
+
+    fn publish(&mut self, gauge: Option<&dyn LinkGauge>) {
         let unapplied = self.session.unapplied_bytes();
         self.status.unapplied_bytes.store(unapplied, Relaxed);
         self.status.applied_bytes.store(self.submitted_bytes - unapplied, Relaxed);
         let pings = self.session.rtt();
         let reading = gauge.and_then(LinkGauge::read);
+        if let (Some(reading), Some(before)) = (reading, self.reading) {
+            let delivered = reading.delivered_bytes.saturating_sub(before.delivered_bytes);
+            self.status.delivered_bytes.fetch_add(delivered, Relaxed);
+            self.status
+                .busy_us
+                .fetch_add(micros(reading.busy.saturating_sub(before.busy)), Relaxed);
+        }
+        self.reading = reading;
+        self.status.in_flight_bytes.store(self.in_flight_bytes(), Relaxed);
         // The transport's own measure has no queueing of ours in it.
         let (rtt, least) = match (reading, pings) {
             (Some(reading), _) if !reading.rtt.is_zero() => (reading.rtt, reading.min_rtt),

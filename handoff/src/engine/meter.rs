@@ -134,6 +134,11 @@ impl<'a> Meter<'a> {
         }
     }
 
+    /// So many chunks of the round need not be looked at.
+    pub(super) fn left_out(&mut self, chunks: u64) {
+        self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(chunks);
+    }
+
     pub(super) fn chunk_done(&mut self) {
         self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(1);
     }

@@ -17,6 +17,7 @@ mod options;
 mod pipe;
 mod reader;
 mod receive;
+pub mod saved;
 mod send;
 mod settle;
 mod worker;
@@ -25,7 +26,8 @@ pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
 pub use options::{
     KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendError, SendOptions, SendOutcome,
 };
-pub use receive::{BaseResolver, receive};
+pub use receive::receive;
+pub use saved::{inspect, restore, save};
 pub use send::send;
 pub use settle::{Recovery, SettleError, recover, send_resume, takeover};
 

@@ -7,6 +7,7 @@ use crate::{
     ownership::{JournalError, OwnershipError, Record},
     policy::CutOverPolicy,
     report::Report,
+    root::StateTable,
     stage::StageOptions,
     vm::VmError,
     wire::Versions,
@@ -74,6 +75,10 @@ pub struct SendOptions {
     pub stages: StageOptions,
     /// When to cut over.
     pub policy: CutOverPolicy,
+    /// States of this VM that were left at this peer, the likeliest first; those beyond
+    /// [`MAX_KNOWN`](crate::vm::MAX_KNOWN) are not offered. If the peer still holds one, only what
+    /// changed since is sent.
+    pub known: Vec<StateTable>,
     /// Bounds on waits.
     pub limits: Limits,
 }
@@ -89,6 +94,7 @@ impl SendOptions {
             audit: false,
             stages: StageOptions::default(),
             policy: CutOverPolicy::default(),
+            known: Vec::new(),
             limits: Limits::default(),
         }
     }
@@ -99,7 +105,13 @@ impl SendOptions {
 #[must_use]
 pub enum SendOutcome {
     /// The guest runs at the peer; the paused copy here may be deleted.
-    Moved(Report),
+    Moved {
+        /// What was done.
+        report: Report,
+        /// What the peer holds: with it and the paused copy, [`SendOptions::known`] of a handoff
+        /// on the way back at the peer, and [`crate::vm::Prepared::start`] here.
+        table: StateTable,
+    },
     /// The guest goes on running here.
     KeptHere {
         /// Why.
@@ -217,6 +229,8 @@ pub struct Received<Vm> {
     pub released: bool,
     /// Hash of all RAM and disk at cutover, if the source asked for it.
     pub full_hash: Option<[u8; 32]>,
+    /// The state in which it arrived: what the source knows too.
+    pub table: StateTable,
     /// Bytes received and sent on all links of this handoff.
     pub bytes_received: u64,
     /// Bytes sent on all links of this handoff.

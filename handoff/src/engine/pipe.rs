@@ -17,7 +17,13 @@ use super::{
     meter::Meter,
     worker::Job,
 };
-use crate::{Clock, ownership::Verdict, root::StateRoot, source::SourceEvent, wire::Resumed};
+use crate::{
+    Clock,
+    ownership::Verdict,
+    root::StateRoot,
+    source::SourceEvent,
+    wire::{Agreed, Resumed},
+};
 
 /// How often a waiting engine looks at cancellation and progress.
 const TICK: Duration = Duration::from_millis(20);
@@ -25,7 +31,7 @@ const TICK: Duration = Duration::from_millis(20);
 /// A word of the target that the phases wait for, and when it came.
 #[derive(Clone, Debug)]
 pub(super) enum Word {
-    Welcomed,
+    Welcomed(Agreed),
     Prepared { root: StateRoot, full_hash: Option<[u8; 32]> },
     Declined(String),
     Resumed(Resumed),
@@ -151,7 +157,7 @@ impl Pipe<'_> {
             }
         };
         let word = match event {
-            SourceEvent::Welcomed { .. } => Word::Welcomed,
+            SourceEvent::Welcomed { agreed, .. } => Word::Welcomed(agreed),
             SourceEvent::Relinked { applied_up_to } => {
                 tracing::info!(applied_up_to, "link is back");
                 self.meter.relinking(false);

@@ -2,30 +2,26 @@
 
 use std::{
     sync::{
-        Arc, Mutex,
+        Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Select, TryRecvError, unbounded};
-use guest_images::BaseId;
 
 use super::{
     Incoming, ReceiveError, ReceiveOptions, Received,
-    arriving::{Arriving, Settled},
+    arriving::{Arriving, Running, Settled},
     reader::{Heard, read_link, weight},
 };
 use crate::{
-    BaseView, Clock, Offer, Refusal, TargetHost, Transport,
+    Clock, Geometry, Offer, Refusal, StateTable, TargetHost, Transport,
     ownership::{Journal, answer, target},
     target::TargetSession,
-    vm::TargetVm,
-    wire::{Frame, Hello, Intent, write_frame},
+    vm::{Prepared, TargetVm},
+    wire::{Agreed, Frame, Hello, Intent, write_frame},
 };
-
-/// Opens a base by its id.
-pub type BaseResolver<'a> = &'a dyn Fn(BaseId) -> Result<Arc<dyn BaseView>, Refusal>;
 
 /// How long the engine sleeps when nothing comes.
 const TICK: Duration = Duration::from_millis(10);
@@ -41,14 +37,13 @@ const MAX_LINKS: u32 = 256;
 pub fn receive<L: Transport, H: TargetHost>(
     mut first: Incoming<L>,
     host: &mut H,
-    bases: BaseResolver<'_>,
     journal: &mut Journal,
     relinks: &Receiver<Incoming<L>>,
     options: &ReceiveOptions,
     clock: &dyn Clock,
 ) -> Result<Received<H::Vm>, ReceiveError> {
-    let admitted = admit(&first.hello, host, bases, journal, options);
-    let (vm, base, offer) = match admitted {
+    let admitted = admit(&first.hello, host, journal, options);
+    let (prepared, agreed, geometry) = match admitted {
         Ok(admitted) => admitted,
         Err(refusal) => {
             // A peer that is gone already need not be told.
@@ -59,10 +54,14 @@ pub fn receive<L: Transport, H: TargetHost>(
     let limits = &options.limits;
     let handoff = first.hello.handoff;
     let audit = first.hello.audit;
-    let session =
-        TargetSession::new(handoff, options.window_bytes, limits.silence, limits.ping_every);
-    let mut arriving =
-        Arriving::new(vm, base, offer.geometry, session, journal, options, audit, clock)?;
+    let session = TargetSession::new(
+        handoff,
+        agreed,
+        options.window_bytes,
+        limits.silence,
+        limits.ping_every,
+    );
+    let mut arriving = Arriving::new(prepared, geometry, session, journal, options, audit, clock)?;
     let counts = Counts::default();
     for _ in 0..MAX_LINKS {
         let why = match serve(first, &mut arriving, relinks, options, clock, &counts) {
@@ -93,13 +92,12 @@ pub(super) struct Counts {
     pub(super) sent: AtomicU64,
 }
 
-type Admitted<Vm> = (Vm, Arc<dyn BaseView>, Offer);
+type Admitted<Vm> = (Prepared<Vm>, Agreed, Geometry);
 
 /// Checks all that an offer needs, the cheap things first.
 fn admit<H: TargetHost>(
     hello: &Hello,
     host: &mut H,
-    bases: BaseResolver<'_>,
     journal: &Journal,
     options: &ReceiveOptions,
 ) -> Result<Admitted<H::Vm>, Refusal> {
@@ -108,9 +106,35 @@ fn admit<H: TargetHost>(
         return Err(Refusal::Other("this handoff is not under way here".into()));
     };
     target::admit(journal.record(), hello.handoff).map_err(Refusal::Conflict)?;
-    let base = bases(offer.base)?;
-    let vm = host.prepare(offer)?;
-    Ok((vm, base, offer.clone()))
+    let mut prepared = host.prepare(offer)?;
+    match agree(offer, &mut prepared) {
+        Some(agreed) => Ok((prepared, agreed, offer.geometry)),
+        None => {
+            prepared.vm.discard();
+            Err(Refusal::Other("what is ready there is not what was offered".into()))
+        }
+    }
+}
+
+/// What is ready, in the offer's terms; `None` if it is no answer to the offer.
+fn agree<Vm>(offer: &Offer, prepared: &mut Prepared<Vm>) -> Option<Agreed> {
+    let mut held = prepared.bases.iter().map(|(_, base)| base.id());
+    if held.next() != Some(offer.base) {
+        return None;
+    }
+    let mut bases = 0;
+    let mut offered = offer.also.iter().enumerate();
+    for id in held {
+        let (n, _) = offered.find(|(_, also)| **also == id)?;
+        bases |= 1 << n;
+    }
+    let start = prepared.start.as_mut().map(StateTable::root);
+    let known = match start {
+        None => None,
+        Some(root) => Some(u8::try_from(offer.known.iter().position(|k| *k == root)?).ok()?),
+    };
+    let agreed = Agreed { bases, known };
+    agreed.answers(offer).then_some(agreed)
 }
 
 /// Waits for the source to come back, for as long as it makes sense in the present state.
@@ -321,12 +345,13 @@ impl<Vm: TargetVm> Arriving<'_, Vm> {
     fn finish(mut self, counts: &Counts) -> Result<Received<Vm>, ReceiveError> {
         match self.take_settled() {
             Settled::Runs { released } => {
-                let (vm, record, full_hash) = self.into_running()?;
+                let Running { vm, record, full_hash, table } = self.into_running()?;
                 Ok(Received {
                     vm,
                     record,
                     released,
                     full_hash,
+                    table,
                     bytes_received: counts.received.load(Relaxed),
                     bytes_sent: counts.sent.load(Relaxed),
                 })

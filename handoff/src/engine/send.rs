@@ -1,12 +1,8 @@
 //! The source's driver.
 
-use std::{
-    sync::{Arc, atomic::AtomicBool},
-    thread,
-};
+use std::{sync::atomic::AtomicBool, thread};
 
 use crossbeam_channel::unbounded;
-use guest_images::BaseId;
 
 use super::{
     KeptReason, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
@@ -16,33 +12,36 @@ use super::{
     worker::{Job, WorkerStats, work},
 };
 use crate::{
-    BaseView, Bases, ChunkSet, Clock, Connect, Offer, SourceVm, Space,
+    Bases, ChunkSet, Clock, Connect, Offer, SourceVm, Space,
     order::RoundOrder,
     ownership::{
         Guest, HandoffId, Journal, Question, Verdict,
         source::{self, Event},
     },
     report::{Outcome, Progress, Report},
-    root::StateRoot,
+    root::{StateRoot, StateTable},
     source::SourceSession,
-    stage::{ClassifyError, Outbound, SegmentKind, pack::MAX_BATCH_BYTES},
-    vm::VmError,
-    wire::{Hello, Intent, Resumed},
+    stage::{ClassifyError, Outbound, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
+    vm::{MAX_ALSO, MAX_KNOWN, VmError},
+    wire::{Agreed, Hello, Intent, Resumed},
 };
 
 /// A round is harvested when so little of the last one is left that the link will not run dry
 /// meanwhile: 50 ms at 10 Mbps.
 const LOW_WATER_BYTES: u64 = 64 << 10;
+/// After so many chunks of a round it is asked what the guest called free meanwhile.
+const HINTS_EVERY: u64 = 256;
 
 /// Hands the guest off to the peer that `connect` reaches.
 ///
 /// **Paused on success, resumed on failure**: [`SendOutcome::Moved`] and
 /// [`SendOutcome::InDoubt`] leave the guest paused, [`SendOutcome::KeptHere`] leaves it running.
-/// `cancel` is looked at until the commit; after it the handoff can only go forward.
+/// `bases` are the VM's own and others held here, which are offered. `cancel` is looked at until the
+/// commit; after it the handoff can only go forward.
 #[allow(clippy::too_many_arguments)]
 pub fn send<C: Connect + Send>(
     vm: &mut dyn SourceVm,
-    base: Arc<dyn BaseView>,
+    bases: Bases,
     connect: &mut C,
     journal: &mut Journal,
     options: &SendOptions,
@@ -60,7 +59,7 @@ pub fn send<C: Connect + Send>(
 
     let mut guest = HeldGuest { vm, tracking: false, paused: false };
     let (status, worker) = (LinkStatus::default(), WorkerStats::default());
-    let base_id = base.id().to_string();
+    let base_id = bases.own().id().to_string();
     let meter = Meter::new(handoff, options, progress, (&status, &worker), clock);
     let changed = match guest.start_tracking() {
         Ok(changed) => changed,
@@ -69,7 +68,7 @@ pub fn send<C: Connect + Send>(
             return keep(&mut guest, journal, reason, told);
         }
     };
-    let hello = hello(&guest, &*base, handoff, options, &changed);
+    let hello = hello(&guest, &bases, handoff, options, &changed);
     thread::scope(|scope| {
         let (jobs, jobs_rx) = pipeline_queue();
         let (sealed, sealed_rx) = pipeline_queue();
@@ -77,7 +76,8 @@ pub fn send<C: Connect + Send>(
         let (notices, notices_rx) = unbounded();
         let (status, worker, limits) = (&status, &worker, &options.limits);
         let from_worker = notices.clone();
-        scope.spawn(move || work(handoff.handoff, &jobs_rx, &sealed, &from_worker, worker));
+        let sealer = Sealer::new(&handoff.handoff.0);
+        scope.spawn(move || work(sealer, &jobs_rx, &sealed, &from_worker, worker));
         let session = SourceSession::new(hello, limits.silence, limits.ping_every);
         let mut courier = Courier {
             session,
@@ -91,15 +91,14 @@ pub fn send<C: Connect + Send>(
             committed: false,
             over: false,
             submitted_bytes: 0,
+            reading: None,
         };
         scope.spawn(move || courier.run());
         let applied = (clock.now(), 0);
         let notices = notices_rx;
         let pipe = Pipe { jobs, orders, notices, status, limits, clock, cancel, applied, meter };
-        let bases = Bases::from(Arc::clone(&base));
-        let outbound = Outbound::new(bases, guest.vm.geometry(), options.stages);
-        let mut run =
-            Run { guest, pipe, outbound, journal, options, base: base.id(), handoff, round: 0 };
+        let outbound = Outbound::new(bases.clone(), guest.vm.geometry(), options.stages);
+        let mut run = Run { guest, pipe, outbound, journal, options, bases, handoff, round: 0 };
         match walk(&mut run, changed) {
             Ok(settled) => settle(&mut run, settled),
             Err(reason) => {
@@ -174,14 +173,23 @@ fn unclassified(source: ClassifyError) -> KeptReason {
 
 fn hello(
     guest: &HeldGuest<'_>,
-    base: &dyn BaseView,
+    bases: &Bases,
     handoff: Question,
     options: &SendOptions,
     changed: &ChunkSet,
 ) -> Hello {
+    let also = bases
+        .iter()
+        .skip(1)
+        .map(|(_, base)| base.id())
+        .filter(|_| options.stages.other_bases)
+        .take(MAX_ALSO);
+    let known = options.known.iter().filter(|_| options.stages.known).take(MAX_KNOWN);
     let offer = Offer {
         vm_name: options.vm_name.clone(),
-        base: base.id(),
+        base: bases.own().id(),
+        also: also.collect(),
+        known: known.map(StateTable::current_root).collect(),
         geometry: guest.vm.geometry(),
         changed_disk_chunks: changed.iter().filter(|id| id.space == Space::Disk).count() as u64,
         machine: options.machine.clone(),
@@ -222,9 +230,14 @@ fn settle(run: &mut Run<'_>, settled: Settled) -> Result<SendOutcome, SendError>
     };
     let handoff = run.handoff.handoff;
     let outcome = match settled {
-        Settled::Moved => run
-            .record(Event::Resumed { handoff, epoch: run.handoff.epoch })
-            .map(|_| SendOutcome::Moved(run.report(Outcome::Moved, None))),
+        Settled::Moved => {
+            run.record(Event::Resumed { handoff, epoch: run.handoff.epoch }).map(|_| {
+                SendOutcome::Moved {
+                    report: run.report(Outcome::Moved, None),
+                    table: run.outbound.table().clone(),
+                }
+            })
+        }
         Settled::Declined(why) => run.take_back(why),
         Settled::InDoubt => {
             let why = Some("the peer did not confirm in time".to_owned());
@@ -244,15 +257,29 @@ struct Run<'a> {
     outbound: Outbound,
     journal: &'a mut Journal,
     options: &'a SendOptions,
-    base: BaseId,
+    /// The VM's own base, and those that the target holds too.
+    bases: Bases,
     handoff: Question,
     round: u32,
 }
 
 impl Run<'_> {
     fn report(&self, outcome: Outcome, reason: Option<String>) -> Report {
-        let (stats, base) = (self.outbound.stats(), self.base.to_string());
+        let (stats, base) = (self.outbound.stats(), self.bases.own().id().to_string());
         self.pipe.meter.report(outcome, reason, Some(stats), base)
+    }
+
+    /// Builds on what the target holds of what was offered.
+    fn agree(&mut self, agreed: Agreed) {
+        // The session has checked that nothing is taken which was not offered.
+        let known = agreed.known.and_then(|n| self.options.known.get(usize::from(n)));
+        self.bases = self.bases.only(|n| agreed.holds(n));
+        let geometry = self.guest.vm.geometry();
+        let mut outbound = Outbound::new(self.bases.clone(), geometry, self.options.stages);
+        if let Some(table) = known {
+            outbound = outbound.with_start(table.clone());
+        }
+        self.outbound = outbound;
     }
 
     /// Writes what an event makes of the ownership record.
@@ -280,7 +307,14 @@ impl Run<'_> {
         self.round += 1;
         self.pipe.meter.round_begins(self.round, set.len());
         self.outbound.begin(self.round);
-        for id in RoundOrder::shuffled(set, rand::random()) {
+        let mut order = RoundOrder::shuffled(set, rand::random());
+        let mut looked_at = 0u64;
+        loop {
+            if looked_at.is_multiple_of(HINTS_EVERY) {
+                self.leave_out_free(&mut order)?;
+            }
+            looked_at += 1;
+            let Some(id) = order.next() else { break };
             let slot = self.outbound.slot(id).map_err(unclassified)?;
             self.guest.vm.read_chunk(id, slot).map_err(failed("reading the guest"))?;
             self.pipe.meter.chunk_done();
@@ -288,6 +322,16 @@ impl Run<'_> {
         }
         self.outbound.end().map_err(unclassified)?;
         self.push_batches()
+    }
+
+    /// What the guest called free meanwhile need not be sent. A paused guest calls nothing free.
+    fn leave_out_free(&mut self, order: &mut RoundOrder) -> Result<(), KeptReason> {
+        if self.options.stages.free && !self.guest.paused {
+            let free = self.guest.vm.take_free_hints().map_err(failed("asking for free memory"))?;
+            let left_out = order.leave_out(&free);
+            self.pipe.meter.left_out(left_out);
+        }
+        Ok(())
     }
 
     /// Gives to the pipeline what is complete.
@@ -311,7 +355,10 @@ impl<'r, 'a> Negotiated<'r, 'a> {
     fn await_welcome(run: &'r mut Run<'a>) -> Result<Self, KeptReason> {
         let limit = run.options.limits.connect + run.options.limits.greeting;
         match run.pipe.await_word("the peer's answer", limit)? {
-            (Word::Welcomed, _) => Ok(Self(run)),
+            (Word::Welcomed(agreed), _) => {
+                run.agree(agreed);
+                Ok(Self(run))
+            }
             (word, _) => Err(KeptReason::Protocol(format!("{word:?} instead of Welcome"))),
         }
     }
@@ -320,6 +367,8 @@ impl<'r, 'a> Negotiated<'r, 'a> {
     fn live_rounds(self, changed: ChunkSet) -> Result<Live<'r, 'a>, KeptReason> {
         let run = self.0;
         let mut set = changed;
+        // Where the target begins in another state than base, what went back to base differs too.
+        run.outbound.table().iter().for_each(|(id, _)| _ = set.insert(id));
         loop {
             run.send_round(set)?;
             run.pipe.drain_to(LOW_WATER_BYTES)?;
@@ -464,7 +513,7 @@ impl Committed<'_, '_> {
                     return Settled::Declined(why);
                 }
                 // Prepared, or nothing known: Commit is said again on the next link.
-                Word::Answer(_) | Word::Welcomed | Word::Prepared { .. } => {}
+                Word::Answer(_) | Word::Welcomed(_) | Word::Prepared { .. } => {}
             }
         }
     }

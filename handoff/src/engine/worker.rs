@@ -6,7 +6,6 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::courier::{Notice, Sealed};
 use crate::{
-    ownership::HandoffId,
     root::StateRoot,
     stage::{Compressor, CpuWatch, Sealer, SegmentKind, Share, SharedShare},
 };
@@ -28,13 +27,12 @@ pub(super) struct WorkerStats {
 
 /// Works until the engine or the courier is gone.
 pub(super) fn work(
-    handoff: HandoffId,
+    mut sealer: Sealer,
     jobs: &Receiver<Job>,
     sealed: &Sender<Sealed>,
     notices: &Sender<Notice>,
     stats: &WorkerStats,
 ) {
-    let mut sealer = Sealer::new(&handoff.0);
     let mut compressor = match Compressor::new() {
         Ok(compressor) => compressor,
         // Whoever waits for the notice may be gone already; then nobody needs it.

@@ -1,14 +1,17 @@
 //! Frames to bytes and back.
 
+use guest_images::BaseId;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    Frame, HEADER_BYTES, Hello, MAGIC, MAX_CONTROL_BYTES, MAX_HELLO_BYTES, MAX_SEGMENT_BYTES,
-    Versions, frame::HelloBody,
+    Frame, HEADER_BYTES, Hello, Intent, MAGIC, MAX_CONTROL_BYTES, MAX_HELLO_BYTES,
+    MAX_SEGMENT_BYTES, Versions, frame::HelloBody,
 };
 use crate::{
+    Offer,
     ownership::MAX_TEXT_BYTES,
     stage::{Segment, SegmentError},
+    vm::{MAX_ALSO, MAX_KNOWN},
 };
 
 /// Why bytes from the peer are not a frame.
@@ -216,7 +219,23 @@ fn decode_hello(body: &[u8]) -> Result<Hello, WireError> {
     let versions = Versions { min: u32::from_le_bytes(*min), max: u32::from_le_bytes(*max) };
     let HelloBody { handoff, vm_name, intent, audit } = take("Hello", rest)?;
     let vm_name = short("Hello", vm_name)?;
+    if let Intent::New(offer) = &intent {
+        check_offer(offer)?;
+    }
     Ok(Hello { versions, handoff, vm_name, intent, audit })
+}
+
+/// An offer's lists are short, and none names a thing twice: what is answered by a bit or a number
+/// must mean one thing.
+fn check_offer(offer: &Offer) -> Result<(), WireError> {
+    if offer.also.len() > MAX_ALSO || offer.known.len() > MAX_KNOWN {
+        return Err(WireError::malformed("Hello", "it offers too many bases or states"));
+    }
+    let repeated = |n: usize, id: &BaseId| *id == offer.base || offer.also[..n].contains(id);
+    if offer.also.iter().enumerate().any(|(n, id)| repeated(n, id)) {
+        return Err(WireError::malformed("Hello", "it offers a base twice"));
+    }
+    Ok(())
 }
 
 /// Cuts a stream of bytes into frames. Holds at most one frame that is not complete.

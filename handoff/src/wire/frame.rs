@@ -7,12 +7,13 @@ use crate::{
     ownership::{Epoch, HandoffId, Question, Verdict},
     root::StateRoot,
     stage::Segment,
+    vm::MAX_ALSO,
 };
 
 /// The oldest protocol version that this program speaks.
-pub const VERSION_MIN: u32 = 1;
+pub const VERSION_MIN: u32 = 2;
 /// The newest protocol version that this program speaks.
-pub const VERSION_MAX: u32 = 1;
+pub const VERSION_MAX: u32 = 2;
 
 /// A range of protocol versions, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +132,32 @@ pub struct Welcome {
     pub applied_up_to: u64,
     /// How many bytes of segments may be on their way unacknowledged.
     pub window_bytes: u64,
+    /// What of the offer's choices the target took. The same on every link of a handoff.
+    pub agreed: Agreed,
+}
+
+/// What a target holds of what a source offered to build on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agreed {
+    /// Bit n: the target holds base n of [`Offer::also`], and references to it may be sent.
+    pub bases: u8,
+    /// The number in [`Offer::known`] of the state in which the target begins; none where it
+    /// begins in the base state.
+    pub known: Option<u8>,
+}
+
+impl Agreed {
+    /// Whether this answers the offer: nothing is taken that was not offered.
+    pub fn answers(&self, offer: &Offer) -> bool {
+        let also = offer.also.len().min(MAX_ALSO);
+        u32::from(self.bases) >> also == 0
+            && self.known.is_none_or(|n| usize::from(n) < offer.known.len())
+    }
+
+    /// Whether base n of [`Offer::also`] is held.
+    pub fn holds(&self, n: usize) -> bool {
+        n < MAX_ALSO && self.bases >> n & 1 == 1
+    }
 }
 
 /// How far segments are applied.

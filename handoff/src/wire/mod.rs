@@ -11,8 +11,8 @@ mod tests;
 
 pub use decode::{Decoder, WireError, decode_body, encode};
 pub use frame::{
-    Ack, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_MAX, VERSION_MIN, Versions,
-    Welcome,
+    Ack, Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_MAX, VERSION_MIN,
+    Versions, Welcome,
 };
 pub use io::{FrameReader, ReadError, write_frame};
 

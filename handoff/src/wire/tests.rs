@@ -26,6 +26,8 @@ fn frames() -> Vec<Frame> {
         geometry: Geometry { ram_chunks: 1 << 18, disk_chunks: 9 },
         changed_disk_chunks: 3,
         machine: vec![1, 2, 3],
+        also: vec![BaseId([8; 32]), BaseId([9; 32])],
+        known: vec![StateRoot([3; 32])],
     };
     let hello = |intent| {
         let (versions, vm_name) = (Versions::OURS, "vm".into());
@@ -35,7 +37,12 @@ fn frames() -> Vec<Frame> {
         hello(Intent::New(offer)),
         hello(Intent::Resume),
         hello(Intent::Settle),
-        Frame::Welcome(Welcome { version: 1, applied_up_to: 7, window_bytes: 8 << 20 }),
+        Frame::Welcome(Welcome {
+            version: 2,
+            applied_up_to: 7,
+            window_bytes: 8 << 20,
+            agreed: Agreed { bases: 0b10, known: Some(0) },
+        }),
         Frame::Refuse(Refusal::Version { ours: 1, theirs: 9 }),
         Frame::Refuse(Refusal::NoSpace {
             what: "disk".into(),
@@ -172,4 +179,29 @@ proptest! {
         decoder.feed(&bytes);
         let _ = decoder.next_frame();
     }
+}
+
+#[test]
+fn an_offer_that_cannot_be_answered_is_malformed() {
+    let frames = frames();
+    let Frame::Hello(hello) = &frames[0] else { panic!() };
+    let offer = hello.offer().unwrap();
+    let decoded = |offer: Offer| {
+        let hello = Hello { intent: Intent::New(offer), ..(**hello).clone() };
+        decode_body(1, &bytes_of(&Frame::Hello(Box::new(hello)))[HEADER_BYTES..])
+    };
+    decoded(offer.clone()).unwrap();
+    let own = vec![offer.base];
+    let twice = vec![BaseId([8; 32]); 2];
+    let four = (0..4).map(|n| BaseId([n; 32])).collect();
+    for also in [own, twice, four] {
+        let offered = decoded(Offer { also, ..offer.clone() });
+        assert!(matches!(offered, Err(WireError::Malformed { name: "Hello", .. })));
+    }
+    let known = vec![StateRoot([3; 32]); 5];
+    decoded(Offer { known, ..offer.clone() }).unwrap_err();
+
+    let agreed = |bases, known| Agreed { bases, known }.answers(offer);
+    assert!(agreed(0b11, Some(0)) && agreed(0, None));
+    assert!(!agreed(0b100, None) && !agreed(0x80, None) && !agreed(0, Some(1)));
 }

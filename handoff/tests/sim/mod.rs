@@ -19,7 +19,7 @@ use handoff::{
     TargetVm, Transport,
     base_view::{own_place, testing::MemBase},
     link::READ_TICK,
-    vm::VmError,
+    vm::{Prepared, VmError},
 };
 
 pub const GEOMETRY: Geometry = Geometry { ram_chunks: 600, disk_chunks: 200 };
@@ -329,21 +329,26 @@ pub struct Host {
 impl TargetHost for Host {
     type Vm = Target;
 
-    fn prepare(&mut self, offer: &Offer) -> Result<Target, Refusal> {
+    fn prepare(&mut self, offer: &Offer) -> Result<Prepared<Target>, Refusal> {
         assert_eq!(offer.geometry, GEOMETRY);
         if let Some(refusal) = self.faults.refuse.clone() {
             return Err(refusal);
         }
+        if offer.base != self.base.id() {
+            return Err(Refusal::UnknownBase(offer.base));
+        }
         let fresh = Memory::fresh(&*self.base);
         let memory = Arc::new(Mutex::new(fresh.clone()));
-        Ok(Target {
+        let vm = Target {
             guest: Guest::new(memory, self.runners.clone(), 0),
             fresh,
             loaded: false,
             fail_load: self.faults.fail_load,
             fail_resume: self.faults.fail_resume,
             discarded: false,
-        })
+        };
+        let own: Arc<dyn BaseView> = self.base.clone();
+        Ok(Prepared { vm, bases: own.into(), start: None })
     }
 }
 

@@ -144,11 +144,9 @@ fn work(
 ) -> Result<Box<dyn Machine>, Failure> {
     let what = format!("VM {}", host.name());
     let mut journal = host.journal()?;
-    let bases = host.bases();
     let received = engine::receive(
         incoming,
         &mut host,
-        &*bases,
         &mut journal,
         relinks,
         &ReceiveOptions::new(peer),

@@ -4,7 +4,9 @@ use std::{fs, path::Path, sync::Arc};
 
 use crossbeam_channel::Sender;
 use guest_images::{BaseId, CHUNK_SIZE, overlay::Overlay};
-use handoff::{BaseView, Geometry, Offer, Refusal, TargetHost, ownership::Journal};
+use handoff::{
+    BaseView, Geometry, Offer, Refusal, TargetHost, ownership::Journal, vm::Prepared as Ready,
+};
 use vmm::{AnyVm, HostCheck, HostProfile, IncomingVm, MachineProfile, VmSource};
 
 use crate::{
@@ -42,9 +44,6 @@ struct Prepared {
     append: String,
 }
 
-/// Opens bases for the engine.
-type Bases = Box<dyn Fn(BaseId) -> Result<Arc<dyn BaseView>, Refusal>>;
-
 impl Host {
     /// Receives into `dir`.
     pub(super) fn new(
@@ -73,12 +72,6 @@ impl Host {
     /// The VM's journal.
     pub(super) fn journal(&self) -> Result<Journal, Failure> {
         self.dir.journal()
-    }
-
-    /// What opens bases by their id.
-    pub(super) fn bases(&self) -> Bases {
-        let home = self.home.clone();
-        Box::new(move |id| Ok(open_base(&home, id)?))
     }
 
     /// The guest that came, as a machine of this process.
@@ -136,7 +129,7 @@ impl Host {
 impl TargetHost for Host {
     type Vm = IncomingVm;
 
-    fn prepare(&mut self, offer: &Offer) -> Result<IncomingVm, Refusal> {
+    fn prepare(&mut self, offer: &Offer) -> Result<Ready<IncomingVm>, Refusal> {
         let base = open_base(&self.home, offer.base)?;
         let machine =
             MachineOffer::decode(&offer.machine).map_err(|e| Refusal::Machine(e.to_string()))?;
@@ -154,7 +147,8 @@ impl TargetHost for Host {
         let vm =
             IncomingVm::new(machine.profile, build).map_err(|e| Refusal::Machine(e.to_string()))?;
         self.prepared = Some(Prepared { disk, append: machine.append });
-        Ok(vm)
+        let own: Arc<dyn BaseView> = base;
+        Ok(Ready { vm, bases: own.into(), start: None })
     }
 }
 

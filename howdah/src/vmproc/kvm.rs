@@ -175,7 +175,7 @@ impl Machine for KvmMachine {
         let peer = request.peer.clone();
         let sent = engine::send(
             &mut self.source,
-            base,
+            base.into(),
             &mut connect,
             &mut self.journal,
             &options,
@@ -184,7 +184,7 @@ impl Machine for KvmMachine {
             watch.cancel(),
         );
         match sent {
-            Ok(SendOutcome::Moved(report)) => HandoffEnd::Moved { report: as_json(&report) },
+            Ok(SendOutcome::Moved { report, .. }) => HandoffEnd::Moved { report: as_json(&report) },
             Ok(SendOutcome::KeptHere { reason, report }) => {
                 let failure = Failure { report: Some(as_json(&report)), ..self.kept(&reason) };
                 HandoffEnd::Kept { machine: self, failure }
