@@ -19,6 +19,10 @@ use crate::vitals::{Identity, Vitals};
 use crate::workloads::Workloads;
 use crate::{commands, probe};
 
+/// How the line begins that says, on the console, that the workload is up. `howdah base build --boot`
+/// takes its snapshot after such a line.
+const READY: &str = "howdah: ready";
+
 /// Everything the threads share.
 pub(crate) struct Agent {
     pub(crate) vitals: Vitals,
@@ -49,7 +53,7 @@ pub(crate) enum ServeError {
 pub(crate) fn run(options: &RunOptions) -> Result<(), ServeError> {
     let identity = Identity::establish().map_err(ServeError::Identity)?;
     let ready = format!(
-        "howdah-agent ready boot_id={} nonce={}",
+        "{READY} boot_id={} nonce={}",
         identity.boot_id,
         hex::encode(identity.nonce)
     );
@@ -75,6 +79,8 @@ pub(crate) fn run(options: &RunOptions) -> Result<(), ServeError> {
     start("ram", &agent, |agent| agent.ram.run(&agent.vitals))?;
     start("probe", &agent, move |agent| probe::serve(&probes, &agent.vitals))?;
     start("commands", &agent, move |agent| commands::serve(&lines, agent))?;
+    // Whoever takes a snapshot now shall find on the disk what the guest has written.
+    nix::unistd::sync();
     // A console that takes nothing is no reason to stop.
     let _ = crate::say(&ready);
     tick(&agent.vitals, options.tick)
