@@ -106,24 +106,87 @@ pub(crate) struct BaseImportArgs {
     /// Kernel command line that boots the disk
     #[arg(long, default_value = "console=ttyS0 root=/dev/vda rw", value_name = "TEXT")]
     pub(crate) cmdline: String,
+    /// Memory of a base with memory: `memory.raw` of one that another cloudlet built
+    #[arg(long, value_name = "FILE", requires = "machine")]
+    pub(crate) memory: Option<PathBuf>,
+    /// The machine that belongs to --memory: the file `machine` beside it
+    #[arg(long, value_name = "FILE", requires = "memory")]
+    pub(crate) machine: Option<PathBuf>,
 }
 
+/// A base is built of files, or, with memory, by booting a guest of it.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("origin").required(true))]
+#[command(group = clap::ArgGroup::new("booted").multiple(true))]
 pub(crate) struct BaseBuildArgs {
     /// A recipe's directory, or its name below --recipes
-    pub(crate) recipe: String,
+    #[arg(group = "origin")]
+    pub(crate) recipe: Option<String>,
+    /// Boot this base, which has no memory, and make one with memory of it; implies --boot
+    #[arg(long, value_name = "BASE", groups = ["origin", "booted"], requires = "name")]
+    pub(crate) from: Option<String>,
     /// Name to give the base [default: the recipe's]
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Directory of recipes
     #[arg(long, env = "HOWDAH_RECIPES", value_name = "DIR")]
     pub(crate) recipes: Option<PathBuf>,
+    /// Boot the guest, wait until it says that it is ready, and take its memory into the base
+    ///
+    /// VMs of such a base start in less than a second, and a handoff sends only what they changed
+    /// since.
+    #[arg(long, group = "booted")]
+    pub(crate) boot: bool,
+    #[command(flatten)]
+    pub(crate) boots: BootArgs,
+}
+
+/// The machine that a base with memory is built with, and that VMs of it have.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BootArgs {
+    /// Guest memory of VMs of this base [default: 512]
+    #[arg(long, value_parser = memory_mib(), value_name = "MIB", requires = "booted")]
+    pub(crate) memory_mib: Option<u64>,
+    /// Virtual CPUs of VMs of this base [default: 1]
+    #[arg(long, value_parser = vcpus(), requires = "booted")]
+    pub(crate) vcpus: Option<u8>,
+    /// TAP device to boot with: VMs of this base then have a network device
+    #[arg(long, value_name = "DEVICE", requires = "booted")]
+    pub(crate) tap: Option<String>,
+    /// MAC address of VMs of this base, with --tap [default: made from the base's name]
+    #[arg(long, requires = "tap")]
+    pub(crate) mac: Option<Mac>,
+    /// Text to append to the kernel command line; becomes part of the base
+    #[arg(long, value_name = "TEXT", requires = "booted")]
+    pub(crate) append: Option<String>,
+    /// The guest is ready when its serial console shows a line with this text
+    #[arg(long, default_value = READY_TEXT, value_name = "TEXT", requires = "booted")]
+    pub(crate) ready: String,
+    /// How long the guest may take to get ready
+    #[arg(long, default_value_t = 300, value_name = "S", requires = "booted")]
+    pub(crate) timeout_s: u64,
+    /// How long the guest's disk must be quiet before the snapshot is taken
+    #[arg(long, default_value_t = 2, value_name = "S", requires = "booted")]
+    pub(crate) settle_s: u64,
+}
+
+/// What a guest says on its serial console when its workload is up.
+pub(crate) const READY_TEXT: &str = "howdah: ready";
+
+fn memory_mib() -> clap::builder::RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(32..=1 << 20)
+}
+
+fn vcpus() -> impl clap::builder::TypedValueParser<Value = u8> {
+    clap::value_parser!(u8).range(1..=64)
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VmCommand {
     /// Create a VM from a base and run it, or start a stopped one again
     ///
+    /// A VM of a base with memory goes on from that memory, with the base's memory size, vCPUs, MAC
+    /// address and kernel command line. One that was stopped boots: its disk has moved on.
     /// A VM that was handed off is not started; the message says where it went. In the foreground
     /// the serial console is on stdout and Ctrl-C stops the VM.
     Run(VmRunArgs),
@@ -185,10 +248,10 @@ pub(crate) struct VmRunArgs {
     #[arg(long)]
     pub(crate) base: Option<String>,
     /// Guest memory [default: 512]
-    #[arg(long, value_parser = clap::value_parser!(u64).range(16..=1 << 20), value_name = "MIB")]
+    #[arg(long, value_parser = memory_mib(), value_name = "MIB")]
     pub(crate) memory_mib: Option<u64>,
     /// Virtual CPUs [default: 1]
-    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
+    #[arg(long, value_parser = vcpus())]
     pub(crate) vcpus: Option<u8>,
     /// TAP device of this host for the guest's network
     #[arg(long, value_name = "DEVICE")]
@@ -199,6 +262,9 @@ pub(crate) struct VmRunArgs {
     /// Text to append to the base's kernel command line
     #[arg(long, value_name = "TEXT")]
     pub(crate) append: Option<String>,
+    /// Boot the kernel even if the base has memory to go on from
+    #[arg(long)]
+    pub(crate) cold: bool,
     /// Run it in the background; return when the guest runs
     #[arg(long)]
     pub(crate) detach: bool,
@@ -320,6 +386,23 @@ mod tests {
         assert!(typo.contains("--jsn") && typo.contains("'--json'"), "{typo}");
         let name = failure("howdah vm stop ../etc");
         assert!(name.contains("../etc") && name.contains("starts with a letter"), "{name}");
+    }
+
+    #[test]
+    fn a_base_is_built_of_one_thing() {
+        let good = |words: &str| Cli::try_parse_from(words.split(' ')).unwrap();
+        good("howdah base build minimal");
+        good("howdah base build minimal --boot --memory-mib 256 --vcpus 2 --settle-s 1");
+        good("howdah base build --from cold --name warm --tap t0 --ready login:");
+        assert!(failure("howdah base build").contains("RECIPE"));
+        let both = failure("howdah base build minimal --from cold --name warm");
+        assert!(both.contains("cannot be used with"), "{both}");
+        assert!(failure("howdah base build --from cold").contains("--name"));
+        let unbooted = failure("howdah base build minimal --memory-mib 256");
+        assert!(unbooted.contains("--boot"), "{unbooted}");
+        assert!(
+            failure("howdah base import a --disk d --kernel k --memory m").contains("--machine")
+        );
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::{
     str::FromStr,
 };
 
-use guest_images::overlay;
+use guest_images::{BaseId, overlay};
 use handoff::ownership::{Journal, Record};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -100,11 +100,31 @@ pub(crate) struct VmConfig {
     pub(crate) mac: Option<String>,
     /// Appended to the base's kernel command line.
     pub(crate) append: String,
+    /// Whether the next start goes on from the base's memory. Only the first one does: afterwards
+    /// the disk is no longer the one that the memory belongs to. Since version 2.
+    #[serde(default)]
+    pub(crate) from_memory: bool,
 }
 
 impl VmConfig {
     /// The version this program writes.
-    pub(crate) const VERSION: u32 = 1;
+    pub(crate) const VERSION: u32 = 2;
+    /// The oldest version this program reads.
+    const OLDEST: u32 = 1;
+
+    /// A machine with nothing to its name, that boots.
+    pub(crate) fn of(base: &BaseId) -> Self {
+        Self {
+            version: Self::VERSION,
+            base: base.to_string(),
+            memory_mib: 0,
+            vcpus: 1,
+            tap: None,
+            mac: None,
+            append: String::new(),
+            from_memory: false,
+        }
+    }
 }
 
 /// A cloudlet's directory.
@@ -268,13 +288,13 @@ impl VmDir {
     /// The machine's configuration.
     pub(crate) fn config(&self) -> Result<VmConfig, Failure> {
         let config: VmConfig = read_json(&self.config_path())?;
-        if config.version == VmConfig::VERSION {
-            return Ok(config);
+        if (VmConfig::OLDEST..=VmConfig::VERSION).contains(&config.version) {
+            return Ok(VmConfig { version: VmConfig::VERSION, ..config });
         }
         Err(Failure::new(
             Exit::Corrupt,
             self.config_path().display(),
-            format!("version {}, this program reads {}", config.version, VmConfig::VERSION),
+            format!("version {}, this program reads up to {}", config.version, VmConfig::VERSION),
             "use the howdah that wrote it",
         ))
     }
@@ -372,16 +392,20 @@ mod tests {
         let dir = Home::new(home.path()).unwrap().vm(&"a".parse().unwrap());
         dir.create().unwrap();
         let config = VmConfig {
-            version: VmConfig::VERSION,
-            base: "00".repeat(32),
             memory_mib: 512,
-            vcpus: 2,
-            tap: None,
             mac: Some("02:00:00:00:00:01".into()),
-            append: String::new(),
+            from_memory: true,
+            ..VmConfig::of(&BaseId([0; 32]))
         };
         dir.write_config(&config).unwrap();
         assert_eq!(dir.config().unwrap(), config);
+        // Of version 1, which knew no memory of a base.
+        let text = fs::read_to_string(dir.config_path()).unwrap();
+        let old = text.replace("\"version\": 2", "\"version\": 1");
+        let old = old.replace(",\n  \"from_memory\": true", "");
+        assert!(!old.contains("from_memory") && old != text);
+        fs::write(dir.config_path(), old).unwrap();
+        assert_eq!(dir.config().unwrap(), VmConfig { from_memory: false, ..config });
         fs::write(dir.config_path(), "{").unwrap();
         let failure = dir.config().unwrap_err();
         assert_eq!(failure.exit, Exit::Corrupt);

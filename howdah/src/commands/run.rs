@@ -4,17 +4,18 @@ use std::{ffi::OsString, process::Stdio, sync::Arc};
 
 use guest_images::{Base, overlay::Overlay};
 use handoff::ownership::{Record, State, VmId};
+use serde::Serialize;
 
 use crate::{
     cli::VmRunArgs,
     commands::{base, vm::say},
     failure::{Exit, Failure},
-    home::{Home, VmConfig, VmDir},
+    home::{Home, VmConfig, VmDir, VmName},
     mac::Mac,
     offer::check_append,
     output::Output,
     spawn,
-    vmproc::{self, End, Front},
+    vmproc::{self, End, Front, Started},
 };
 
 /// Guest memory unless said otherwise.
@@ -31,8 +32,22 @@ pub(crate) fn run(args: VmRunArgs, home: &Home, output: Output, verbose: u8) -> 
     }
     let log = dir.vm_log();
     let child = spawn::start(process_arguments(home, verbose, &args), Stdio::null(), &log)?;
-    spawn::await_ready(child, &log)?;
-    say(output, &args.name, "running")
+    let started = spawn::await_ready(child, &log)?;
+    let started = started.and_then(|details| serde_json::from_value(details).ok());
+    let running = RunningVm { vm: &args.name, state: "running", started };
+    output.result(&running, |said| {
+        let how = said.started.as_ref().map(|how| format!(", {how}")).unwrap_or_default();
+        format!("VM {} {}{how}", said.vm, said.state)
+    });
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct RunningVm<'a> {
+    vm: &'a VmName,
+    state: &'static str,
+    #[serde(flatten)]
+    started: Option<Started>,
 }
 
 fn process_arguments(home: &Home, verbose: u8, args: &VmRunArgs) -> Vec<OsString> {
@@ -62,6 +77,9 @@ fn create_or_check(dir: &VmDir, args: &VmRunArgs, home: &Home) -> Result<(), Fai
         Some(base) => Some(base::store(home)?.get(base).map_err(base::store_failure)?),
         None => None,
     };
+    if let Some(base) = base.as_ref().filter(|_| !existed) {
+        new_machine(args, base)?;
+    }
     // Before anything is written, after all that can be said without it.
     vmproc::check_host()?;
     dir.create()?;
@@ -87,22 +105,68 @@ fn create_or_check(dir: &VmDir, args: &VmRunArgs, home: &Home) -> Result<(), Fai
 fn create(dir: &VmDir, args: &VmRunArgs, base: Base) -> Result<(), Failure> {
     let failed =
         |e: &dyn std::fmt::Display| Failure::plain(Exit::Failed, format!("VM {}", args.name), e);
+    let config = new_machine(args, &base)?;
     dir.remove_disk()?;
-    let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));
-    let config = VmConfig {
-        version: VmConfig::VERSION,
-        base: base.id().to_string(),
-        memory_mib: args.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
-        vcpus: args.vcpus.unwrap_or(1),
-        mac: args.tap.as_ref().map(|_| mac.to_string()),
-        tap: args.tap.clone(),
-        append: args.append.clone().unwrap_or_default(),
-    };
     dir.write_config(&config)?;
     Overlay::create(dir.path(), Arc::new(base)).map_err(|e| failed(&e))?;
     // Last: from here on the VM exists, and is ours.
     let record = Record::created(VmId::random());
     dir.journal()?.write(record).map_err(|e| failed(&e))
+}
+
+/// The machine that the flags and the base make.
+fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
+    let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));
+    let config = VmConfig {
+        memory_mib: args.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
+        vcpus: args.vcpus.unwrap_or(1),
+        mac: args.tap.as_ref().map(|_| mac.to_string()),
+        tap: args.tap.clone(),
+        append: args.append.clone().unwrap_or_default(),
+        ..VmConfig::of(&base.id())
+    };
+    let damaged = |e: &dyn std::fmt::Display| {
+        Failure::plain(Exit::Corrupt, format!("machine of base {}", base.id()), e)
+    };
+    let Some(machine) = base.machine().map_err(|e| damaged(&e))? else { return Ok(config) };
+    let profile = vmm::MachineSnapshot::decode(&machine).map_err(|e| damaged(&e))?.profile;
+    // Whether it goes on or boots: what is equal to the base's memory is never sent.
+    let memory_mib = profile.memory_bytes >> 20;
+    if args.memory_mib.is_some_and(|asked| asked != memory_mib) {
+        return Err(contradicts("--memory-mib", &format!("{memory_mib} MiB of memory"), false));
+    }
+    if args.cold {
+        let vcpus = args.vcpus.unwrap_or(profile.vcpus);
+        return Ok(VmConfig { memory_mib, vcpus, ..config });
+    }
+    if args.vcpus.is_some_and(|asked| asked != profile.vcpus) {
+        return Err(contradicts("--vcpus", &format!("{} vCPUs", profile.vcpus), true));
+    }
+    let its_mac = profile.mac.map(|mac| Mac(mac).to_string());
+    if args.mac.is_some_and(|asked| Some(asked.to_string()) != its_mac) {
+        let has = its_mac.map_or("no network device".into(), |mac| format!("MAC address {mac}"));
+        return Err(contradicts("--mac", &has, true));
+    }
+    match (&args.tap, profile.mac) {
+        (Some(_), None) => return Err(contradicts("--tap", "no network device", true)),
+        (None, Some(_)) => {
+            let why = "its memory is that of a guest with a network device";
+            let way_out = "name a TAP device with --tap, or boot without one with --cold";
+            return Err(Failure::new(Exit::Usage, format!("base {}", base.id()), why, way_out));
+        }
+        _ => {}
+    }
+    if args.append.as_ref().is_some_and(|text| !text.is_empty()) {
+        return Err(contradicts("--append", "a kernel that has started already", true));
+    }
+    Ok(VmConfig { memory_mib, vcpus: profile.vcpus, mac: its_mac, from_memory: true, ..config })
+}
+
+/// A flag that asks for what a base with memory is not.
+fn contradicts(flag: &str, has: &str, cold: bool) -> Failure {
+    let way_out =
+        if cold { "leave it out, or boot the kernel with --cold" } else { "leave it out" };
+    Failure::new(Exit::Usage, flag, format!("VMs of this base have {has}"), way_out)
 }
 
 /// Checks that an existing VM is here and is what the flags say. What only concerns this host, or
@@ -131,7 +195,17 @@ fn start_again(
         let way_out = format!("start it without the flag, or `howdah vm rm {}` first", args.name);
         return Err(Failure::new(Exit::Conflict, what, why, way_out));
     }
+    if old.from_memory && !args.cold {
+        // It was never started. What its memory has cannot change.
+        if args.append.as_ref().is_some_and(|text| !text.is_empty()) {
+            return Err(contradicts("--append", "a kernel that has started already", true));
+        }
+        if args.tap.is_some() && old.mac.is_none() {
+            return Err(contradicts("--tap", "no network device", true));
+        }
+    }
     let mut new = old.clone();
+    new.from_memory &= !args.cold;
     if let Some(tap) = &args.tap {
         new.tap = Some(tap.clone());
         let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));

@@ -115,13 +115,12 @@ impl Host {
             return Err(Refusal::Machine(why.into()));
         }
         Ok(VmConfig {
-            version: VmConfig::VERSION,
-            base: offer.base.to_string(),
             memory_mib: profile.memory_bytes >> 20,
             vcpus: profile.vcpus,
             tap: self.tap.clone().filter(|_| profile.mac.is_some()),
             mac: profile.mac.map(|mac| Mac(mac).to_string()),
             append: machine.append.clone(),
+            ..VmConfig::of(&offer.base)
         })
     }
 }

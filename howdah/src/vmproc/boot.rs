@@ -1,10 +1,14 @@
 //! Starts a VM from its directory, and runs it to its end.
 
 use std::{
+    fmt,
     io::{self, Write},
     sync::Arc,
+    time::Instant,
 };
 
+use crossbeam_channel::bounded;
+use serde::{Deserialize, Serialize};
 use vmm::host::{HostCheck, HostError};
 
 use super::{Coming, End, Event, Process, kvm, machine::Machine, settle::settle, signals};
@@ -24,6 +28,22 @@ pub(crate) enum Front {
     Terminal,
     /// A command that waits for [`Ready`].
     Detached,
+}
+
+/// How a guest came to run.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Started {
+    /// Whether it went on from its base's memory.
+    from_memory: bool,
+    /// From the start of the process until the guest ran.
+    started_ms: u128,
+}
+
+impl fmt::Display for Started {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let from = if self.from_memory { "from its base's memory" } else { "from its kernel" };
+        write!(f, "started in {} ms {from}", self.started_ms)
+    }
 }
 
 /// Checks that this host can run VMs.
@@ -51,6 +71,7 @@ pub(crate) fn host_failure(error: &HostError) -> Failure {
 
 /// Runs the VM of `dir` in this process until it ends.
 pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End> {
+    let begun = Instant::now();
     if front == Front::Detached {
         spawn::detach();
     }
@@ -64,14 +85,23 @@ pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End>
     }
     let shown = Arc::clone(&console);
     let (starting_dir, starting_home) = (dir.clone(), home.clone());
+    let (tell, started) = bounded(1);
     std::thread::spawn(move || {
-        let work = || start(&starting_dir, &starting_home, &console, &events);
+        let work = || {
+            let (machine, from_memory) = start(&starting_dir, &starting_home, &console, &events)?;
+            let _ = tell.send(Started { from_memory, started_ms: begun.elapsed().as_millis() });
+            Ok(machine)
+        };
         let arrived = guarded("start of the VM", work).and_then(|started| started);
         let _ = events.send(Event::Arrived(arrived));
     });
-    let ready = Box::new(move || match front {
-        Front::Detached => spawn::say(&Ready::Running(None)),
-        Front::Terminal => {}
+    let ready = Box::new(move || {
+        let Ok(started) = started.try_recv() else { return };
+        tracing::info!("{started}");
+        match front {
+            Front::Detached => spawn::say(&Ready::Running(serde_json::to_value(&started).ok())),
+            Front::Terminal => eprintln!("howdah: {started}"),
+        }
     });
     let end = process.run(Coming { phase: Phase::Starting, links: None, ready });
     let end = finish(dir, end, &shown, &server);
@@ -103,10 +133,10 @@ fn start(
     home: &Home,
     console: &Arc<Console>,
     events: &crossbeam_channel::Sender<Event>,
-) -> Result<Box<dyn Machine>, Failure> {
+) -> Result<(Box<dyn Machine>, bool), Failure> {
     let mut journal = dir.journal()?;
     settle(dir, &mut journal)?;
-    kvm::boot(dir, home, journal, console, events)
+    kvm::start(dir, home, journal, console, events)
 }
 
 /// A viewer like any other: a stuck terminal does not hold the guest up.

@@ -1,6 +1,7 @@
 //! A real machine: the VMM's, with its disk, its base and its ownership journal.
 
 use std::{
+    fs::File,
     path::Path,
     sync::{Arc, mpsc},
     time::Duration,
@@ -16,7 +17,7 @@ use handoff::{
     tcp::{MonotonicClock, TcpConnect},
     vm::VmError,
 };
-use vmm::{AnyVm, NetConfig, Vm, VmConfig as Build, VmEvent, VmSource};
+use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
     Event,
@@ -46,30 +47,94 @@ pub(crate) struct KvmMachine {
     pub(crate) append: String,
 }
 
-/// Boots the VM of `dir`; its guest runs when this returns.
-pub(crate) fn boot(
+/// Starts the VM of `dir`; its guest runs when this returns. Says too whether it went on from the
+/// base's memory.
+pub(crate) fn start(
     dir: &VmDir,
     home: &Home,
     journal: Journal,
     console: &Arc<Console>,
     events: &Sender<Event>,
-) -> Result<Box<dyn Machine>, Failure> {
-    let failed =
-        |e: &dyn std::fmt::Display| Failure::plain(Exit::Failed, format!("VM {}", dir.name()), e);
+) -> Result<(Box<dyn Machine>, bool), Failure> {
     let config = dir.config()?;
     let base = base::store(home)?.get(&config.base).map_err(base::store_failure)?;
     let base = Arc::new(base);
-    let disk = Overlay::open(dir.path(), Arc::clone(&base)).map_err(|e| failed(&e))?;
+    let what = format!("VM {}", dir.name());
+    let disk = Overlay::open(dir.path(), Arc::clone(&base))
+        .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     let disk = Arc::new(disk);
     let build = build(&config, &base, &disk, console, events)?;
-    let vm =
-        Vm::boot(build).and_then(|vm| vm.resume().map_err(|e| e.error)).map_err(|e| match e {
-            vmm::MachineError::Host(e) => super::boot::host_failure(&e),
-            e => failed(&e),
-        })?;
+    let failed = machine_failure(&what);
+    let vm = if !config.from_memory {
+        Vm::boot(build).and_then(|vm| vm.resume().map_err(|e| e.error)).map_err(failed)?
+    } else if disk.changed().next().is_some() {
+        // No start went on from the memory, and yet the disk is another: no guest must see both.
+        tracing::warn!("the disk is no longer the base's: the guest boots");
+        dir.write_config(&VmConfig { from_memory: false, ..config.clone() })?;
+        Vm::boot(build).and_then(|vm| vm.resume().map_err(|e| e.error)).map_err(failed)?
+    } else {
+        go_on(dir, &config, &base, build)?
+    };
     connect_console(console, &vm);
     let (dir, append) = (dir.clone(), config.append);
-    Ok(Box::new(KvmMachine { dir, source: VmSource::new(vm), disk, base, journal, append }))
+    let machine = KvmMachine { dir, source: VmSource::new(vm), disk, base, journal, append };
+    Ok((Box::new(machine), config.from_memory))
+}
+
+/// Goes on from the base's memory. Before the first instruction of the guest it is durable that no
+/// later start does: memory and disk belong together only as long as neither has changed.
+fn go_on(
+    dir: &VmDir,
+    config: &VmConfig,
+    base: &Base,
+    build: Build,
+) -> Result<Vm<Running>, Failure> {
+    let what = format!("VM {}", dir.name());
+    let damaged = |why: &dyn std::fmt::Display| {
+        let way_out = "`howdah base verify` says more; --cold boots the kernel instead";
+        Failure::new(Exit::Corrupt, format!("memory of base {}", base.id()), why, way_out)
+    };
+    let machine = base.machine().map_err(|e| damaged(&e))?;
+    let machine = machine.ok_or_else(|| damaged(&"it has none"))?;
+    let vm = Vm::from_base(build, &machine).map_err(machine_failure(&what))?;
+    dir.write_config(&VmConfig { from_memory: false, ..config.clone() })?;
+    match vm.resume() {
+        Ok(vm) => {
+            // Switches may know the address from another guest of this base.
+            if let Err(error) = vm.announce() {
+                tracing::warn!(%error, "cannot announce the guest to the network");
+            }
+            Ok(vm)
+        }
+        Err(e) => {
+            // Not one instruction ran.
+            dir.write_config(config)?;
+            Err(machine_failure(&what)(e.error))
+        }
+    }
+}
+
+/// What a machine that cannot be made means.
+pub(super) fn machine_failure(
+    what: &dyn std::fmt::Display,
+) -> impl Fn(vmm::MachineError) -> Failure {
+    let what = what.to_string();
+    move |error| match error {
+        vmm::MachineError::Host(e) => super::boot::host_failure(&e),
+        e => Failure::plain(Exit::Failed, &what, e),
+    }
+}
+
+/// The kernel command line of a guest of `base`.
+pub(crate) fn cmdline(base: &Base, append: &str) -> String {
+    [base.manifest().cmdline.as_str(), append].join(" ").trim().to_owned()
+}
+
+/// A base's memory, for a machine to begin with.
+fn base_memory(base: &Base) -> Result<Option<Arc<File>>, Failure> {
+    let copy = base.memory_file().map(File::try_clone).transpose();
+    let copy = copy.map_err(|e| Failure::file("open the memory of", base.dir(), &e))?;
+    Ok(copy.map(Arc::new))
 }
 
 /// What the VMM needs to build the machine.
@@ -85,8 +150,8 @@ pub(crate) fn build(
         vcpus: config.vcpus,
         kernel: base.kernel_path(),
         initramfs: base.initramfs_path(),
-        cmdline: [base.manifest().cmdline.as_str(), &config.append].join(" ").trim().to_owned(),
-        base_memory: None,
+        cmdline: cmdline(base, &config.append),
+        base_memory: base_memory(base)?,
         disk: Some(Arc::clone(disk)),
         net: net(config)?,
         console: Box::new(Sink(Arc::clone(console))),

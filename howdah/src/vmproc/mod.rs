@@ -5,9 +5,12 @@ pub(crate) mod kvm;
 pub(crate) mod machine;
 mod process;
 mod progress;
+mod ready;
 mod settle;
 mod signals;
+pub(crate) mod snapshot;
 
-pub(crate) use boot::{Front, check_host, finish, run, warn_of_slow_host};
+pub(crate) use boot::{Front, Started, check_host, finish, run, warn_of_slow_host};
+pub(crate) use kvm::cmdline;
 pub(crate) use process::{Coming, End, Event, Links, Process};
 pub(crate) use signals::watch as watch_signals;

@@ -48,6 +48,42 @@ fn wrong_words() {
 }
 
 #[test]
+fn bases_that_cannot_be_built_with_memory() {
+    let cloudlet = Cloudlet::new();
+    cloudlet.base("tiny").ok();
+    cloudlet.line("base build --from nowhere --name warm").fails(3, &["nowhere"]);
+    cloudlet
+        .line("base build --from tiny --name warm --mac 02:00:00:00:00:01")
+        .fails(2, &["--tap"]);
+    cloudlet.line("base build tiny --vcpus 2").fails(2, &["--boot"]);
+    let append = ["base", "build", "--from", "tiny", "--name", "warm", "--append", "a\nb"];
+    cloudlet.run(&append).fails(2, &["--append"]);
+    cloudlet.file("ram", &[7; 4096]);
+    cloudlet.file("machine", b"not a machine");
+    let import = "base import x --disk disk.raw --kernel kernel --memory ram --machine";
+    cloudlet.line(&format!("{import} missing")).fails(3, &["missing"]);
+    cloudlet.line(&format!("{import} machine")).fails(6, &["machine"]);
+}
+
+#[test]
+fn flags_that_contradict_a_base_with_memory() {
+    let cloudlet = Cloudlet::new();
+    cloudlet.base_with_memory("warm", None).ok();
+    cloudlet.base_with_memory("wired", Some([2, 0, 0, 0, 0, 1])).ok();
+    let warm = |flags: &str| cloudlet.line(&format!("vm run a --base warm {flags}"));
+    warm("--memory-mib 512").fails(2, &["--memory-mib", "32 MiB"]);
+    warm("--memory-mib 512 --cold").fails(2, &["--memory-mib", "32 MiB"]);
+    warm("--vcpus 1").fails(2, &["--vcpus", "2 vCPUs", "--cold"]);
+    warm("--tap t0").fails(2, &["--tap", "no network device", "--cold"]);
+    warm("--append quiet").fails(2, &["--append", "--cold"]);
+    let wired = |flags: &str| cloudlet.line(&format!("vm run a --base wired {flags}"));
+    wired("").fails(2, &["network device", "--tap", "--cold"]);
+    let mac = "--mac 02:00:00:00:00:02 --tap t0";
+    wired(mac).fails(2, &["--mac", "02:00:00:00:00:01", "--cold"]);
+    assert_eq!(cloudlet.line("vm ls --json").json(), serde_json::json!([]));
+}
+
+#[test]
 fn help_is_help() {
     let cloudlet = Cloudlet::new();
     for line in ["--help", "vm run --help", "handoff --help", "receive -h", "--version"] {

@@ -1,40 +1,36 @@
 //! `howdah base`: import, build, list, verify, remove.
 
-use std::{
-    fs,
-    io::IsTerminal,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::Duration,
-};
+mod build;
 
-use guest_images::store::{ImportSpec, Progress, Store, StoreError};
+use std::{fs, io::IsTerminal, path::Path, time::Duration};
+
+use guest_images::store::{ImportSpec, MemorySpec, Progress, Store, StoreError};
 use handoff::ownership::State;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::{
-    cli::{BaseBuildArgs, BaseCommand, BaseImportArgs},
+    cli::{BaseCommand, BaseImportArgs},
     failure::{Exit, Failure},
     home::Home,
     output::{Output, bytes, table},
 };
 
-/// No command line of a recipe is longer: the kernel's own limit is below it.
-const MAX_CMDLINE_BYTES: u64 = 4096;
+/// No machine of a base is larger.
+const MAX_MACHINE_BYTES: u64 = 64 << 20;
 
 /// Runs a `howdah base` command.
 pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::Result<()> {
     match command {
         BaseCommand::Import(args) => {
-            let BaseImportArgs { name, disk, kernel, initramfs, cmdline } = args;
-            import(
-                &ImportSpec { name, disk, kernel, initramfs, cmdline, memory: None },
-                home,
-                output,
-            )
+            let BaseImportArgs { name, disk, kernel, initramfs, cmdline, memory, machine } = args;
+            let memory = match memory.zip(machine) {
+                Some((ram, machine)) => Some(MemorySpec { ram, machine: read_machine(&machine)? }),
+                None => None,
+            };
+            import(&ImportSpec { name, disk, kernel, initramfs, cmdline, memory }, home, output)
         }
-        BaseCommand::Build(args) => build(args, home, output),
+        BaseCommand::Build(args) => build::run(args, home, output),
         BaseCommand::Ls => list(home, output),
         BaseCommand::Verify { name } => verify(&name, home, output),
         BaseCommand::Rm { name } => remove(&name, home, output),
@@ -44,6 +40,17 @@ pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::
 /// Opens the store of a home.
 pub(crate) fn store(home: &Home) -> Result<Store, Failure> {
     Store::open(&home.store()).map_err(|e| Failure::plain(Exit::Failed, "store", e))
+}
+
+fn read_machine(path: &Path) -> Result<Vec<u8>, Failure> {
+    use std::io::Read;
+    let failed = |e: std::io::Error| Failure::file("read", path, &e);
+    let mut machine = Vec::new();
+    let file = fs::File::open(path).map_err(failed)?;
+    file.take(MAX_MACHINE_BYTES).read_to_end(&mut machine).map_err(failed)?;
+    let checked = vmm::MachineSnapshot::decode(&machine);
+    checked.map_err(|e| Failure::plain(Exit::Corrupt, path.display(), e))?;
+    Ok(machine)
 }
 
 #[derive(Serialize)]
@@ -59,98 +66,6 @@ fn import(spec: &ImportSpec, home: &Home, output: Output) -> anyhow::Result<()> 
     let imported = Imported { name: spec.name.clone(), id: id.to_string() };
     output.result(&imported, |i| format!("base {} is {}", i.name, i.id));
     Ok(())
-}
-
-fn build(args: BaseBuildArgs, home: &Home, output: Output) -> anyhow::Result<()> {
-    let recipe = find_recipe(&args)?;
-    let name = match (args.name, recipe.file_name().and_then(|n| n.to_str())) {
-        (Some(name), _) => name,
-        (None, Some(name)) => name.to_owned(),
-        (None, None) => anyhow::bail!(Failure::new(
-            Exit::Usage,
-            format!("recipe {}", recipe.display()),
-            "it has no name",
-            "give one with --name"
-        )),
-    };
-    let staging = Staging::new(home)?;
-    let script = recipe.join("build");
-    output.note(&format!("building base {name} with {}", script.display()));
-    // The script's words go to stderr: stdout is for the result.
-    let status = Command::new(&script)
-        .arg(&staging.0)
-        .stdin(Stdio::null())
-        .stdout(std::io::stderr())
-        .status()
-        .map_err(|e| Failure::file("run", &script, &e))?;
-    if !status.success() {
-        let what = format!("recipe {}", script.display());
-        return Err(Failure::new(Exit::Failed, what, status, "its messages above say why").into());
-    }
-    let part = |file: &str| staging.0.join(file);
-    let initramfs = Some(part("initramfs")).filter(|path| path.exists());
-    let cmdline = read_cmdline(&part("cmdline"))?;
-    let spec = ImportSpec {
-        name,
-        disk: part("disk.raw"),
-        kernel: part("kernel"),
-        initramfs,
-        cmdline,
-        memory: None,
-    };
-    import(&spec, home, output)
-}
-
-/// A recipe is a directory with an executable `build`: at a path, or by its name in a directory of
-/// recipes (said, or that of the source tree this runs in).
-fn find_recipe(args: &BaseBuildArgs) -> Result<PathBuf, Failure> {
-    let mut places = vec![PathBuf::from(&args.recipe)];
-    match &args.recipes {
-        Some(dir) => places.push(dir.join(&args.recipe)),
-        None => {
-            let below = Path::new("guest-images/recipes").join(&args.recipe);
-            let from = [std::env::current_dir().ok(), std::env::current_exe().ok()];
-            let above = from.iter().flatten().flat_map(|path| path.ancestors());
-            places.extend(above.map(|dir| dir.join(&below)));
-        }
-    }
-    let found = places.iter().find(|dir| dir.join("build").is_file());
-    let found = found.map(|dir| fs::canonicalize(dir).unwrap_or_else(|_| dir.clone()));
-    found.ok_or_else(|| {
-        Failure::new(
-            Exit::NotFound,
-            format!("recipe {}", args.recipe),
-            "no directory of that name holds a `build` script",
-            "give its path, or the directory of recipes with --recipes",
-        )
-    })
-}
-
-fn read_cmdline(path: &Path) -> Result<String, Failure> {
-    use std::io::Read;
-    let failed = |e: std::io::Error| Failure::file("read", path, &e);
-    let mut text = String::new();
-    let file = fs::File::open(path).map_err(failed)?;
-    file.take(MAX_CMDLINE_BYTES).read_to_string(&mut text).map_err(failed)?;
-    Ok(text.trim().to_owned())
-}
-
-/// A directory for a recipe's output, removed whatever comes.
-struct Staging(PathBuf);
-
-impl Staging {
-    fn new(home: &Home) -> Result<Self, Failure> {
-        // In the home, because images are large and /tmp may be memory.
-        let path = home.root().join(format!("build.{}", std::process::id()));
-        fs::create_dir_all(&path).map_err(|e| Failure::file("create", &path, &e))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 #[derive(Serialize)]
