@@ -36,3 +36,35 @@ pub(super) fn discard(ram: &GuestRam, buffers: &Buffers) -> Result<u64, GuestMem
     }
     Ok(discarded)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    use super::*;
+    use crate::{devices::virtio::buffers::Buffer, layout::MIN_MEMORY_BYTES, memory, pagemap};
+
+    /// Of RAM that is a map of base memory, what is discarded is base again: it needs no sending.
+    #[test]
+    fn what_is_discarded_is_base_again() {
+        let base = tempfile::tempfile().unwrap();
+        base.set_len(MIN_MEMORY_BYTES).unwrap();
+        base.write_all_at(&[7; 8192], 0x10_0000).unwrap();
+        let ram = memory::map_base(&base, MIN_MEMORY_BYTES).unwrap();
+        let at = GuestAddress(0x10_0000);
+        ram.write_slice(&[9; 8192], at).unwrap();
+        let region = ram.iter().next().unwrap();
+        region.get_mmap().bitmap().reset();
+        let mut pages = Buffers::default();
+        pages.push(Buffer { address: at, len: 4096 });
+        assert_eq!(discard(&ram, &pages).unwrap(), 4096);
+        let mut now = [0; 8192];
+        ram.read_slice(&mut now, at).unwrap();
+        assert_eq!((now[0], now[4095], now[4096]), (7, 7, 9));
+        let dirty = [0x100, 0x101].map(|page| region.bitmap().dirty_at(page * 4096));
+        assert_eq!(dirty, [true, false]);
+        assert_eq!(pagemap::changed(region).unwrap()[4] & 0b11, 0b10);
+    }
+}

@@ -63,10 +63,10 @@ struct Inner {
 /// A hint is weaker than a report. The driver does not wait, so it may take a page back and write
 /// to it before anybody here has looked at the hint. What the specification gives is this: the
 /// content of a hinted page is free to be anything **if the page was not written since the command
-/// was given**. So whoever uses hints turns the dirty log on, then calls [`FreeHints::start`],
-/// keeps every chunk that a harvest names from then on, and may leave out or discard only
-/// `hinted - written`, as long as the command is in force. The guest cannot use hinted pages as
-/// it likes until [`FreeHints::stop`].
+/// was given**. So whoever uses hints turns the dirty log on for **every** page, also for those that
+/// it has not read yet, then calls [`FreeHints::start`], keeps every chunk that a harvest names from
+/// then on, and may leave out or discard only `hinted - written`, as long as the command is in
+/// force. The guest cannot use hinted pages as it likes until [`FreeHints::stop`].
 #[derive(Clone, Debug)]
 pub struct FreeHints(Arc<Inner>);
 
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn runs_of_ones() {
         assert!(runs(&[0, 0]).is_empty());
-        assert_eq!(runs(&[u64::MAX, 1]), [0..65]);
+        assert_eq!(runs(&[u64::MAX, 1, 1 << 1]), [0..65, 129..130]);
         assert_eq!(runs(&[0b1011, 0, 1 << 63, 1 | 1 << 63]), [0..2, 3..4, 191..193, 255..256]);
     }
 
