@@ -5,16 +5,17 @@
 //! version  u32     1
 //! length   u32     of the head
 //! head             an Offer, as in a Hello; it offers no known states
+//! id       [32]    H("howdah 2026 saved-vm head v1", all before)
 //! records          any number of segments, then the end, then nothing:
 //!   1 u8, length u32, segment     as in a Segment frame
 //!   2 u8, number of the last segment u64, state root [32], seal [32]
 //!
-//! chain 0 of the segments is that of the id H("howdah 2026 saved-vm head v1", all before the records)
+//! chain 0 of the segments is that of the id
 //! seal = H("howdah 2026 saved-vm end v1", chain after the last segment [32] | number | root)
 //! ```
 //!
-//! Integers are little-endian. So every byte is under a hash that the next thing read checks: the
-//! head under the first segment's, a segment under its own, the end under the seal. As with
+//! Integers are little-endian. So every byte is under a hash that is checked before the byte is
+//! used: the head under the id, a segment under its chain, the end under the seal. As with
 //! segments, no secret is in it: it tells damage, not forgery.
 
 use std::io::{self, Read, Write};
@@ -58,6 +59,7 @@ impl Head {
         bytes.extend(length.to_le_bytes());
         bytes.extend(body);
         let id = blake3::derive_key(HEAD_CONTEXT, &bytes);
+        bytes.extend(id);
         Ok(Self { bytes, id })
     }
 
@@ -84,14 +86,14 @@ impl<W: Write> Writer<W> {
 
     /// The next segment, sealed by the head's sealer.
     pub(super) fn segment(&mut self, segment: &Segment) -> io::Result<()> {
-        self.scratch.clear();
-        segment.encode_into(&mut self.scratch);
         // A segment's size is bounded far below.
-        let length = self.scratch.len() as u32;
-        self.out.write_all(&[SEGMENT])?;
-        self.out.write_all(&length.to_le_bytes())?;
+        let length = segment.encoded_len() as u32;
+        self.scratch.clear();
+        self.scratch.push(SEGMENT);
+        self.scratch.extend(length.to_le_bytes());
+        segment.encode_into(&mut self.scratch);
         self.out.write_all(&self.scratch)?;
-        self.bytes += 5 + u64::from(length);
+        self.bytes += self.scratch.len() as u64;
         (self.chain, self.last_seq) = (segment.chain, segment.seq);
         Ok(())
     }
@@ -135,6 +137,11 @@ impl<R: Read> Reader<R> {
         let length: [u8; 4] = take(&mut from, at)?;
         let body = body(&mut from, u32::from_le_bytes(length) as usize, MAX_HELLO_BYTES, at)?
             .ok_or(SavedError::Head("it is too long"))?;
+        let bytes = [&begin[..], &length, &body].concat();
+        let id: [u8; 32] = take(&mut from, at)?;
+        if id != blake3::derive_key(HEAD_CONTEXT, &bytes) {
+            return Err(SavedError::Head("its hash is another"));
+        }
         let offer: Offer = match postcard::take_from_bytes(&body) {
             Ok((offer, [])) => offer,
             _ => return Err(SavedError::Head("it cannot be read")),
@@ -142,9 +149,7 @@ impl<R: Read> Reader<R> {
         if offer.also.len() > MAX_ALSO || !offer.known.is_empty() {
             return Err(SavedError::Head("it speaks of bases or states that it cannot build on"));
         }
-        let bytes = [&begin[..], &length, &body].concat();
-        let opener = Opener::new(&blake3::derive_key(HEAD_CONTEXT, &bytes));
-        let bytes = bytes.len() as u64;
+        let (opener, bytes) = (Opener::new(&id), (bytes.len() + id.len()) as u64);
         Ok(Self { from, offer, opener, chain: [0; 32], records: 0, bytes })
     }
 
@@ -176,7 +181,7 @@ impl<R: Read> Reader<R> {
         let last_seq = u64::from_le_bytes(take(&mut self.from, at)?);
         let root = StateRoot(take(&mut self.from, at)?);
         let said: [u8; 32] = take(&mut self.from, at)?;
-        // Without a segment, nothing says that the head is what was written.
+        // What is saved has a machine's state at least.
         if last_seq == 0
             || last_seq != self.opener.last_seq()
             || said != seal(&self.chain, last_seq, root)

@@ -181,7 +181,7 @@ fn pack(
     if !pack_round(vm, outbound, 2, touched, jobs)? {
         return Ok(None);
     }
-    // At least one piece: the chain must cover the head.
+    // At least one piece: a file without any segment is none.
     let pieces = state.chunks(MAX_BATCH_BYTES).map(<[u8]>::to_vec);
     let pieces = pieces.chain(state.is_empty().then(Vec::new));
     for body in pieces {
