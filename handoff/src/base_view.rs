@@ -55,6 +55,10 @@ impl BaseView for Base {
         self.lookup(hash)
     }
 
+    fn lookup_batch(&self, hashes: &[ChunkHash], places: &mut [Option<Place>]) {
+        self.lookup_batch(hashes, places);
+    }
+
     fn chunk(&self, place: Place) -> Option<&Chunk> {
         self.chunk(place)
     }

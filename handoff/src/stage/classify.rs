@@ -228,12 +228,19 @@ impl Classifier {
         ids: &[ChunkId],
         chunks: &[Chunk],
         decisions: &mut Vec<Decision>,
-        cpu_ns: Option<&mut Vec<u64>>,
+        mut cpu_ns: Option<&mut Vec<u64>>,
     ) -> Result<(), ClassifyError> {
         let mut lookup = std::mem::take(&mut self.lookup);
-        let examined = self.examine_group(ids, chunks, &mut lookup, cpu_ns);
+        let examined = self.examine_group(ids, chunks, &mut lookup, cpu_ns.as_deref_mut());
         if examined.is_ok() {
+            let watch = cpu_ns.is_some().then(CpuWatch::start);
+            let searched = lookup.hashes.len() as u64;
             self.look_up(&mut lookup);
+            if let (Some(mut watch), Some(cpu_ns)) = (watch, cpu_ns) {
+                let each = watch.lap_ns() / searched.max(1);
+                let hashed = lookup.contents.iter().map(|c| matches!(c, Content::Other(_)));
+                cpu_ns.iter_mut().zip(hashed).filter(|(_, h)| *h).for_each(|(ns, _)| *ns += each);
+            }
             let all = ids.iter().zip(chunks).zip(lookup.contents.iter().zip(&lookup.found));
             decisions.extend(
                 all.map(|((id, chunk), (content, at))| self.decide(*id, chunk, *content, *at)),

@@ -14,6 +14,7 @@
 pub mod classify;
 pub mod compress;
 pub mod delta;
+mod delta_cache;
 pub mod options;
 pub mod outbound;
 pub mod pack;
@@ -26,7 +27,7 @@ mod tests;
 
 pub use classify::{Classifier, ClassifyError, Decision, Op};
 pub use compress::{Codec, Compressor, DecompressError, Decompressor, Packed};
-pub use delta::{DeltaCodec, DeltaError, DeltaMode};
+pub use delta::{DeltaCodec, DeltaError, DeltaMode, UnknownDeltaMode};
 pub use options::{StageOptions, UnknownSwitch};
 pub use outbound::Outbound;
 pub use pack::{Batch, BatchBuilder, BatchError, BatchFull, BatchLimits, RawBatch, Step, What};

@@ -10,9 +10,10 @@ use guest_images::{CHUNK_SIZE, Chunk, chunk::ZERO_CHUNK};
 
 use super::{
     classify::{Classifier, ClassifyError, Decision, Op},
+    delta::DeltaStage,
     options::StageOptions,
     pack::{BatchBuilder, BatchLimits, RawBatch},
-    stats::{CpuWatch, Share, Stage, Stats},
+    stats::{Class, ClassTimes, CpuWatch, Share, Stage, Stats},
 };
 use crate::{
     base_view::Bases,
@@ -31,6 +32,7 @@ const SAMPLE_GROUPS: u64 = 8;
 /// Every batch must reach the target, in order: see [`Classifier`].
 pub struct Outbound {
     classifier: Classifier,
+    delta: DeltaStage,
     ids: Vec<ChunkId>,
     chunks: Vec<Chunk>,
     decisions: Vec<Decision>,
@@ -40,6 +42,7 @@ pub struct Outbound {
     batch: BatchBuilder,
     ready: VecDeque<RawBatch>,
     stats: Stats,
+    times: ClassTimes,
 }
 
 impl Outbound {
@@ -48,6 +51,7 @@ impl Outbound {
         let limits = BatchLimits::default();
         Self {
             classifier: Classifier::new(bases, geometry).with_options(options),
+            delta: DeltaStage::new(&options),
             ids: Vec::with_capacity(GROUP_CHUNKS),
             chunks: vec![*ZERO_CHUNK; GROUP_CHUNKS],
             decisions: Vec::with_capacity(GROUP_CHUNKS),
@@ -57,6 +61,7 @@ impl Outbound {
             batch: BatchBuilder::with_limits(0, limits),
             ready: VecDeque::new(),
             stats: Stats::default(),
+            times: ClassTimes::default(),
         }
     }
 
@@ -90,7 +95,12 @@ impl Outbound {
     pub fn end(&mut self) -> Result<(), ClassifyError> {
         self.work()?;
         if !self.batch.is_empty() {
-            self.close_batch();
+            let mut watch = CpuWatch::start();
+            let next = BatchBuilder::with_limits(self.batch.generation(), self.limits);
+            let last = std::mem::replace(&mut self.batch, next).finish();
+            count_batch(&mut self.stats, &last);
+            self.ready.push_back(last);
+            self.stats[Stage::Pack].cpu_ns += watch.lap_ns();
         }
         Ok(())
     }
@@ -103,64 +113,63 @@ impl Outbound {
 
     /// Takes the group through the stages.
     fn work(&mut self) -> Result<(), ClassifyError> {
-        let chunks = self.chunks.get(..self.ids.len()).unwrap_or_default();
+        if self.ids.is_empty() {
+            return Ok(());
+        }
         self.decisions.clear();
         self.sampled_ns.clear();
+        let chunks = self.chunks.get(..self.ids.len()).unwrap_or_default();
         let sample = self.groups.is_multiple_of(SAMPLE_GROUPS).then_some(&mut self.sampled_ns);
         let mut watch = CpuWatch::start();
         self.classifier.classify_group(&self.ids, chunks, &mut self.decisions, sample)?;
-        let classified_ns = watch.lap_ns();
-        self.groups += 1;
+        let classify_ns = watch.lap_ns();
+        self.delta.encode_group(self.classifier.bases(), &self.ids, chunks, &self.decisions);
+        let delta_ns = watch.lap_ns();
         self.pack();
-        let packed_ns = watch.lap_ns();
-        let bytes = (self.ids.len() * CHUNK_SIZE) as u64;
-        let data = self.decisions.iter().filter(|d| d.op == Op::Data).count();
-        add(
-            &mut self.stats[Stage::Classify],
-            Share {
-                chunks: self.ids.len() as u64,
-                bytes_in: bytes,
-                bytes_out: (data * CHUNK_SIZE) as u64,
-                cpu_ns: classified_ns,
-            },
-        );
-        add(&mut self.stats[Stage::Pack], Share { cpu_ns: packed_ns, ..Share::default() });
+        let pack_ns = watch.lap_ns();
+        self.groups += 1;
+        self.account([classify_ns, delta_ns, pack_ns]);
         self.ids.clear();
         Ok(())
     }
 
     fn pack(&mut self) {
-        for i in 0..self.ids.len() {
-            let (id, op) = (self.ids[i], self.decisions[i].op);
-            self.stats.count(op.class());
-            if op.what(ZERO_CHUNK).is_some() && self.batch.is_full() {
-                self.close_batch();
+        for (i, ((id, decision), chunk)) in
+            self.ids.iter().zip(&self.decisions).zip(&self.chunks).enumerate()
+        {
+            let delta = self.delta.what(i);
+            let class = if delta.is_some() { Class::Delta } else { decision.op.class() };
+            self.stats.count(class);
+            if let Some(ns) = self.sampled_ns.get(i) {
+                self.times.sample(class, *ns);
             }
-            if let Some(what) = op.what(&self.chunks[i]) {
-                // A batch that is not full has room for any one chunk.
-                let pushed = self.batch.push(id, what);
-                debug_assert!(pushed.is_ok());
+            let Some(what) = delta.or_else(|| decision.op.what(chunk)) else { continue };
+            // Closed as soon as it is full, so that it has room for any one chunk.
+            let pushed = self.batch.push(*id, what);
+            debug_assert!(pushed.is_ok());
+            if self.batch.is_full() {
+                let next = BatchBuilder::with_limits(self.batch.generation(), self.limits);
+                let full = std::mem::replace(&mut self.batch, next).finish();
+                count_batch(&mut self.stats, &full);
+                self.ready.push_back(full);
             }
-        }
-        if self.batch.is_full() {
-            self.close_batch();
         }
     }
 
-    fn close_batch(&mut self) {
-        let next = BatchBuilder::with_limits(self.batch.generation(), self.limits);
-        let batch = std::mem::replace(&mut self.batch, next).finish();
-        self.stats.add_bytes_out(&batch.class_bytes);
-        add(
-            &mut self.stats[Stage::Pack],
-            Share {
-                chunks: batch.chunks,
-                bytes_in: 0,
-                bytes_out: batch.body.len() as u64,
-                cpu_ns: 0,
-            },
-        );
-        self.ready.push_back(batch);
+    /// Enters the group that was worked on.
+    fn account(&mut self, cpu_ns: [u64; 3]) {
+        let bytes_of = |chunks: usize| (chunks * CHUNK_SIZE) as u64;
+        let data = self.decisions.iter().filter(|d| d.op == Op::Data).count();
+        let (delta_bytes, deltas) = self.delta.made();
+        let after_delta = bytes_of(data - deltas) + delta_bytes as u64;
+        let shares = [
+            (Stage::Classify, self.ids.len(), bytes_of(self.ids.len()), bytes_of(data)),
+            (Stage::Delta, data, bytes_of(data), after_delta),
+            (Stage::Pack, 0, after_delta, 0),
+        ];
+        for ((stage, chunks, bytes_in, bytes_out), cpu_ns) in shares.into_iter().zip(cpu_ns) {
+            self.stats[stage].add(Share { chunks: chunks as u64, bytes_in, bytes_out, cpu_ns });
+        }
     }
 
     /// The root of what the target holds once it applied every batch so far.
@@ -180,13 +189,14 @@ impl Outbound {
 
     /// What was done so far, by the stages up to [`Stage::Pack`].
     pub fn stats(&self) -> Stats {
-        self.stats
+        let mut stats = self.stats;
+        self.times.share_out(&mut stats);
+        stats
     }
 }
 
-fn add(share: &mut Share, more: Share) {
-    share.chunks += more.chunks;
-    share.bytes_in += more.bytes_in;
-    share.bytes_out += more.bytes_out;
-    share.cpu_ns += more.cpu_ns;
+fn count_batch(stats: &mut Stats, batch: &RawBatch) {
+    stats.add_bytes_out(&batch.class_bytes);
+    let bytes_out = batch.body.len() as u64;
+    stats[Stage::Pack].add(Share { chunks: batch.chunks, bytes_out, ..Share::default() });
 }

@@ -43,8 +43,8 @@ pub const MAX_BATCH_CHUNKS: usize = 8192;
 /// Bytes that a run takes at most: tag, start, count below 2^14, reference.
 const MAX_RUN_BYTES: usize = 1 + MAX_VARINT_BYTES + 2 + MAX_VARINT_BYTES;
 
-/// The most data that a batch carries, in bytes.
-const MAX_BATCH_DATA_BYTES: usize = MAX_BATCH_DATA_CHUNKS * CHUNK_SIZE;
+/// The most data that a batch carries, in bytes: the last of it may be the longest delta.
+const MAX_BATCH_DATA_BYTES: usize = (MAX_BATCH_DATA_CHUNKS - 1) * CHUNK_SIZE + MAX_DELTA_BYTES;
 
 /// The largest body: generation, number of runs, runs of one chunk each, data.
 pub const MAX_BATCH_BYTES: usize = 4 + 2 + MAX_BATCH_CHUNKS * MAX_RUN_BYTES + MAX_BATCH_DATA_BYTES;

@@ -76,6 +76,16 @@ impl Class {
     }
 }
 
+impl Share {
+    /// Adds what was done besides.
+    pub(crate) fn add(&mut self, more: Share) {
+        self.chunks += more.chunks;
+        self.bytes_in += more.bytes_in;
+        self.bytes_out += more.bytes_out;
+        self.cpu_ns += more.cpu_ns;
+    }
+}
+
 /// A stage of the source, in the order in which chunks pass them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
@@ -124,9 +134,9 @@ pub struct Share {
 
 /// What the stages of a source did: by class and by stage.
 ///
-/// The CPU time of stages is the threads' own, taken around each group of chunks. That of classes
-/// is the time of `classify` and `delta`, shared out by samples of single chunks: it adds up to
-/// the time of these two stages.
+/// The CPU time of stages is the threads' own, taken around each group of chunks or each batch.
+/// That of classes is the time of `classify` and `delta`, shared out by samples of single chunks:
+/// it adds up to the time of these two stages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     classes: [Share; Class::ALL.len()],
@@ -188,6 +198,53 @@ impl Index<Stage> for Stats {
 impl IndexMut<Stage> for Stats {
     fn index_mut(&mut self, stage: Stage) -> &mut Share {
         &mut self.stages[stage as usize]
+    }
+}
+
+/// Shares the CPU time of the stages `classify` and `delta` out to classes.
+#[derive(Debug, Default)]
+pub(crate) struct ClassTimes {
+    /// Chunks of each class whose time was taken by itself, and what it came to.
+    samples: [(u64, u64); Class::ALL.len()],
+}
+
+impl ClassTimes {
+    /// Takes note of what one chunk took to classify.
+    pub(crate) fn sample(&mut self, class: Class, ns: u64) {
+        let (chunks, sum) = &mut self.samples[class as usize];
+        *chunks += 1;
+        *sum += ns;
+    }
+
+    /// Sets the CPU time of the classes in `stats` so that they add up to that of the two stages.
+    pub(crate) fn share_out(&self, stats: &mut Stats) {
+        let mean = |(chunks, ns): (u64, u64)| ns as f64 / chunks as f64;
+        let sum = self.samples.iter().fold((0, 0), |(c, n), (chunks, ns)| (c + chunks, n + ns));
+        let weights: [f64; Class::ALL.len()] = std::array::from_fn(|i| {
+            let each = match (self.samples[i], sum) {
+                ((1.., _), _) => mean(self.samples[i]),
+                (_, (1.., _)) => mean(sum),
+                _ => 1.0,
+            };
+            // A clock too coarse to see a chunk sees all of them alike.
+            stats.classes[i].chunks as f64 * each.max(1.0)
+        });
+        let tried = |class: Class| match class {
+            Class::Delta | Class::Data => stats[class].chunks as f64,
+            _ => 0.0,
+        };
+        // Where no delta was tried, seeing that is what the stage did for all.
+        let any = stats[Stage::Delta].chunks > 0;
+        let deltas = if any { Class::ALL.map(tried) } else { weights };
+        let (classify, delta) = (stats[Stage::Classify].cpu_ns, stats[Stage::Delta].cpu_ns);
+        for (total, weights) in [(classify, weights), (delta, deltas)] {
+            let all: f64 = weights.iter().sum();
+            for (share, weight) in stats.classes.iter_mut().zip(weights) {
+                if all > 0.0 {
+                    share.cpu_ns += (total as f64 * weight / all) as u64;
+                }
+            }
+        }
     }
 }
 
@@ -255,6 +312,28 @@ mod tests {
     use super::*;
 
     /// A thread that waits uses no CPU, one that works does.
+    #[test]
+    fn classes_add_up_to_their_stages() {
+        let (mut stats, mut times) = (Stats::default(), ClassTimes::default());
+        stats[Stage::Classify].cpu_ns = 9_000_000;
+        stats[Stage::Delta].cpu_ns = 1_000_000;
+        stats[Stage::Delta].chunks = 100;
+        for (class, chunks) in [(Class::Unchanged, 100), (Class::Data, 100), (Class::Zero, 50)] {
+            stats[class].chunks = chunks;
+        }
+        times.sample(Class::Unchanged, 100);
+        times.sample(Class::Data, 1700);
+        times.sample(Class::Data, 1900);
+        times.share_out(&mut stats);
+        let sum: u64 = stats.classes().map(|(_, share)| share.cpu_ns).sum();
+        assert!(sum.abs_diff(10_000_000) < 10, "{sum}");
+        assert!(stats[Class::Data].cpu_ns > 15 * stats[Class::Unchanged].cpu_ns);
+        assert!(stats[Class::Zero].cpu_ns > 0, "not sampled: the mean of all");
+        let mut none = Stats::default();
+        ClassTimes::default().share_out(&mut none);
+        assert_eq!(none, Stats::default());
+    }
+
     #[test]
     fn cpu_time_is_not_wall_time() {
         let mut watch = CpuWatch::start();
