@@ -6,10 +6,12 @@
 use std::{
     cmp,
     fs::File,
-    io::{self, BufWriter, Write},
+    io,
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
+
+pub(crate) mod build;
 
 use memmap2::{Advice, Mmap};
 
@@ -30,13 +32,14 @@ const MAGIC: &[u8; 8] = b"HOWDIDX\0";
 const BEFORE_ROOTS: usize = 24;
 const AFTER_ROOTS: usize = 32 + 8 + 32;
 /// A hash and a place.
-const ENTRY_BYTES: usize = 40;
+pub(crate) const ENTRY_BYTES: usize = 40;
 /// What is read from the file at once.
 const PAGE_BYTES: usize = 4096;
 /// Searches that go in lock step: enough to hide a read from memory or disk behind others.
 const IN_STEP: usize = 64;
 /// A place is a part in the top byte and a chunk number in the rest.
 const PART_SHIFT: u32 = 56;
+const INDEX_MASK: u64 = (1 << PART_SHIFT) - 1;
 
 /// The roots that an index belongs to: of disk, kernel, initramfs and, if the base has one,
 /// memory. An absent initramfs has a root of zeros.
@@ -123,7 +126,21 @@ impl Entry {
         &self.hash
     }
 
-    fn to_bytes(self) -> [u8; ENTRY_BYTES] {
+    /// The chunk's number in its part.
+    pub(crate) fn index(&self) -> u64 {
+        self.packed_place & INDEX_MASK
+    }
+
+    /// The entry in an index file.
+    pub(crate) fn from_bytes(bytes: &[u8; ENTRY_BYTES]) -> Self {
+        let (mut hash, mut place) = ([0; 32], [0; 8]);
+        hash.copy_from_slice(&bytes[..32]);
+        place.copy_from_slice(&bytes[32..]);
+        Self { hash: ChunkHash(hash), packed_place: u64::from_le_bytes(place) }
+    }
+
+    /// What an index file says of it.
+    pub(crate) fn to_bytes(self) -> [u8; ENTRY_BYTES] {
         let mut bytes = [0; ENTRY_BYTES];
         bytes[..32].copy_from_slice(&self.hash.0);
         bytes[32..].copy_from_slice(&self.packed_place.to_le_bytes());
@@ -133,7 +150,7 @@ impl Entry {
 
 fn unpack_place(packed: u64) -> Option<Place> {
     let part = Part::try_from((packed >> PART_SHIFT) as u8).ok()?;
-    Some(Place { part, index: packed & ((1 << PART_SHIFT) - 1) })
+    Some(Place { part, index: packed & INDEX_MASK })
 }
 
 /// Sorts entries and drops all but the first place of each hash: disk before kernel before
@@ -141,20 +158,6 @@ fn unpack_place(packed: u64) -> Option<Place> {
 pub(crate) fn sort(entries: &mut Vec<Entry>) {
     entries.sort_unstable();
     entries.dedup_by_key(|entry| entry.hash);
-}
-
-/// Writes an index of sorted entries. The caller makes the file durable.
-pub(crate) fn write(file: &File, roots: &PartRoots, entries: &[Entry]) -> io::Result<()> {
-    let mut checksum = blake3::Hasher::new();
-    entries.iter().for_each(|entry| {
-        checksum.update(&entry.to_bytes());
-    });
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    out.write_all(&header(roots, entries.len() as u64, checksum.finalize().as_bytes()))?;
-    for entry in entries {
-        out.write_all(&entry.to_bytes())?;
-    }
-    out.flush()
 }
 
 fn header(roots: &PartRoots, entries: u64, entries_checksum: &[u8; 32]) -> Vec<u8> {

@@ -24,6 +24,7 @@ pub mod store;
 
 mod files;
 mod format;
+mod in_order;
 mod mapped;
 mod scan;
 

@@ -1,36 +1,29 @@
-//! Reads a part once, from beginning to end: hashes it on two threads and copies it on the way.
+//! Reads a part once: hashes it on all cores and copies it on the way.
 //!
-//! ```text
-//!            ┌─> hasher ─┐
-//! reader ────┤           ├──> collector (the caller's thread): root, entries, progress
-//!   └> copy  └─> hasher ─┘
-//! ```
-//!
-//! The reader deals pieces to the hashers in turn and the collector takes results in the same turn,
-//! so they arrive in order without a table of what is missing.
+//! The part is cut into *slabs*. Workers read, copy and hash whole slabs; the caller's thread gets
+//! what they found in order, for the root, and may keep it, so that a slab need not be read again
+//! after a crash.
 
-use std::{
-    fs::File,
-    io,
-    os::unix::fs::FileExt,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
-    thread,
-};
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::{
     base::{Part, Place},
     chunk::{self, CHUNK_SIZE, ChunkHash},
     files,
+    in_order::in_order,
     index::Entry,
     manifest::{PartRoot, RootHasher},
 };
 
 const CHUNK_BYTES: u64 = CHUNK_SIZE as u64;
-/// Bytes that are read, copied and hashed as one.
-const PIECE_BYTES: u64 = 1 << 20;
-const HASHERS: usize = 2;
-/// Pieces that may wait before and behind each hasher: bounds memory to a few MiB.
-const QUEUE: usize = 4;
+/// Chunks of a slab: 64 MiB. Few in tests, so that a small file has many slabs.
+pub(crate) const SLAB_CHUNKS: u64 = if cfg!(test) { 8 } else { 16 << 10 };
+/// Bytes of a slab.
+pub(crate) const SLAB_BYTES: u64 = SLAB_CHUNKS * CHUNK_BYTES;
+/// Bytes that are read, copied and hashed as one. Small enough for a core's own cache.
+const PIECE_BYTES: u64 = 512 << 10;
 
 /// What to scan.
 pub(crate) struct Scan<'a> {
@@ -40,8 +33,24 @@ pub(crate) struct Scan<'a> {
     pub(crate) source: &'a File,
     /// How many bytes of it.
     pub(crate) bytes: u64,
-    /// Where to copy it, if at all. Chunks of zeros become holes.
+    /// Where to copy it, if at all: a file with holes where nothing was copied yet. Chunks of
+    /// zeros stay holes.
     pub(crate) copy: Option<&'a File>,
+    /// Gives the entries of a slab that was scanned, and copied, before.
+    pub(crate) known: Option<&'a KnownSlabs<'a>>,
+}
+
+/// The entries of slabs scanned before, in order of place.
+pub(crate) type KnownSlabs<'a> = dyn Fn(u64) -> Option<Vec<Entry>> + Sync + 'a;
+
+/// What is in one slab of a part.
+pub(crate) struct Slab {
+    /// Its number in the part.
+    pub(crate) number: u64,
+    /// An entry for each chunk that is not zero, in order of place.
+    pub(crate) entries: Vec<Entry>,
+    /// Whether it was not scanned but known.
+    pub(crate) known: bool,
 }
 
 /// Which half of a scan failed.
@@ -51,138 +60,98 @@ pub(crate) enum ScanError {
     Write(io::Error),
 }
 
-/// A piece of a part. Pieces follow each other without gaps.
-enum Piece<T> {
-    /// So many chunks of zeros.
-    Hole(u64),
-    /// Chunks to hash; then, in their place, their hashes: nothing for a chunk of zeros.
-    Chunks(T),
+/// The bytes of slab `number` in a part of `bytes` bytes.
+pub(crate) fn slab_range(number: u64, bytes: u64) -> Range<u64> {
+    let start = number.saturating_mul(SLAB_BYTES).min(bytes);
+    start..start.saturating_add(SLAB_BYTES).min(bytes)
 }
 
-type Hashes = Vec<Option<ChunkHash>>;
+/// How many slabs a part of `bytes` bytes has.
+pub(crate) fn slabs(bytes: u64) -> u64 {
+    bytes.div_ceil(SLAB_BYTES)
+}
 
 impl Scan<'_> {
-    /// Scans it: appends an entry for each chunk that is not zero, in order, and returns the root.
-    /// `progress` is told how many bytes are done.
+    /// Scans it and returns the root. `take` gets every slab, in order.
     pub(crate) fn run(
         &self,
-        entries: &mut Vec<Entry>,
-        progress: &mut dyn FnMut(u64),
+        take: &mut dyn FnMut(Slab) -> io::Result<()>,
     ) -> Result<PartRoot, ScanError> {
-        thread::scope(|scope| {
-            let mut to_hashers = Vec::with_capacity(HASHERS);
-            let mut from_hashers = Vec::with_capacity(HASHERS);
-            for _ in 0..HASHERS {
-                let (to_hasher, work) = sync_channel(QUEUE);
-                let (done, from_hasher) = sync_channel(QUEUE);
-                scope.spawn(move || hash_pieces(&work, &done));
-                to_hashers.push(to_hasher);
-                from_hashers.push(from_hasher);
-            }
-            let reader = scope.spawn(move || self.read_pieces(&to_hashers));
-            let root = self.collect(&from_hashers, entries, progress);
-            match reader.join() {
-                // A piece less than announced would have been an error of the reader.
-                Ok(read) => read.and(root.ok_or_else(|| ScanError::Read(cut_short()))),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        })
+        // A hint: slabs are read from beginning to end, even if several at once.
+        let _ = posix_fadvise(self.source, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
+        let mut root = RootHasher::new(self.bytes.div_ceil(CHUNK_BYTES));
+        in_order(
+            slabs(self.bytes),
+            |number| self.slab(number),
+            |slab: Result<Slab, ScanError>| {
+                let slab = slab?;
+                self.add_to_root(&slab, &mut root);
+                take(slab).map_err(ScanError::Write)
+            },
+        )?;
+        // A chunk less than announced would have been an error of the reader.
+        root.finish().ok_or_else(|| ScanError::Read(cut_short()))
     }
 
-    /// Reads all pieces in order, copies them, deals them out.
-    fn read_pieces(&self, hashers: &[SyncSender<Piece<Vec<u8>>>]) -> Result<(), ScanError> {
-        let mut turn = hashers.iter().cycle();
-        // A hasher is gone only if the collector is, and then nobody wants more.
-        let mut deal = |piece| turn.next().is_some_and(|hasher| hasher.send(piece).is_ok());
-        let mut at = 0;
-        while at < self.bytes {
-            let (start, end) =
-                files::data_extent(self.source, at, self.bytes).unwrap_or((self.bytes, self.bytes));
+    fn slab(&self, number: u64) -> Result<Slab, ScanError> {
+        if let Some(entries) = self.known.and_then(|known| known(number)) {
+            return Ok(Slab { number, entries, known: true });
+        }
+        let range = slab_range(number, self.bytes);
+        let mut entries = Vec::new();
+        let mut piece = Vec::new();
+        let mut at = range.start;
+        while let Some((start, end)) = files::data_extent(self.source, at, range.end) {
             // Extents follow the file system's blocks, pieces our chunks. An extent that begins in
             // a chunk already read is taken up where that chunk ends.
-            let start = if start == self.bytes {
-                start.next_multiple_of(CHUNK_BYTES)
-            } else {
-                (start - start % CHUNK_BYTES).max(at)
-            };
-            if start > at && !deal(Piece::Hole((start - at) / CHUNK_BYTES)) {
-                return Ok(());
-            }
-            at = start;
-            while at < end.min(self.bytes) {
-                let len = (end.next_multiple_of(CHUNK_BYTES) - at).min(PIECE_BYTES);
-                let piece = self.read_piece(at, len)?;
-                if !deal(Piece::Chunks(piece)) {
-                    return Ok(());
-                }
+            at = (start - start % CHUNK_BYTES).max(at);
+            let end = end.next_multiple_of(CHUNK_BYTES);
+            while at < end {
+                let len = (end - at).min(PIECE_BYTES);
+                self.read_piece(at, len, &mut piece)?;
+                self.hash_piece(at, &piece, &mut entries);
                 at += len;
             }
         }
-        Ok(())
+        Ok(Slab { number, entries, known: false })
     }
 
     /// Reads one piece, padded with zeros to whole chunks, and copies it.
-    fn read_piece(&self, at: u64, len: u64) -> Result<Vec<u8>, ScanError> {
-        let mut piece = vec![0; len as usize];
-        let inside = (self.bytes - at).min(len) as usize;
-        self.source.read_exact_at(&mut piece[..inside], at).map_err(|error| {
+    fn read_piece(&self, at: u64, len: u64, piece: &mut Vec<u8>) -> Result<(), ScanError> {
+        let inside = self.bytes.saturating_sub(at).min(len) as usize;
+        piece.resize(len as usize, 0);
+        let (read, padding) = piece.split_at_mut(inside);
+        self.source.read_exact_at(read, at).map_err(|error| {
             let short = error.kind() == io::ErrorKind::UnexpectedEof;
             ScanError::Read(if short { cut_short() } else { error })
         })?;
-        if let Some(copy) = self.copy {
-            files::write_sparse(copy, at, &piece[..inside]).map_err(ScanError::Write)?;
+        padding.fill(0);
+        match self.copy {
+            Some(copy) => files::write_sparse(copy, at, read).map_err(ScanError::Write),
+            None => Ok(()),
         }
-        Ok(piece)
     }
 
-    /// Takes the hashes in order.
-    fn collect(
-        &self,
-        hashers: &[Receiver<Piece<Hashes>>],
-        entries: &mut Vec<Entry>,
-        progress: &mut dyn FnMut(u64),
-    ) -> Option<PartRoot> {
-        let mut root = RootHasher::new(self.bytes.div_ceil(CHUNK_BYTES));
-        let mut index = 0;
-        for hasher in hashers.iter().cycle() {
-            let Ok(piece) = hasher.recv() else { break };
-            match piece {
-                Piece::Hole(chunks) => {
-                    root.push_zeros(chunks);
-                    index += chunks;
-                }
-                Piece::Chunks(hashes) => {
-                    for hash in hashes {
-                        match hash {
-                            None => root.push_zeros(1),
-                            Some(hash) => {
-                                root.push(&hash);
-                                entries.push(Entry::new(hash, Place { part: self.part, index }));
-                            }
-                        }
-                        index += 1;
-                    }
-                }
+    fn hash_piece(&self, at: u64, piece: &[u8], entries: &mut Vec<Entry>) {
+        let (chunks, _) = piece.as_chunks::<CHUNK_SIZE>();
+        for (index, chunk) in (at / CHUNK_BYTES..).zip(chunks) {
+            if !chunk::is_zero(chunk) {
+                let place = Place { part: self.part, index };
+                entries.push(Entry::new(ChunkHash::of(chunk), place));
             }
-            progress((index * CHUNK_BYTES).min(self.bytes));
         }
-        root.finish()
     }
-}
 
-fn hash_pieces(work: &Receiver<Piece<Vec<u8>>>, done: &SyncSender<Piece<Hashes>>) {
-    for piece in work {
-        let hashed = match piece {
-            Piece::Hole(chunks) => Piece::Hole(chunks),
-            Piece::Chunks(bytes) => {
-                let (chunks, _) = bytes.as_chunks::<CHUNK_SIZE>();
-                let hash = |chunk| (!chunk::is_zero(chunk)).then(|| ChunkHash::of(chunk));
-                Piece::Chunks(chunks.iter().map(hash).collect())
-            }
-        };
-        if done.send(hashed).is_err() {
-            return;
+    fn add_to_root(&self, slab: &Slab, root: &mut RootHasher) {
+        let range = slab_range(slab.number, self.bytes);
+        let mut next = range.start / CHUNK_BYTES;
+        for entry in &slab.entries {
+            let index = entry.index();
+            root.push_zeros(index.saturating_sub(next));
+            root.push(entry.hash());
+            next = index + 1;
         }
+        root.push_zeros(range.end.div_ceil(CHUNK_BYTES).saturating_sub(next));
     }
 }
 

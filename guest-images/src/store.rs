@@ -8,12 +8,15 @@
 //! ```
 //!
 //! A base appears under `bases/` by one rename, complete and durable, and never changes after that.
-//! What a crash leaves in `tmp/` is deleted by the next import that finds no other under way.
+//! What a crash leaves in `tmp/` is deleted by the next import that finds no other under way,
+//! except for the latest interrupted import: the next one of the same files goes on with it.
 
 mod import;
+mod ledger;
 #[cfg(test)]
 pub(crate) mod tests;
 mod verify;
+mod workshop;
 
 use std::{
     collections::BTreeMap,
@@ -337,10 +340,11 @@ impl Store {
 
     fn clean_up(&self) {
         let Ok(left) = fs::read_dir(self.dir.join(TMP)) else { return };
-        for entry in left.flatten() {
-            let path = entry.path();
-            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let removed = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let left: Vec<PathBuf> = left.flatten().map(|entry| entry.path()).collect();
+        let kept = workshop::worth_keeping(&left);
+        for path in left.iter().filter(|path| Some(*path) != kept) {
+            let is_dir = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+            let removed = if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) };
             match removed {
                 Ok(()) => tracing::info!(path = %path.display(), "removed what a crash left"),
                 Err(error) => tracing::warn!(path = %path.display(), %error, "cannot clean up"),

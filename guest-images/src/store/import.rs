@@ -1,23 +1,28 @@
 //! Making a base out of image files.
 
 use std::{
-    fs::{self, File, Metadata, OpenOptions, Permissions},
+    fs::{self, File, Metadata},
     io,
     os::{
         fd::AsRawFd,
-        unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt},
+        unix::fs::{FileExt, FileTypeExt, MetadataExt},
     },
     path::{Path, PathBuf},
 };
 
-use super::{BASES, Progress, Store, StoreError, check_name};
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::{
+    BASES, Progress, Store, StoreError, check_name,
+    ledger::{Known, Ledger},
+    workshop::{Scratch, Workshop, seal, write_file},
+};
 use crate::{
     base::{Base, BaseId, INDEX_FILE, MACHINE_FILE, MANIFEST_FILE, Part},
-    files,
     format::{self, HEAD_BYTES},
-    index::{self, Entry, PartRoots},
+    index::{self, PartRoots},
     manifest::{self, ARCH, MachineInfo, Manifest, MemoryInfo, PartInfo},
-    scan::{Scan, ScanError},
+    scan::{Scan, ScanError, slab_range, slabs},
 };
 
 /// What to make a base of.
@@ -46,21 +51,13 @@ pub struct MemorySpec {
     pub machine: Vec<u8>,
 }
 
-/// A directory under `tmp/` that is gone when this value is, unless it was renamed away.
-struct Workshop(PathBuf);
-
-impl Drop for Workshop {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 impl Store {
     /// Imports a base and names it. The same files and command line give the same id, and a base
     /// that is there already is kept, unless it is damaged: then it is replaced.
     ///
     /// Sparse files stay sparse, and a file system that can share blocks between files does. On
-    /// error, and on a crash, the store is as it was before.
+    /// error, and on a crash, the store is as it was before; after a crash, the next import of the
+    /// same files goes on where this one was.
     pub fn import(
         &self,
         spec: &ImportSpec,
@@ -70,50 +67,22 @@ impl Store {
         manifest::check_cmdline(&spec.cmdline)
             .map_err(|source| StoreError::Content { path: spec.disk.clone(), source })?;
         // All sources are looked at before the first is copied: a wrong one is told at once.
-        let disk = Source::open(Part::Disk, &spec.disk)?;
-        let kernel = Source::open(Part::Kernel, &spec.kernel)?;
-        let initramfs = spec.initramfs.as_deref().map(|path| Source::open(Part::Initramfs, path));
-        let initramfs = initramfs.transpose()?;
-        let memory = spec.memory.as_ref().map(|memory| {
-            manifest::check_machine_length(memory.machine.len() as u64)
-                .map_err(|source| StoreError::Content { path: memory.ram.clone(), source })?;
-            Ok::<_, StoreError>((Source::open(Part::Memory, &memory.ram)?, &memory.machine))
-        });
-        let memory = memory.transpose()?;
-
+        let sources = Sources::open(spec)?;
         let under_way = self.begin()?;
-        let workshop = Workshop(self.tmp_path("import"));
-        fs::create_dir(&workshop.0).map_err(StoreError::io("creating", &workshop.0))?;
-        let mut entries = Vec::new();
-        let mut copy = |source: &Source| source.copy(&workshop.0, &mut entries, progress);
-        let mut manifest = Manifest {
-            version: manifest::MANIFEST_VERSION,
-            arch: ARCH.to_owned(),
-            disk: copy(&disk)?,
-            kernel: copy(&kernel)?,
-            initramfs: initramfs.as_ref().map(&mut copy).transpose()?,
-            cmdline: spec.cmdline.clone(),
-            memory: None,
-        };
-        if let Some((ram, machine)) = &memory {
-            let info = MemoryInfo { ram: copy(ram)?, machine: MachineInfo::of(machine) };
-            write_file(&workshop.0.join(MACHINE_FILE), |file| file.write_all_at(machine, 0))?;
-            manifest.memory = Some(info);
-            manifest.version = manifest::version_for(manifest.memory.as_ref());
-        }
-        index::sort(&mut entries);
-        write_file(&workshop.0.join(INDEX_FILE), |file| {
-            index::write(file, &PartRoots::of(&manifest), &entries)
+        let mut workshop = Workshop::enter(self, &sources.key(), &sources.lengths())?;
+        let manifest = sources.make(spec, &mut workshop, progress)?;
+        write_file(&workshop.dir().join(INDEX_FILE), |file| {
+            let roots = PartRoots::of(&manifest);
+            workshop.ledger.with_runs(|runs| index::build::write(file, &roots, runs))?
         })?;
-        drop(entries);
         let json = manifest
             .to_json()
             .map_err(|source| StoreError::Content { path: spec.disk.clone(), source })?;
-        write_file(&workshop.0.join(MANIFEST_FILE), |file| file.write_all_at(&json, 0))?;
-        files::sync_dir(&workshop.0).map_err(StoreError::io("syncing", &workshop.0))?;
+        write_file(&workshop.dir().join(MANIFEST_FILE), |file| file.write_all_at(&json, 0))?;
+        let finished = workshop.finish(self)?;
 
         let id = manifest.id();
-        self.place(&workshop.0, &id)?;
+        self.place(&finished.0, &id)?;
         drop(under_way);
         self.name(&spec.name, &id)?;
         Ok(id)
@@ -129,10 +98,90 @@ impl Store {
         }
         let Err(damage) = Base::open(&dir) else { return Ok(()) };
         tracing::warn!(%id, %damage, "replacing a damaged base");
-        let damaged = Workshop(self.tmp_path("damaged"));
+        let damaged = Scratch(self.tmp_path("damaged"));
         fs::rename(&dir, &damaged.0).map_err(StoreError::io("replacing", &dir))?;
         fs::rename(finished, &dir).map_err(StoreError::io("creating", &dir))?;
         self.sync(BASES)
+    }
+}
+
+/// All files given for an import.
+struct Sources<'a> {
+    disk: Source<'a>,
+    kernel: Source<'a>,
+    initramfs: Option<Source<'a>>,
+    memory: Option<(Source<'a>, &'a [u8])>,
+}
+
+impl<'a> Sources<'a> {
+    fn open(spec: &'a ImportSpec) -> Result<Self, StoreError> {
+        let initramfs = spec.initramfs.as_deref().map(|path| Source::open(Part::Initramfs, path));
+        let memory = spec.memory.as_ref().map(|memory| {
+            let machine = memory.machine.as_slice();
+            manifest::check_machine_length(machine.len() as u64)
+                .map_err(|source| StoreError::Content { path: memory.ram.clone(), source })?;
+            Ok::<_, StoreError>((Source::open(Part::Memory, &memory.ram)?, machine))
+        });
+        Ok(Self {
+            disk: Source::open(Part::Disk, &spec.disk)?,
+            kernel: Source::open(Part::Kernel, &spec.kernel)?,
+            initramfs: initramfs.transpose()?,
+            memory: memory.transpose()?,
+        })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Source<'a>> {
+        let memory = self.memory.as_ref().map(|(ram, _)| ram);
+        [&self.disk, &self.kernel].into_iter().chain(&self.initramfs).chain(memory)
+    }
+
+    fn lengths(&self) -> Vec<(Part, u64)> {
+        self.all().map(|source| (source.part, source.seen.len())).collect()
+    }
+
+    /// Stands for these files with what is in them now: who writes to one changes it.
+    fn key(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        for source in self.all() {
+            let meta = &source.seen;
+            let times = [meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()];
+            let numbers = [source.part as u64, meta.dev(), meta.ino(), meta.len()];
+            let all = numbers.into_iter().chain(times.map(|time| time as u64));
+            all.for_each(|number| {
+                hasher.update(&number.to_le_bytes());
+            });
+        }
+        *hasher.finalize().as_bytes()
+    }
+
+    /// Copies all parts and says what they are.
+    fn make(
+        &self,
+        spec: &ImportSpec,
+        workshop: &mut Workshop,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Manifest, StoreError> {
+        let mut copy = |source: &Source| source.copy(workshop, progress);
+        let disk = copy(&self.disk)?;
+        let kernel = copy(&self.kernel)?;
+        let initramfs = self.initramfs.as_ref().map(&mut copy).transpose()?;
+        let ram = self.memory.as_ref().map(|(ram, _)| copy(ram)).transpose()?;
+        let machine = self.memory.as_ref().map(|(_, machine)| *machine);
+        if let Some(machine) = machine {
+            let path = workshop.dir().join(MACHINE_FILE);
+            write_file(&path, |file| file.write_all_at(machine, 0))?;
+        }
+        let memory = ram.zip(machine.map(MachineInfo::of));
+        let memory = memory.map(|(ram, machine)| MemoryInfo { ram, machine });
+        Ok(Manifest {
+            version: manifest::version_for(memory.as_ref()),
+            arch: ARCH.to_owned(),
+            disk,
+            kernel,
+            initramfs,
+            cmdline: spec.cmdline.clone(),
+            memory,
+        })
     }
 }
 
@@ -173,40 +222,71 @@ impl<'a> Source<'a> {
         Ok(Self { part, path, file, seen })
     }
 
-    /// Copies the file into `dir`, durably, and hashes what was copied.
+    /// Copies the file into the workshop, durably, and hashes what was copied. What an interrupted
+    /// import did of it is taken as it is.
     fn copy(
         &self,
-        dir: &Path,
-        entries: &mut Vec<Entry>,
+        workshop: &mut Workshop,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<PartInfo, StoreError> {
+        let to = workshop.part_file(self.part)?;
+        let to_path = workshop.dir().join(self.part.file_name());
+        let writing = || StoreError::io("writing", &to_path);
+        let known = workshop.ledger.known(self.part).map_err(writing())?;
+        let cloned = self.prepare(&to, &known, &mut workshop.ledger).map_err(writing())?;
         let (part, bytes) = (self.part, self.seen.len());
-        let to_path = dir.join(part.file_name());
-        let mut info = None;
-        write_file(&to_path, |to| {
-            // A clone is the file at one instant: what is hashed then is the clone.
-            let cloned = clone_blocks(&self.file, to) && to.metadata()?.len() == bytes;
-            if !cloned {
-                to.set_len(0)?;
-                to.set_len(bytes)?;
+        let ledger = &mut workshop.ledger;
+        let scan = Scan {
+            part,
+            source: if cloned { &to } else { &self.file },
+            bytes,
+            copy: (!cloned).then_some(&to),
+            known: Some(&|slab| known.entries(slab)),
+        };
+        let scanned = scan.run(&mut |slab| {
+            let done_bytes = slab_range(slab.number, bytes).end;
+            if !slab.known {
+                ledger.add(part, slab, &to)?;
             }
-            let source = if cloned { to } else { &self.file };
-            let copy = (!cloned).then_some(to);
-            let mut report = |done_bytes| {
-                progress(Progress { part, done_bytes, total_bytes: bytes });
-            };
-            let scanned = Scan { part, source, bytes, copy }.run(entries, &mut report);
-            let unchanged = cloned || self.is_unchanged()?;
-            info = Some(match scanned {
-                Ok(root) if unchanged => Ok(PartInfo { bytes, root }),
-                Ok(_) => Err(StoreError::Changed { path: self.path.to_owned() }),
-                Err(ScanError::Read(error)) => Err(StoreError::io("reading", self.path)(error)),
-                Err(ScanError::Write(error)) => return Err(error),
-            });
+            progress(Progress { part, done_bytes, total_bytes: bytes });
             Ok(())
+        });
+        let root = scanned.map_err(|error| match error {
+            ScanError::Read(error) => StoreError::io("reading", self.path)(error),
+            ScanError::Write(error) => writing()(error),
         })?;
-        // `write_file` ran the closure to its end, or failed.
-        info.unwrap_or_else(|| Err(StoreError::Changed { path: self.path.to_owned() }))
+        if !cloned && !self.is_unchanged().map_err(StoreError::io("reading", self.path))? {
+            return Err(StoreError::Changed { path: self.path.to_owned() });
+        }
+        seal(&to).and_then(|()| ledger.write_pending()).map_err(writing())?;
+        Ok(PartInfo { bytes, root })
+    }
+
+    /// Makes the file ready to be copied to: a clone of the source where the file system can,
+    /// otherwise holes wherever nothing is known to be copied. Whether it is a clone.
+    fn prepare(&self, to: &File, known: &Known, ledger: &mut Ledger) -> io::Result<bool> {
+        let bytes = self.seen.len();
+        if ledger.is_cloned(self.part) {
+            return Ok(true);
+        }
+        if known.is_empty() {
+            to.set_len(0)?;
+            // A clone is the file at one instant: what is hashed then is the clone.
+            if clone_blocks(&self.file, to) && to.metadata()?.len() == bytes {
+                to.sync_all()?;
+                ledger.add_clone(self.part)?;
+                return Ok(true);
+            }
+            to.set_len(0)?;
+            to.set_len(bytes)?;
+            return Ok(false);
+        }
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        for slab in (0..slabs(bytes)).filter(|slab| !known.has(*slab)) {
+            let range = slab_range(slab, bytes);
+            fallocate(to, mode, range.start as i64, (range.end - range.start) as i64)?;
+        }
+        Ok(false)
     }
 
     fn is_unchanged(&self) -> io::Result<bool> {
@@ -229,17 +309,6 @@ fn read_head(file: &File) -> io::Result<Vec<u8>> {
     }
     head.truncate(filled);
     Ok(head)
-}
-
-/// Creates a file, fills it, makes it durable and read-only.
-fn write_file(path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), StoreError> {
-    let write = || {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-        fill(&file)?;
-        file.set_permissions(Permissions::from_mode(0o444))?;
-        file.sync_all()
-    };
-    write().map_err(StoreError::io("writing", path))
 }
 
 /// Lets `to` share all blocks of `from`; `false` where the file system cannot.

@@ -1,5 +1,7 @@
 //! Tests of the store, and the bases that other tests stand on.
 
+mod resume;
+
 use std::{
     collections::HashMap,
     os::unix::fs::{FileExt, MetadataExt},

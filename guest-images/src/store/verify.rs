@@ -7,7 +7,7 @@ use crate::{
     base::{Base, BaseError, BaseId, Part},
     index::{self, Entry},
     manifest::PartRoot,
-    scan::{Scan, ScanError},
+    scan::{Scan, ScanError, slab_range},
 };
 
 /// How many damaged chunks a [`Problem::Root`] names.
@@ -121,9 +121,15 @@ fn check_part(
     let path = base.dir().join(part.file_name());
     let info = base.manifest().part(part)?;
     let from = entries.len();
-    let mut report = |done_bytes| progress(Progress { part, done_bytes, total_bytes: info.bytes });
-    let scan = Scan { part, source: file, bytes: info.bytes, copy: None };
-    match scan.run(entries, &mut report) {
+    let total_bytes = info.bytes;
+    let scan = Scan { part, source: file, bytes: total_bytes, copy: None, known: None };
+    let scanned = scan.run(&mut |slab| {
+        let done_bytes = slab_range(slab.number, total_bytes).end;
+        entries.extend(slab.entries);
+        progress(Progress { part, done_bytes, total_bytes });
+        Ok(())
+    });
+    match scanned {
         Ok(found) if found == info.root => None,
         Ok(found) => {
             let chunks = find_damage(base, part, entries.get(from..).unwrap_or_default());
