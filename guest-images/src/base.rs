@@ -289,6 +289,11 @@ impl Base {
         Ok(Some(bytes))
     }
 
+    /// How many different chunks its index knows: how much can be found in it.
+    pub fn indexed_chunks(&self) -> u64 {
+        self.index.len()
+    }
+
     /// The kernel's path.
     pub fn kernel_path(&self) -> PathBuf {
         self.dir.join(Part::Kernel.file_name())

@@ -3,9 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{
-    Args, Parser, Subcommand,
+    Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
     failure::{Exit, Failure},
@@ -302,9 +303,63 @@ pub(crate) struct HandoffArgs {
     /// Aim for this downtime [default: for the least total time]
     #[arg(long, value_name = "MS")]
     pub(crate) downtime_ms: Option<u64>,
+    /// What may be kept here of memory and disk after the VM moved, so that its way back is short;
+    /// 0 keeps nothing
+    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    pub(crate) keep_mib: u64,
+    #[command(flatten)]
+    pub(crate) encode: EncodeArgs,
     /// Give up the handoff of this VM that is under way
-    #[arg(long, conflicts_with_all = ["peer", "audit", "downtime_ms"])]
+    #[arg(long, conflicts_with_all = ["peer", "audit", "downtime_ms", "keep_mib", "without", "delta"])]
     pub(crate) cancel: bool,
+}
+
+/// How what is sent is made small: for measuring what each means is worth.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct EncodeArgs {
+    /// Do without some of the means by which less is sent
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST")]
+    pub(crate) without: Vec<Means>,
+    /// How a chunk is encoded against what the target holds in its place
+    #[arg(long, value_enum, default_value_t = Delta::Auto, value_name = "MODE")]
+    pub(crate) delta: Delta,
+}
+
+/// A means by which less is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Means {
+    /// What the target holds in the same place is not sent
+    Unchanged,
+    /// Chunks that are the base's again are reset
+    Reset,
+    /// Zeros are named
+    Zero,
+    /// Contents of the base's disk and kernel are named
+    BaseDisk,
+    /// Contents of the base's memory are named
+    BaseMemory,
+    /// Contents of other bases that both hold are named
+    OtherBases,
+    /// Contents sent before in this handoff are named
+    Seen,
+    /// What the target kept of an earlier visit is built upon
+    Known,
+    /// Memory that the guest has free is not sent
+    Free,
+}
+
+/// How a chunk is encoded against what the target holds in its place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Delta {
+    /// What gains most, chunk by chunk; nothing where it gains little
+    #[default]
+    Auto,
+    /// Not at all
+    None,
+    /// Changed runs
+    Xor,
 }
 
 #[derive(Debug, Args)]
@@ -403,6 +458,18 @@ mod tests {
         assert!(
             failure("howdah base import a --disk d --kernel k --memory m").contains("--machine")
         );
+    }
+
+    #[test]
+    fn means_are_the_engines() {
+        let names: Vec<_> = Means::value_variants()
+            .iter()
+            .map(|means| means.to_possible_value().unwrap().get_name().to_owned())
+            .collect();
+        assert_eq!(names, handoff::stage::StageOptions::SWITCHES);
+        let wrong = failure("howdah handoff a b:1 --without seen,thrift");
+        assert!(wrong.contains("thrift") && wrong.contains("other-bases"), "{wrong}");
+        assert!(failure("howdah handoff a b:1 --delta magic").contains("magic"));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //!     config.json        how the machine is built, here
 //!     ownership          the durable record of who may run the guest (handoff::ownership)
 //!     disk.data, disk.map  the disk overlay
+//!     visit, known/        what stays of a VM that was handed off (crate::visit)
 //!     control.sock       the running process listens here
 //!     console.log vm.log report.json
 //! ```
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     failure::{Exit, Failure},
     lock::{Lock, Probe},
+    visit,
 };
 
 /// The longest VM name.
@@ -308,8 +310,10 @@ impl VmDir {
         self.path.join("config.json")
     }
 
-    /// Removes the disk overlay: only when the guest never ran on it, or never will again.
+    /// Removes the disk overlay, and the visit that goes with it: only when the guest never ran on
+    /// it, or never will again.
     pub(crate) fn remove_disk(&self) -> Result<(), Failure> {
+        visit::forget(self)?;
         for file in [overlay::DATA_FILE, overlay::MAP_FILE] {
             let path = self.path.join(file);
             match fs::remove_file(&path) {
@@ -366,9 +370,13 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Fai
         .open(&temporary)
         .map_err(failed)?;
     file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed)?;
-    fs::rename(&temporary, path).map_err(failed)?;
+    fs::rename(&temporary, path).and_then(|()| sync_parent(path)).map_err(failed)
+}
+
+/// Makes durable that a file has, or no longer has, its name.
+pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
-    fs::File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
+    fs::File::open(directory).and_then(|d| d.sync_all())
 }
 
 #[cfg(test)]

@@ -35,6 +35,7 @@ mod offer;
 mod output;
 mod receive;
 mod spawn;
+mod visit;
 mod vmproc;
 
 fn main() -> ExitCode {

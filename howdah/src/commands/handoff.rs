@@ -14,7 +14,7 @@ use crate::{
     control::{HandoffRequest, Progress, Reply, Request, client},
     failure::{Exit, Failure},
     home::{Home, VmDir},
-    output::{Output, bytes},
+    output::{Output, bytes, table},
 };
 
 /// Where there is no terminal, a line this often.
@@ -31,7 +31,13 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
     };
     check_address(&peer)?;
     cancel_on_interrupt(&dir)?;
-    let request = HandoffRequest { peer, audit: args.audit, downtime_ms: args.downtime_ms };
+    let request = HandoffRequest {
+        peer,
+        audit: args.audit,
+        downtime_ms: args.downtime_ms,
+        keep_mib: args.keep_mib,
+        encode: args.encode.into(),
+    };
     let mut channel = client::ask(&dir, Request::Handoff(request.clone()), None)?;
     channel.set_timeout(Some(SILENCE))?;
     let mut shown = Shown::new(output);
@@ -40,7 +46,7 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
             Reply::Progress(progress) => shown.show(&progress),
             Reply::Moved(report) => {
                 shown.clear();
-                if let Err(e) = super::vm::await_exit(&dir) {
+                if let Err(e) = super::vm::await_exit(&dir, super::vm::KEEP_TIMEOUT) {
                     tracing::warn!("{e}");
                 }
                 output.result(&report, |report| summary(&args.vm, &request.peer, report));
@@ -150,7 +156,25 @@ fn summary(vm: &crate::home::VmName, peer: &str, report: &serde_json::Value) -> 
     if let Some(sent) = number("bytes_on_link") {
         text += &format!(", {} on the link", bytes(sent as u64));
     }
+    for (key, heading) in [("classes", "CLASS"), ("stages", "STAGE")] {
+        let shares = report.get(key).and_then(serde_json::Value::as_array);
+        let rows: Vec<_> = shares.into_iter().flatten().filter_map(share).collect();
+        if !rows.is_empty() {
+            text += &format!("\n\n{}", table([heading, "CHUNKS", "IN", "OUT", "CPU"], &rows));
+        }
+    }
     text
+}
+
+/// What became of the chunks of one class, or what one stage did; `None` if that is nothing.
+fn share(share: &serde_json::Value) -> Option<[String; 5]> {
+    let number = |key: &str| share.get(key).and_then(serde_json::Value::as_f64).unwrap_or(0.0);
+    let chunks = number("chunks");
+    let name = share.get("name")?.as_str()?.to_owned();
+    let cpu = format!("{:.0} ms", number("cpu_s") * 1000.0);
+    let sizes = ["bytes_in", "bytes_out"].map(|key| bytes(number(key) as u64));
+    let [bytes_in, bytes_out] = sizes;
+    (chunks > 0.0).then(|| [name, chunks.to_string(), bytes_in, bytes_out, cpu])
 }
 
 #[cfg(test)]
@@ -171,6 +195,22 @@ mod tests {
         assert_eq!(
             line(&progress),
             "sending, round 2, 2.0 KiB sent, 1.0 MiB remaining, 1.2 MiB/s, downtime would be 40 ms"
+        );
+    }
+
+    #[test]
+    fn a_report_shows_what_became_of_the_chunks() {
+        let report = serde_json::json!({
+            "total_ms": 2500.0, "downtime_ms": 120.4, "bytes_on_link": 2048,
+            "classes": [
+                {"name": "zero", "chunks": 12, "bytes_in": 49152, "bytes_out": 24, "cpu_s": 0.01},
+                {"name": "seen", "chunks": 0, "bytes_in": 0, "bytes_out": 0, "cpu_s": 0.0},
+            ],
+        });
+        assert_eq!(
+            summary(&"a".parse().unwrap(), "b:1", &report),
+            "VM a runs at b:1: 2.5 s in all, 120 ms down, 2.0 KiB on the link\n\n\
+             CLASS  CHUNKS  IN        OUT   CPU\nzero   12      48.0 KiB  24 B  10 ms"
         );
     }
 

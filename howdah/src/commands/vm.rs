@@ -18,7 +18,8 @@ use crate::{
     failure::{Exit, Failure, one_line},
     home::{Home, VmConfig, VmDir, VmName, read_json},
     lock::Probe,
-    output::{Output, table},
+    output::{Output, bytes, table},
+    visit,
 };
 
 /// How long a guest may take to stop its vCPUs and drain its devices.
@@ -27,6 +28,8 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(60);
 const STOP_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a process may take to end after it said that it stopped.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long after it said that the guest moved: it writes what it keeps.
+pub(crate) const KEEP_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long the export of a disk may take.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 
@@ -96,8 +99,17 @@ struct Seen {
     config: Option<VmConfig>,
     #[serde(skip_serializing_if = "Option::is_none")]
     last_report: Option<serde_json::Value>,
+    /// What is kept of a VM that was handed off, for its way back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kept_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     problems: Vec<String>,
+}
+
+impl Seen {
+    fn kept(&self) -> Option<String> {
+        self.kept_bytes.map(|kept| format!("keeps {} for its way back", bytes(kept)))
+    }
 }
 
 #[derive(Serialize)]
@@ -161,6 +173,7 @@ fn look(dir: &VmDir) -> Seen {
         record: record.as_ref().map(RecordSeen::from),
         config,
         last_report,
+        kept_bytes: Some(visit::kept_bytes(dir)).filter(|kept| *kept > 0),
         problems,
     }
 }
@@ -180,7 +193,10 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
                     config.map_or("-".into(), |c| format!("{} MiB", c.memory_mib)),
                     match (&vm.record, vm.problems.first()) {
                         (_, Some(problem)) => one_line(problem),
-                        (Some(record), None) => record.ownership.clone(),
+                        (Some(record), None) => {
+                            let kept = vm.kept().map(|kept| format!("; {kept}"));
+                            format!("{}{}", record.ownership, kept.unwrap_or_default())
+                        }
                         (None, None) if vm.process.is_some() => "nobody's yet".into(),
                         (None, None) => "nobody's: may be removed".into(),
                     },
@@ -202,6 +218,9 @@ fn inspect(dir: &VmDir, output: Output) -> anyhow::Result<()> {
         if let Some(record) = &vm.record {
             line("id", record.vm_id.clone());
             line("ownership", record.ownership.clone());
+        }
+        if let Some(kept) = vm.kept() {
+            line("visit", kept);
         }
         if let Some(config) = &vm.config {
             line("base", config.base.clone());
@@ -235,18 +254,18 @@ fn inspect(dir: &VmDir, output: Output) -> anyhow::Result<()> {
 
 fn stop(dir: &VmDir, force: bool) -> anyhow::Result<()> {
     client::call(dir, Request::Stop { force }, STOP_TIMEOUT)?;
-    await_exit(dir)?;
+    await_exit(dir, EXIT_TIMEOUT)?;
     Ok(())
 }
 
 /// Waits until the VM's process is gone: its last answer comes before it ends, and the next command
 /// shall find it gone.
-pub(crate) fn await_exit(dir: &VmDir) -> Result<(), Failure> {
+pub(crate) fn await_exit(dir: &VmDir, limit: Duration) -> Result<(), Failure> {
     let since = Instant::now();
     while dir.probe()? != Probe::Free {
-        if since.elapsed() > EXIT_TIMEOUT {
+        if since.elapsed() > limit {
             let what = format!("VM {}", dir.name());
-            let why = format!("it stopped, but its process has not ended after {EXIT_TIMEOUT:?}");
+            let why = format!("it stopped, but its process has not ended after {limit:?}");
             let way_out = format!("see {}", dir.vm_log().display());
             return Err(Failure::new(Exit::Failed, what, why, way_out));
         }

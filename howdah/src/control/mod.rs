@@ -15,9 +15,13 @@ pub(crate) mod channel;
 pub(crate) mod client;
 pub(crate) mod server;
 
+use handoff::stage::{DeltaMode, StageOptions};
 use serde::{Deserialize, Serialize};
 
-use crate::failure::Failure;
+use crate::{
+    cli::{Delta, EncodeArgs, Means},
+    failure::Failure,
+};
 
 /// Version of these messages. Both ends are this binary, but an upgrade may happen between.
 pub(crate) const VERSION: u32 = 1;
@@ -68,7 +72,7 @@ pub(crate) enum Request {
 }
 
 /// How to hand a VM off.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HandoffRequest {
     /// Where to, `HOST:PORT`.
     pub(crate) peer: String,
@@ -76,6 +80,51 @@ pub(crate) struct HandoffRequest {
     pub(crate) audit: bool,
     /// The downtime to aim for, instead of the least total time.
     pub(crate) downtime_ms: Option<u64>,
+    /// What may be kept of the VM when it moved.
+    pub(crate) keep_mib: u64,
+    /// How it is made small.
+    pub(crate) encode: Encode,
+}
+
+/// By which means less is sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Encode {
+    /// Those that are not used.
+    pub(crate) without: Vec<Means>,
+    /// How deltas are made.
+    pub(crate) delta: Delta,
+}
+
+impl From<EncodeArgs> for Encode {
+    fn from(EncodeArgs { without, delta }: EncodeArgs) -> Self {
+        Self { without, delta }
+    }
+}
+
+impl Encode {
+    /// As the engine wants it.
+    pub(crate) fn options(&self) -> StageOptions {
+        let delta = match self.delta {
+            Delta::Auto => DeltaMode::Auto,
+            Delta::None => DeltaMode::None,
+            Delta::Xor => DeltaMode::Xor,
+        };
+        let mut options = StageOptions { delta, ..StageOptions::default() };
+        for means in &self.without {
+            *match means {
+                Means::Unchanged => &mut options.unchanged,
+                Means::Reset => &mut options.reset,
+                Means::Zero => &mut options.zero,
+                Means::BaseDisk => &mut options.base_disk,
+                Means::BaseMemory => &mut options.base_memory,
+                Means::OtherBases => &mut options.other_bases,
+                Means::Seen => &mut options.seen,
+                Means::Known => &mut options.known,
+                Means::Free => &mut options.free,
+            } = false;
+        }
+        options
+    }
 }
 
 /// What a VM's process answers.
@@ -177,12 +226,40 @@ mod tests {
     use super::*;
     use crate::failure::Exit;
 
+    /// One that is switched off is off, and no other.
+    #[test]
+    fn every_means_has_its_switch() {
+        use clap::ValueEnum;
+        let all = StageOptions::default();
+        let mut seen = Vec::new();
+        for means in Means::value_variants() {
+            let encode = Encode { without: vec![*means], delta: Delta::Auto };
+            let less = format!("{:?}", encode.options());
+            let missing =
+                less.matches("false").count() - format!("{all:?}").matches("false").count();
+            assert_eq!(missing, 1, "{means:?}");
+            assert!(!seen.contains(&less), "{means:?}");
+            seen.push(less);
+        }
+        // The modes are the engine's.
+        for delta in Delta::value_variants() {
+            let encode = Encode { without: Vec::new(), delta: *delta };
+            assert_eq!(format!("{:?}", encode.options().delta), format!("{delta:?}"));
+        }
+    }
+
     #[test]
     fn messages_survive_the_wire() {
         let requests = [
             Request::Status,
             Request::Stop { force: true },
-            Request::Handoff(HandoffRequest { peer: "b:1".into(), audit: true, downtime_ms: None }),
+            Request::Handoff(HandoffRequest {
+                peer: "b:1".into(),
+                audit: true,
+                downtime_ms: None,
+                keep_mib: 7,
+                encode: Encode { without: vec![Means::BaseDisk], delta: Delta::None },
+            }),
             Request::AdoptLink { handoff: "00".into(), hello: "ff".into() },
         ];
         for request in requests {

@@ -27,6 +27,7 @@ use crate::{
     home::{Home, VmDir},
     lock::Lock,
     spawn::{self, Ready},
+    visit,
     vmproc::{self, Coming, Event, Links, Process, machine::Machine},
 };
 
@@ -157,6 +158,10 @@ fn work(
             if matches!(e, ReceiveError::NotStarted(_)) { Exit::Failed } else { Exit::NotMoved };
         Failure::plain(exit, what, e)
     })?;
+    // Its source may have kept it: then the way back is short.
+    if let Err(failure) = visit::remember(host.dir(), received.record.epoch.0, &received.table) {
+        tracing::warn!("{failure}");
+    }
     let _ = details.try_send(serde_json::json!({
         "epoch": received.record.epoch.0,
         "released": received.released,

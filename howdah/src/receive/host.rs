@@ -3,9 +3,10 @@
 use std::{fs, path::Path, sync::Arc};
 
 use crossbeam_channel::Sender;
-use guest_images::{BaseId, CHUNK_SIZE, overlay::Overlay};
+use guest_images::{Base, BaseId, CHUNK_SIZE, overlay::Overlay};
 use handoff::{
-    BaseView, Geometry, Offer, Refusal, TargetHost, ownership::Journal, vm::Prepared as Ready,
+    BaseView, Geometry, Offer, Refusal, StateTable, TargetHost, TargetVm, base_view::Bases,
+    ownership::Journal, vm::Prepared as Ready,
 };
 use vmm::{AnyVm, HostCheck, HostProfile, IncomingVm, MachineProfile, VmSource};
 
@@ -17,6 +18,7 @@ use crate::{
     home::{Home, VmConfig, VmDir, VmName},
     mac::Mac,
     offer::MachineOffer,
+    visit::{Unusable, Visit},
     vmproc::{
         Event,
         kvm::{self, KvmMachine},
@@ -64,6 +66,11 @@ impl Host {
         }
     }
 
+    /// The VM's directory.
+    pub(super) fn dir(&self) -> &VmDir {
+        &self.dir
+    }
+
     /// The VM's name.
     pub(super) fn name(&self) -> &VmName {
         self.dir.name()
@@ -94,8 +101,8 @@ impl Host {
                 VmSource::from_paused(vm)
             }
         };
-        let (dir, base) = (self.dir, Arc::clone(disk.base()));
-        Ok(Box::new(KvmMachine { dir, source, disk, base, journal, append }))
+        let (home, dir, base) = (self.home, self.dir, Arc::clone(disk.base()));
+        Ok(Box::new(KvmMachine { home, dir, source, disk, base, journal, append }))
     }
 
     fn check_room(&self, offer: &Offer) -> Result<(), Refusal> {
@@ -135,23 +142,96 @@ impl TargetHost for Host {
         check_machine(&machine.profile, offer.geometry, base.disk_chunks())?;
         self.check_room(offer)?;
         let config = self.config(offer, &machine)?;
-        let other = |e: &dyn std::fmt::Display| Refusal::Other(e.to_string());
-        // What is here of an earlier stay is of no use: it was released.
-        self.dir.remove_disk().map_err(|e| other(&e))?;
         self.dir.write_config(&config).map_err(|e| other(&e))?;
-        let disk = Overlay::create(self.dir.path(), Arc::clone(&base)).map_err(|e| other(&e))?;
-        let disk = Arc::new(disk);
-        let build = kvm::build(&config, &base, &disk, &self.console, &self.events)
-            .map_err(|e| Refusal::Machine(e.message))?;
-        let vm =
-            IncomingVm::new(machine.profile, build).map_err(|e| Refusal::Machine(e.to_string()))?;
+        let back = match Visit::find(&self.dir, offer) {
+            Some(visit) => self.back(visit, &config, &base, &machine.profile)?,
+            None => None,
+        };
+        let (vm, disk, start) = match back {
+            Some((vm, disk, table)) => (vm, disk, Some(table)),
+            None => {
+                let (vm, disk) = self.anew(&config, &base, &machine.profile)?;
+                (vm, disk, None)
+            }
+        };
         self.prepared = Some(Prepared { disk, append: machine.append });
-        let own: Arc<dyn BaseView> = base;
-        Ok(Ready { vm, bases: own.into(), start: None })
+        let also = also_held(&self.home, offer);
+        let bases = Bases::new(base, also).map_err(|e| other(&e))?;
+        Ok(Ready { vm, bases, start })
     }
 }
 
-fn open_base(home: &Home, id: BaseId) -> Result<Arc<guest_images::Base>, Refusal> {
+type Disk = Arc<Overlay>;
+
+impl Host {
+    /// A VM in the state of its base.
+    fn anew(
+        &self,
+        config: &VmConfig,
+        base: &Arc<Base>,
+        profile: &MachineProfile,
+    ) -> Result<(IncomingVm, Disk), Refusal> {
+        // What is here of an earlier stay is of no use: it was released.
+        self.dir.remove_disk().map_err(|e| other(&e))?;
+        let disk = Overlay::create(self.dir.path(), Arc::clone(base)).map_err(|e| other(&e))?;
+        let disk = Arc::new(disk);
+        Ok((self.incoming(config, base, &disk, profile)?, disk))
+    }
+
+    /// A VM in the state that it left behind here; `None` if that is not as it was.
+    fn back(
+        &self,
+        visit: Visit,
+        config: &VmConfig,
+        base: &Arc<Base>,
+        profile: &MachineProfile,
+    ) -> Result<Option<(IncomingVm, Disk, StateTable)>, Refusal> {
+        let opened = Overlay::open(self.dir.path(), Arc::clone(base)).map_err(Unusable::from);
+        let checked = opened.and_then(|disk| visit.check_disk(&disk).map(|()| Arc::new(disk)));
+        let disk = match checked {
+            Ok(disk) => disk,
+            Err(e) => {
+                tracing::warn!("what was kept of VM {}: {e}", self.dir.name());
+                return Ok(None);
+            }
+        };
+        // Whatever becomes of this reception: from here on the overlay may change.
+        visit.consume().map_err(|e| other(&e))?;
+        let mut vm = self.incoming(config, base, &disk, profile)?;
+        match visit.load_ram(|id, chunk| vm.write_chunk(id, chunk)) {
+            Ok(table) => Ok(Some((vm, disk, table))),
+            Err(e) => {
+                tracing::warn!("what was kept of VM {}: {e}", self.dir.name());
+                vm.discard();
+                Ok(None)
+            }
+        }
+    }
+
+    fn incoming(
+        &self,
+        config: &VmConfig,
+        base: &Base,
+        disk: &Disk,
+        profile: &MachineProfile,
+    ) -> Result<IncomingVm, Refusal> {
+        let build = kvm::build(config, base, disk, &self.console, &self.events)
+            .map_err(|e| Refusal::Machine(e.message))?;
+        IncomingVm::new(profile.clone(), build).map_err(|e| Refusal::Machine(e.to_string()))
+    }
+}
+
+fn other(error: &dyn std::fmt::Display) -> Refusal {
+    Refusal::Other(error.to_string())
+}
+
+/// Those of the other bases on offer that are here and whole, in the order of the offer.
+fn also_held(home: &Home, offer: &Offer) -> Vec<Arc<dyn BaseView>> {
+    let held = offer.also.iter().filter_map(|id| open_base(home, *id).ok());
+    held.map(|base| base as Arc<dyn BaseView>).collect()
+}
+
+fn open_base(home: &Home, id: BaseId) -> Result<Arc<Base>, Refusal> {
     let store = base::store(home).map_err(|e| Refusal::Other(e.message))?;
     match store.get(&id.to_string()) {
         Ok(base) => Ok(Arc::new(base)),

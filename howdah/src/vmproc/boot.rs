@@ -19,6 +19,7 @@ use crate::{
     home::{Home, VmDir},
     output::Output,
     spawn::{self, Ready},
+    visit,
 };
 
 /// Who started the process, and wants to see what.
@@ -121,7 +122,7 @@ pub(crate) fn finish(
     // A socket nobody listens on does no harm; a tidy directory says more.
     let _ = std::fs::remove_file(dir.path().join(VmDir::SOCKET));
     let end = end?;
-    if end == End::HandedOff {
+    if end == End::HandedOff && visit::kept_bytes(dir) == 0 {
         // Released: the peer runs the guest, this disk is history.
         dir.remove_disk()?;
     }

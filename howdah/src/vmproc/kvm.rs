@@ -4,23 +4,15 @@ use std::{
     fs::File,
     path::Path,
     sync::{Arc, mpsc},
-    time::Duration,
 };
 
 use crossbeam_channel::Sender;
 use guest_images::{Base, overlay::Overlay};
-use handoff::{
-    BaseView, SourceVm,
-    engine::{self, KeptReason, Limits, Recovery, SendError, SendOptions, SendOutcome},
-    ownership::Journal,
-    policy::CutOverPolicy,
-    tcp::{MonotonicClock, TcpConnect},
-    vm::VmError,
-};
+use handoff::{SourceVm, ownership::Journal, vm::VmError};
 use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
-    Event,
+    Event, leaving,
     machine::{HandoffEnd, Machine, Watch},
 };
 use crate::{
@@ -34,11 +26,9 @@ use crate::{
     offer::MachineOffer,
 };
 
-/// How long to wait before a peer that did not confirm a commit is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
-
 /// A machine of this process.
 pub(crate) struct KvmMachine {
+    pub(crate) home: Home,
     pub(crate) dir: VmDir,
     pub(crate) source: VmSource,
     pub(crate) disk: Arc<Overlay>,
@@ -76,8 +66,8 @@ pub(crate) fn start(
         go_on(dir, &config, &base, build)?
     };
     connect_console(console, &vm);
-    let (dir, append) = (dir.clone(), config.append);
-    let machine = KvmMachine { dir, source: VmSource::new(vm), disk, base, journal, append };
+    let (home, dir, append) = (home.clone(), dir.clone(), config.append);
+    let machine = KvmMachine { home, dir, source: VmSource::new(vm), disk, base, journal, append };
     Ok((Box::new(machine), config.from_memory))
 }
 
@@ -230,123 +220,22 @@ impl Machine for KvmMachine {
         Ok(disk::export(&self.disk, to)?)
     }
 
-    fn hand_off(mut self: Box<Self>, request: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd {
-        let options = match self.options(request) {
-            Ok(options) => options,
-            Err(failure) => return HandoffEnd::Kept { machine: self, failure },
-        };
-        let base: Arc<dyn BaseView> = self.base.clone();
-        let mut connect = TcpConnect::new(&request.peer);
-        let peer = request.peer.clone();
-        let sent = engine::send(
-            &mut self.source,
-            base.into(),
-            &mut connect,
-            &mut self.journal,
-            &options,
-            &MonotonicClock::default(),
-            &mut |progress| watch.progress(super::progress::of(&peer, progress)),
-            watch.cancel(),
-        );
-        match sent {
-            Ok(SendOutcome::Moved { report, .. }) => HandoffEnd::Moved { report: as_json(&report) },
-            Ok(SendOutcome::KeptHere { reason, report }) => {
-                let failure = Failure { report: Some(as_json(&report)), ..self.kept(&reason) };
-                HandoffEnd::Kept { machine: self, failure }
-            }
-            Ok(SendOutcome::InDoubt { report }) => {
-                self.settle(&mut connect, &request.peer, as_json(&report), watch)
-            }
-            Err(e @ (SendError::NotHere(_) | SendError::NoRecord)) => {
-                let failure = Failure::plain(Exit::Conflict, format!("VM {}", self.dir.name()), e);
-                HandoffEnd::Kept { machine: self, failure }
-            }
-            Err(e) => HandoffEnd::Undecided {
-                failure: Failure::plain(Exit::Failed, format!("VM {}", self.dir.name()), e),
-            },
-        }
+    fn hand_off(self: Box<Self>, request: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd {
+        leaving::hand_off(self, request, watch)
     }
 }
 
 impl KvmMachine {
-    fn options(&self, request: &HandoffRequest) -> Result<SendOptions, Failure> {
+    /// The machine as peers and files are told of it.
+    pub(super) fn offer(&self) -> Result<Vec<u8>, Failure> {
         let what = format!("VM {}", self.dir.name());
         let profile = match self.source.vm() {
             Some(AnyVm::Running(vm)) => vm.profile().clone(),
             Some(AnyVm::Paused(vm)) => vm.profile().clone(),
             None => return Err(Failure::plain(Exit::Failed, what, "the machine is gone")),
         };
-        let machine = MachineOffer { profile, append: self.append.clone() }
+        MachineOffer { profile, append: self.append.clone() }
             .encode()
-            .map_err(|e| Failure::plain(Exit::Failed, what, e))?;
-        let mut options = SendOptions::new(self.dir.name().to_string(), &request.peer, machine);
-        options.audit = request.audit;
-        if let Some(downtime_ms) = request.downtime_ms {
-            options.policy = CutOverPolicy::with_downtime(Duration::from_millis(downtime_ms));
-        }
-        Ok(options)
+            .map_err(|e| Failure::plain(Exit::Failed, what, e))
     }
-
-    fn kept(&self, reason: &KeptReason) -> Failure {
-        let what = format!("VM {} was not handed off and goes on here", self.dir.name());
-        let exit = match reason {
-            KeptReason::Cancelled => Exit::Cancelled,
-            _ => Exit::NotMoved,
-        };
-        match reason {
-            KeptReason::Link(_) => {
-                let way_out =
-                    "check that `howdah receive` listens there and the network in between";
-                Failure::new(exit, what, reason, way_out)
-            }
-            _ => Failure::plain(exit, what, reason),
-        }
-    }
-
-    /// Asks until it is known where the guest runs. Bounded by the user, who may end the process:
-    /// the record is durable, and the next start asks again.
-    fn settle(
-        mut self: Box<Self>,
-        connect: &mut TcpConnect,
-        peer: &str,
-        report: serde_json::Value,
-        watch: &dyn Watch,
-    ) -> HandoffEnd {
-        let what = format!("VM {}", self.dir.name());
-        let mut why = format!("{peer} has not confirmed that it runs the guest");
-        loop {
-            watch.in_doubt(&why);
-            let settled = engine::send_resume(
-                &mut self.source,
-                &mut self.journal,
-                self.dir.name().as_ref(),
-                connect,
-                &Limits::default(),
-                &MonotonicClock::default(),
-            );
-            match settled {
-                Ok(Recovery::Gone { .. }) => return HandoffEnd::Moved { report },
-                Ok(Recovery::MayRun) => {
-                    let why = format!("{peer} declined after the commit; the guest goes on here");
-                    let failure = Failure::plain(Exit::NotMoved, what, why);
-                    let failure = Failure { report: Some(report), ..failure };
-                    return HandoffEnd::Kept { machine: self, failure };
-                }
-                Ok(Recovery::InDoubt { reason, .. }) => why = reason,
-                Ok(Recovery::NeverHere { reason }) => {
-                    let failure = Failure::plain(Exit::Failed, what, reason);
-                    return HandoffEnd::Undecided { failure };
-                }
-                Err(e) => {
-                    let failure = Failure::plain(Exit::Failed, what, e);
-                    return HandoffEnd::Undecided { failure };
-                }
-            }
-            std::thread::sleep(ASK_AGAIN);
-        }
-    }
-}
-
-fn as_json<T: serde::Serialize>(value: &T) -> serde_json::Value {
-    serde_json::to_value(value).unwrap_or_default()
 }

@@ -51,6 +51,8 @@ pub(crate) enum HandoffEnd {
     Moved {
         /// The report.
         report: serde_json::Value,
+        /// Keeps what makes the way back short. Done when the report is told: it takes its time.
+        keep: Option<Keep>,
     },
     /// Here, running.
     Kept {
@@ -66,6 +68,9 @@ pub(crate) enum HandoffEnd {
         failure: Failure,
     },
 }
+
+/// Keeps a visit.
+pub(crate) type Keep = Box<dyn FnOnce() -> Result<(), Failure> + Send>;
 
 /// Tells a handoff to give up.
 #[derive(Clone, Debug, Default)]

@@ -2,6 +2,7 @@
 
 pub(crate) mod boot;
 pub(crate) mod kvm;
+mod leaving;
 pub(crate) mod machine;
 mod process;
 mod progress;

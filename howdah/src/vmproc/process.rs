@@ -421,10 +421,14 @@ impl Process {
             return Ok(None);
         };
         match end {
-            HandoffEnd::Moved { report } => {
+            HandoffEnd::Moved { report, keep } => {
                 self.keep_report(&report);
                 handoff.answer.last(Reply::Moved(report));
                 handoff.stop.into_iter().for_each(|a| a.last(self.conflict("it was handed off")));
+                let kept = keep.map(|keep| guarded("keeping the visit", keep).and_then(|k| k));
+                if let Some(Err(failure)) = kept {
+                    tracing::warn!("{failure}");
+                }
                 Ok(Some(End::HandedOff))
             }
             HandoffEnd::Kept { mut machine, mut failure } => {
@@ -502,7 +506,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::home::Home;
+    use crate::{home::Home, vmproc::machine::Keep};
 
     /// A machine that notes what is done to it; its handoff ends as `outcome` says.
     #[derive(Clone)]
@@ -535,7 +539,15 @@ mod tests {
             let failure = Failure::new(Exit::NotMoved, "handoff", "no", "again");
             watch.progress(Progress { round: 1, ..Progress::default() });
             match self.outcome {
-                "moved" => HandoffEnd::Moved { report: serde_json::json!({"total_ms": 1}) },
+                "moved" => {
+                    let done = Arc::clone(&self.done);
+                    let keep: Keep = Box::new(move || {
+                        done.lock().unwrap().push("keep");
+                        Ok(())
+                    });
+                    let report = serde_json::json!({"total_ms": 1});
+                    HandoffEnd::Moved { report, keep: Some(keep) }
+                }
                 "undecided" => HandoffEnd::Undecided { failure },
                 "panic" => panic!("a defect, for this test"),
                 "doubt" => {
@@ -602,7 +614,7 @@ mod tests {
     }
 
     fn handoff() -> Request {
-        Request::Handoff(HandoffRequest { peer: "b:1".into(), audit: false, downtime_ms: None })
+        Request::Handoff(HandoffRequest { peer: "b:1".into(), ..HandoffRequest::default() })
     }
 
     fn refused(reply: &Reply) -> bool {
@@ -660,7 +672,7 @@ mod tests {
         assert!(matches!(replies.last(), Some(Reply::Moved(_))));
         assert_eq!(bench.thread.join().unwrap().unwrap(), End::HandedOff);
         assert!(bench._root.path().join("vms/a/report.json").exists());
-        assert!(bench.done.lock().unwrap().is_empty());
+        assert_eq!(*bench.done.lock().unwrap(), ["keep"]);
     }
 
     #[test]
