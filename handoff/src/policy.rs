@@ -3,7 +3,8 @@
 //! A round sends what is dirty while the guest goes on writing, so that the next has less to send,
 //! if the link is faster than the guest writes. It pays as long as the downtime it saves is worth
 //! the time it takes. Total time counts first: rounds go on until the predicted downtime meets the
-//! objective, and stop as soon as one more would not shrink it by much.
+//! objective, and stop as soon as one more would not shrink it by much, or there is hardly anything
+//! left that it could shrink.
 //!
 //! No I/O and no clock in here; what the driver measured comes in [`Measurements`].
 
@@ -21,6 +22,9 @@ pub struct Measurements {
     pub remaining_chunks: u64,
     /// Chunks that were to be sent when the round before began; 0 before the second.
     pub previous_chunks: u64,
+    /// Rounds in a row, the last included, that left about as much as they began with: see
+    /// [`stalled`].
+    pub stalled_rounds: u32,
     /// Chunks that became dirty while the last round ran ÷ its duration, per second.
     pub dirty_chunks_per_s: f64,
     /// Bytes on the link for each chunk, as observed lately; 0 if nothing was sent yet.
@@ -38,6 +42,16 @@ pub struct Measurements {
     /// Bytes that the machine's state will take on the link.
     pub state_link_bytes: u64,
 }
+
+/// Whether a round that began with `before` chunks and left `after` got nowhere.
+pub fn stalled(before: u64, after: u64) -> bool {
+    after as f64 > before as f64 * STALLED_SHARE
+}
+
+const STALLED_SHARE: f64 = 0.85;
+/// So many rounds in a row that got nowhere show that the next will not either, whatever its
+/// prediction says: what rounds cost besides the link is not in it.
+const MOST_STALLED: u32 = 2;
 
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +75,8 @@ pub enum Decision {
 pub enum CutOverReason {
     /// The predicted downtime meets the objective.
     DowntimeMet,
+    /// What is left takes so little time that no round could save much of the downtime.
+    LittleLeft,
     /// Another round would leave about as much as there is now.
     NoLongerPays,
     /// As many rounds as are allowed were sent.
@@ -73,6 +89,7 @@ impl fmt::Display for CutOverReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::DowntimeMet => "the predicted downtime meets the objective",
+            Self::LittleLeft => "what is left takes hardly any of the downtime",
             Self::NoLongerPays => "another round would not shrink the rest by much",
             Self::RoundLimit => "the limit of rounds was reached",
             Self::TimeLimit => "the time limit was reached",
@@ -85,6 +102,10 @@ impl fmt::Display for CutOverReason {
 pub struct CutOverPolicy {
     /// A predicted downtime at or below this is good enough.
     pub downtime_objective: Duration,
+    /// Nor does a round pay that can save no more than this of the downtime, ...
+    pub least_saving: Duration,
+    /// ... or no more than this share of what no round can change.
+    pub least_saving_share: f64,
     /// A round pays if it leaves at most this share of the predicted downtime that rounds can
     /// change.
     pub max_remaining_share: f64,
@@ -97,9 +118,12 @@ pub struct CutOverPolicy {
 impl Default for CutOverPolicy {
     fn default() -> Self {
         Self {
-            // A wide-area cutover has 1.5 round trips and two durable records in it, about 100 ms.
-            // Beyond 300 ms a user notices; below, more rounds only cost total time.
-            downtime_objective: Duration::from_millis(300),
+            // A wide-area cutover has 1.5 round trips and three durable records in it, about 100 ms;
+            // what a prediction misses comes on top. Beyond 300 ms a user notices. A round that
+            // brings it down from there to here takes about as long as it saves.
+            downtime_objective: Duration::from_millis(150),
+            least_saving: Duration::from_millis(20),
+            least_saving_share: 0.25,
             max_remaining_share: 0.7,
             max_rounds: 30,
             max_rounds_time: Duration::from_secs(600),
@@ -130,6 +154,10 @@ impl CutOverPolicy {
         if predicted_downtime.is_some_and(|downtime| downtime <= self.downtime_objective) {
             return cut_over(CutOverReason::DowntimeMet);
         }
+        let little = self.least_saving.as_secs_f64().max(fixed_time(m) * self.least_saving_share);
+        if transfer.is_some_and(|transfer| transfer <= little) {
+            return cut_over(CutOverReason::LittleLeft);
+        }
         if transfer.is_some_and(|transfer| !self.pays(m, transfer)) {
             return cut_over(CutOverReason::NoLongerPays);
         }
@@ -140,6 +168,9 @@ impl CutOverPolicy {
     fn pays(&self, m: &Measurements, transfer: f64) -> bool {
         if m.rounds == 0 {
             return true;
+        }
+        if m.stalled_rounds >= MOST_STALLED {
+            return false;
         }
         let now = m.remaining_chunks as f64;
         let bound = now * self.max_remaining_share;
@@ -230,6 +261,10 @@ mod tests {
                 m.rounds += 1;
                 m.previous_chunks = m.remaining_chunks;
                 m.remaining_chunks = dirty as u64;
+                m.stalled_rounds = match stalled(m.previous_chunks, m.remaining_chunks) {
+                    true => m.stalled_rounds + 1,
+                    false => 0,
+                };
                 m.dirty_chunks_per_s = dirty / took;
                 m.link_bytes_per_chunk = self.bytes_per_chunk;
                 m.link_bytes_per_s = self.link_bytes_per_s;
@@ -318,7 +353,7 @@ mod tests {
         #[test]
         fn always_ends(
             a in any::<f64>(), b in any::<f64>(), c in any::<f64>(), d in any::<f64>(),
-            remaining: u64, previous: u64, queued: u64, state: u64, rtt: u64, fixed: u64,
+            remaining: u64, previous: u64, stalled_rounds: u32, queued: u64, state: u64, rtt: u64, fixed: u64,
         ) {
             let policy = CutOverPolicy::default();
             let mut m = Measurements {
@@ -326,6 +361,7 @@ mod tests {
                 elapsed: Duration::ZERO,
                 remaining_chunks: remaining,
                 previous_chunks: previous,
+                stalled_rounds,
                 dirty_chunks_per_s: a,
                 link_bytes_per_chunk: b,
                 link_bytes_per_s: c,

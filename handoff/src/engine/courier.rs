@@ -232,6 +232,7 @@ impl<C: Connect> Courier<'_, C> {
             end
         });
         self.session.link_down();
+        self.reading = None;
         end
     }
 

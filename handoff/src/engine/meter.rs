@@ -2,24 +2,39 @@
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
-use super::{SendOptions, courier::LinkStatus, worker::WorkerStats};
+use super::{
+    SendOptions,
+    courier::LinkStatus,
+    pace::{Pace, Reading},
+    worker::WorkerStats,
+};
 use crate::{
     Clock,
     ownership::Question,
-    policy::{Decision, Measurements},
+    policy::{self, Decision, Measurements},
     report::{
         Cutover, Downtime, Outcome, Phase, Progress, Report, Round, class_shares, millis,
         stage_shares,
     },
-    stage::{Stage, Stats},
+    stage::{Class, Stage, Stats},
+    target::{ACK_AFTER, ACK_BYTES},
     wire::Resumed,
 };
 
 /// How often the live line is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
-/// What a cutover costs whatever is dirty, until one was measured: pause, save, two durable
-/// records, load, resume.
-const FIXED_COST: Duration = Duration::from_millis(60);
+/// What a cutover costs whatever is dirty, besides its durable records: pause, save, load, resume.
+const MACHINE_COST: Duration = Duration::from_millis(20);
+/// Records that are made durable while the guest waits: two by the target, one here.
+const DURABLE_RECORDS: u32 = 3;
+/// What one takes, until one was measured.
+const DURABLE_COST: Duration = Duration::from_millis(10);
+/// How much may be on its way where the transport does not measure it: 50 ms at 10 Mbps.
+const LOW_WATER_BYTES: u64 = 64 << 10;
+/// Less is not worth waiting for.
+const LEAST_WATER_BYTES: u64 = 16 << 10;
+/// More is not worth having under way, however fast the link.
+const MOST_WATER_BYTES: u64 = 4 << 20;
 /// The state of a machine with a few vCPUs, compressed.
 const STATE_LINK_BYTES: u64 = 16 << 10;
 
@@ -47,7 +62,14 @@ pub(super) struct Meter<'a> {
     told_at: Option<Duration>,
     line: Progress,
     rounds: Vec<Round>,
-    round_began: (Duration, u64),
+    round_began: Duration,
+    round_is_open: bool,
+    pace: Pace,
+    /// Chunks looked at and sent, and the time for which the engine waited to get rid of them.
+    looked_at: u64,
+    sent: u64,
+    waited: Duration,
+    durable: Duration,
     last_sent: Duration,
     cutover: CutoverTimes,
     report: Report,
@@ -80,7 +102,13 @@ impl<'a> Meter<'a> {
             told_at: None,
             line: Progress::default(),
             rounds: Vec::new(),
-            round_began: (started, 0),
+            round_began: started,
+            round_is_open: false,
+            pace: Pace::default(),
+            looked_at: 0,
+            sent: 0,
+            waited: Duration::ZERO,
+            durable: DURABLE_COST,
             last_sent: started,
             cutover: CutoverTimes::default(),
             report,
@@ -120,12 +148,20 @@ impl<'a> Meter<'a> {
         });
     }
 
+    /// An ownership record was made durable here, which took so long.
+    pub(super) fn durable_took(&mut self, took: Duration) {
+        self.durable = took;
+    }
+
     pub(super) fn round_begins(&mut self, number: u32, chunks: u64) {
         let now = self.clock.now();
-        self.round_began = (now, self.status.bytes_sent.load(Relaxed));
-        if self.rounds.is_empty() {
-            self.report.link_rate_bytes_per_s = None;
+        // The last round but one of a cutover is not waited for.
+        if self.round_is_open {
+            self.round_ends();
         }
+        self.round_is_open = true;
+        self.round_began = now;
+        self.pace.begins(self.reading());
         self.rounds.push(Round { number, chunks, ..Round::default() });
         self.line.round = number;
         self.line.remaining_chunks = chunks;
@@ -140,19 +176,63 @@ impl<'a> Meter<'a> {
     }
 
     pub(super) fn chunk_done(&mut self) {
+        self.looked_at += 1;
         self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(1);
+    }
+
+    /// The engine waited so long for the pipeline.
+    pub(super) fn waited(&mut self, time: Duration) {
+        self.waited += time;
+    }
+
+    /// The round's chunks were all given to the pipeline; `stats` are those of all rounds so far.
+    pub(super) fn round_packed(&mut self, stats: &Stats) {
+        let held = stats[Class::Unchanged].chunks + stats[Class::Known].chunks;
+        self.sent = stats.chunks().saturating_sub(held);
+        self.pace.packed(self.clock.now());
     }
 
     /// Everything of the round was given to the link, and taken but for a little.
     pub(super) fn round_ends(&mut self) {
         let now = self.clock.now();
-        let bytes = self.status.bytes_sent.load(Relaxed);
-        let (began, bytes_before) = self.round_began;
+        self.round_is_open = false;
+        self.pace.ends(self.reading());
         if let Some(round) = self.rounds.last_mut() {
-            round.duration_ms = millis(now.saturating_sub(began));
-            round.bytes = bytes.saturating_sub(bytes_before);
+            round.duration_ms = millis(now.saturating_sub(self.round_began));
+            round.bytes = self.worker.round_bytes(round.number);
         }
         self.last_sent = now;
+    }
+
+    fn reading(&self) -> Reading {
+        Reading {
+            now: self.clock.now(),
+            looked_at: self.looked_at,
+            sent: self.sent,
+            segment_bytes: self.worker.seal.get().bytes_out,
+            waited: self.waited,
+            delivered_bytes: self.status.delivered_bytes.load(Relaxed),
+            busy: Duration::from_micros(self.status.busy_us.load(Relaxed)),
+        }
+    }
+
+    /// How many bytes of segments may have arrived and not be acknowledged although the target keeps
+    /// up: acknowledgements are few.
+    pub(super) fn ack_slack_bytes(&self) -> u64 {
+        let rate = self.pace.link_bytes_per_s(self.reading()).unwrap_or(0.0);
+        ACK_BYTES + (rate * (self.rtt() + ACK_AFTER).as_secs_f64()) as u64
+    }
+
+    /// How many bytes may be on their way when the next round is asked for, or the guest is paused:
+    /// what the link holds by itself, and what it takes in the time `ahead`.
+    pub(super) fn low_water_bytes(&self, ahead: Duration) -> u64 {
+        match self.pace.link_bytes_per_s(self.reading()) {
+            None => LOW_WATER_BYTES,
+            Some(rate) => {
+                let bytes = rate * (self.rtt() + ahead).as_secs_f64();
+                (bytes as u64).clamp(LEAST_WATER_BYTES, MOST_WATER_BYTES)
+            }
+        }
     }
 
     /// Whether the policy says to pause the guest now, with `dirty` chunks left.
@@ -178,54 +258,55 @@ impl<'a> Meter<'a> {
 
     fn measurements(&self, dirty: u64) -> Measurements {
         let now = self.clock.now();
-        let sum = |of: fn(&Round) -> f64| self.rounds.iter().map(of).sum::<f64>();
         let last = self.rounds.last().copied().unwrap_or_default();
         let previous = if self.rounds.len() > 1 { last.chunks } else { 0 };
+        let got_nowhere = |round: &&Round| policy::stalled(round.chunks, round.dirty_after);
+        let stalled_rounds = self.rounds.iter().rev().take_while(got_nowhere).count();
         let per_s = |chunks: u64| match last.duration_ms {
             ms if ms > 0.0 => chunks as f64 * 1e3 / ms,
             _ => 0.0,
         };
-        // The first round has page cache and zeros in it that later ones have not: what was sent
-        // last tells more of what is to come, if there was enough of it.
-        let enough = last.chunks >= 64;
-        let (bytes, chunks) = if enough {
-            (last.bytes as f64, last.chunks as f64)
-        } else {
-            (sum(|r| r.bytes as f64), sum(|r| r.chunks as f64))
-        };
+        // Where the transport measures, the guest is not paused before the link has room.
+        let measured = self.pace.link_bytes_per_s(self.reading()).is_some();
+        let queued = if measured { 0 } else { self.status.unapplied_bytes.load(Relaxed) };
         Measurements {
             rounds: u32::try_from(self.rounds.len()).unwrap_or(u32::MAX),
             elapsed: now.saturating_sub(self.started),
             remaining_chunks: dirty,
             previous_chunks: previous,
+            stalled_rounds: u32::try_from(stalled_rounds).unwrap_or(u32::MAX),
             dirty_chunks_per_s: per_s(dirty),
-            link_bytes_per_chunk: if chunks > 0.0 { bytes / chunks } else { 0.0 },
+            link_bytes_per_chunk: self.pace.bytes_per_dirty_chunk(),
             link_bytes_per_s: self.link_rate().unwrap_or(0.0),
-            stage_chunks_per_s: 0.0,
-            queued_bytes: self.status.unapplied_bytes.load(Relaxed),
+            stage_chunks_per_s: self.pace.chunks_per_s(),
+            queued_bytes: queued,
             rtt: self.rtt(),
-            fixed: FIXED_COST,
+            fixed: MACHINE_COST + self.durable * DURABLE_RECORDS,
             state_link_bytes: STATE_LINK_BYTES,
         }
     }
 
-    /// Bytes a second over the rounds so far.
+    /// Bytes a second that the link takes: by its own measure, else over the rounds so far.
     fn link_rate(&self) -> Option<f64> {
+        if let Some(rate) = self.pace.link_bytes_per_s(self.reading()) {
+            return Some(rate);
+        }
         let (mut bytes, mut seconds) = (0.0, 0.0);
         for round in &self.rounds {
             bytes += round.bytes as f64;
             seconds += round.duration_ms / 1e3;
         }
         if seconds <= 0.0 || bytes <= 0.0 {
-            let since = self.clock.now().saturating_sub(self.round_began.0).as_secs_f64();
-            let sent = self.status.bytes_sent.load(Relaxed).saturating_sub(self.round_began.1);
+            let since = self.clock.now().saturating_sub(self.started).as_secs_f64();
+            let sent = self.status.bytes_sent.load(Relaxed);
             return (since > 0.0 && sent > 0).then(|| sent as f64 / since);
         }
         Some(bytes / seconds)
     }
 
+    /// The round trip without queues: what is sent while the guest waits finds none.
     fn rtt(&self) -> Duration {
-        Duration::from_micros(self.status.rtt_us.load(Relaxed))
+        Duration::from_micros(self.status.rtt_min_us.load(Relaxed))
     }
 
     pub(super) fn pausing(&mut self) {

@@ -14,6 +14,7 @@ mod arriving;
 mod courier;
 mod meter;
 mod options;
+mod pace;
 mod pipe;
 mod reader;
 mod receive;

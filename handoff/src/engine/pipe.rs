@@ -28,6 +28,9 @@ use crate::{
 /// How often a waiting engine looks at cancellation and progress.
 const TICK: Duration = Duration::from_millis(20);
 
+/// How often an engine that waits for the link looks at it.
+const DRAIN_TICK: Duration = Duration::from_millis(1);
+
 /// A word of the target that the phases wait for, and when it came.
 #[derive(Clone, Debug)]
 pub(super) enum Word {
@@ -56,31 +59,38 @@ impl Pipe<'_> {
     pub(super) fn push(&mut self, job: Job) -> Result<(), KeptReason> {
         self.status.queued_jobs.fetch_add(1, Relaxed);
         let mut job = job;
+        let began = self.clock.now();
         loop {
             self.check()?;
             match self.jobs.send_timeout(job, TICK) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.meter.waited(self.clock.now().saturating_sub(began));
+                    return Ok(());
+                }
                 Err(SendTimeoutError::Timeout(back)) => job = back,
                 Err(SendTimeoutError::Disconnected(_)) => return Err(self.pipeline_ended()),
             }
         }
     }
 
-    /// Waits until what the target has not applied is at most `below` bytes.
-    pub(super) fn drain_to(&mut self, below: u64) -> Result<(), KeptReason> {
-        while self.backlog_bytes() > below {
+    /// Waits until the link will run dry within its round trip and `ahead`.
+    pub(super) fn drain(&mut self, ahead: Duration) -> Result<(), KeptReason> {
+        while self.backlog_bytes() > self.meter.low_water_bytes(ahead) {
             self.check()?;
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(DRAIN_TICK);
         }
         Ok(())
     }
 
     /// Bytes on their way to the target; the most there can be while the pipeline holds work.
-    pub(super) fn backlog_bytes(&self) -> u64 {
-        match self.status.queued_jobs.load(Acquire) {
-            0 => self.status.unapplied_bytes.load(Relaxed),
-            _ => u64::MAX,
+    fn backlog_bytes(&self) -> u64 {
+        if self.status.queued_jobs.load(Acquire) > 0 {
+            return u64::MAX;
         }
+        let in_flight = self.status.in_flight_bytes.load(Relaxed);
+        // What the link delivered waits at a target that is slower than the link.
+        let unapplied = self.status.unapplied_bytes.load(Relaxed);
+        in_flight.max(unapplied.saturating_sub(self.meter.ack_slack_bytes()))
     }
 
     /// Looks at cancellation and at what came, and fails if the handoff cannot go on.

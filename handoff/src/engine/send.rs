@@ -1,6 +1,6 @@
 //! The source's driver.
 
-use std::{sync::atomic::AtomicBool, thread};
+use std::{sync::atomic::AtomicBool, thread, time::Duration};
 
 use crossbeam_channel::unbounded;
 
@@ -26,9 +26,9 @@ use crate::{
     wire::{Agreed, Hello, Intent, Resumed},
 };
 
-/// A round is harvested when so little of the last one is left that the link will not run dry
-/// meanwhile: 50 ms at 10 Mbps.
-const LOW_WATER_BYTES: u64 = 64 << 10;
+/// A round is harvested when what is left of the last one keeps the link busy for so long: asking
+/// for what is dirty, and making the first segment of it, takes time.
+const HARVEST_AHEAD: Duration = Duration::from_millis(30);
 /// After so many chunks of a round it is asked what the guest called free meanwhile.
 const HINTS_EVERY: u64 = 256;
 
@@ -51,16 +51,19 @@ pub fn send<C: Connect + Send>(
 ) -> Result<SendOutcome, SendError> {
     let record = journal.record().ok_or(SendError::NoRecord)?;
     let begin = Event::Begin { handoff: HandoffId::random(), peer: options.peer.clone() };
+    let before = clock.now();
     if let Some(record) = source::step(record, begin)?.write {
         journal.write(record)?;
     }
+    let durable_took = clock.now().saturating_sub(before);
     let record = journal.record().ok_or(SendError::NoRecord)?;
     let handoff = source::question(record)?.ok_or(SendError::NoRecord)?;
 
     let mut guest = HeldGuest { vm, tracking: false, paused: false };
     let (status, worker) = (LinkStatus::default(), WorkerStats::default());
     let base_id = bases.own().id().to_string();
-    let meter = Meter::new(handoff, options, progress, (&status, &worker), clock);
+    let mut meter = Meter::new(handoff, options, progress, (&status, &worker), clock);
+    meter.durable_took(durable_took);
     let changed = match guest.start_tracking() {
         Ok(changed) => changed,
         Err(reason) => {
@@ -321,7 +324,9 @@ impl Run<'_> {
             self.push_batches()?;
         }
         self.outbound.end().map_err(unclassified)?;
-        self.push_batches()
+        self.push_batches()?;
+        self.pipe.meter.round_packed(&self.outbound.stats());
+        Ok(())
     }
 
     /// What the guest called free meanwhile need not be sent. A paused guest calls nothing free.
@@ -371,10 +376,12 @@ impl<'r, 'a> Negotiated<'r, 'a> {
         run.outbound.table().iter().for_each(|(id, _)| _ = set.insert(id));
         loop {
             run.send_round(set)?;
-            run.pipe.drain_to(LOW_WATER_BYTES)?;
+            run.pipe.drain(HARVEST_AHEAD)?;
             run.pipe.meter.round_ends();
             set = run.harvest()?;
             if run.pipe.meter.cut_over_now(set.len()) {
+                // What is still queued would be waited for with the guest paused.
+                run.pipe.drain(Duration::ZERO)?;
                 return Ok(Live { run, left: set });
             }
         }

@@ -1,6 +1,10 @@
 //! The source's worker: compresses and seals, in order.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use crossbeam_channel::{Receiver, Sender};
 
@@ -23,6 +27,20 @@ pub(super) enum Job {
 pub(super) struct WorkerStats {
     pub(super) compress: SharedShare,
     pub(super) seal: SharedShare,
+    /// Bytes of segments by the round they belong to.
+    round_bytes: Mutex<BTreeMap<u32, u64>>,
+}
+
+impl WorkerStats {
+    /// Bytes of a round's segments so far.
+    pub(super) fn round_bytes(&self, round: u32) -> u64 {
+        self.rounds().get(&round).copied().unwrap_or(0)
+    }
+
+    fn rounds(&self) -> MutexGuard<'_, BTreeMap<u32, u64>> {
+        // A number more or less: a panic elsewhere leaves it usable.
+        self.round_bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Works until the engine or the courier is gone.
@@ -52,6 +70,7 @@ pub(super) fn work(
                 let segment = sealer.seal(round, kind, packed);
                 let (bytes_in, bytes_out) = (bytes_out, segment.encoded_len() as u64);
                 stats.seal.add(Share { chunks, bytes_in, bytes_out, cpu_ns: watch.lap_ns() });
+                *stats.rounds().entry(round).or_default() += bytes_out;
                 Sealed::Segment(segment)
             }
         };

@@ -1,0 +1,167 @@
+//! How fast a handoff goes: what its rounds took of chunks, link and CPU.
+//!
+//! A chunk that the target holds already costs a look and no byte, so that what is left of the
+//! link's work is told by chunks that were *sent*, not by chunks that were looked at.
+
+use std::time::Duration;
+
+/// Below so many chunks sent, a round says little about the next.
+const ENOUGH_CHUNKS: u64 = 32;
+/// The link's rate is taken over at least so long a time in which it was busy, if there was one.
+const ENOUGH_BUSY: Duration = Duration::from_millis(200);
+
+/// Counters that only grow, read at one moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Reading {
+    pub(super) now: Duration,
+    /// Chunks that were looked at, and those of them that were not just what the target holds.
+    pub(super) looked_at: u64,
+    pub(super) sent: u64,
+    /// Bytes of segments made.
+    pub(super) segment_bytes: u64,
+    /// Time that the engine waited for the pipeline to take its work.
+    pub(super) waited: Duration,
+    /// Bytes delivered, and the time in which there were some to deliver; zero if not measured.
+    pub(super) delivered_bytes: u64,
+    pub(super) busy: Duration,
+}
+
+/// One round.
+#[derive(Clone, Copy, Debug)]
+struct Lap {
+    began: Reading,
+    /// When its chunks were all given to the pipeline.
+    packed: Duration,
+    ended: Reading,
+}
+
+impl Lap {
+    fn sent(&self) -> u64 {
+        self.ended.sent - self.began.sent
+    }
+
+    fn segment_bytes(&self) -> u64 {
+        self.ended.segment_bytes - self.began.segment_bytes
+    }
+}
+
+/// The rounds that are over, and the one under way.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    laps: Vec<Lap>,
+}
+
+impl Pace {
+    pub(super) fn begins(&mut self, reading: Reading) {
+        self.laps.push(Lap { began: reading, packed: reading.now, ended: reading });
+    }
+
+    /// The round's chunks were all given to the pipeline.
+    pub(super) fn packed(&mut self, now: Duration) {
+        if let Some(lap) = self.laps.last_mut() {
+            lap.packed = now;
+        }
+    }
+
+    pub(super) fn ends(&mut self, reading: Reading) {
+        if let Some(lap) = self.laps.last_mut() {
+            lap.ended = reading;
+        }
+    }
+
+    /// Bytes on the link for each chunk that becomes dirty; 0 before the first round.
+    ///
+    /// The first round has page cache, zeros and what the target knows in it, which later ones have
+    /// not: they tell more of what is to come, if enough was sent in them.
+    pub(super) fn bytes_per_dirty_chunk(&self) -> f64 {
+        let later = self.laps.get(1..).unwrap_or_default();
+        let newest = later.iter().rev().find(|lap| lap.sent() >= ENOUGH_CHUNKS);
+        if let Some(lap) = newest {
+            return ratio(
+                lap.segment_bytes() as f64,
+                (lap.ended.looked_at - lap.began.looked_at) as f64,
+            );
+        }
+        let sum = |of: fn(&Lap) -> u64| self.laps.iter().map(of).sum::<u64>() as f64;
+        ratio(sum(Lap::segment_bytes), sum(Lap::sent))
+    }
+
+    /// Chunks a second that reading, classifying and packing manage when nothing makes them wait;
+    /// 0 if not known.
+    pub(super) fn chunks_per_s(&self) -> f64 {
+        let of = |lap: &Lap| {
+            let waited = lap.ended.waited - lap.began.waited;
+            let worked = lap.packed.saturating_sub(lap.began.now).saturating_sub(waited);
+            (lap.ended.looked_at - lap.began.looked_at, worked.as_secs_f64())
+        };
+        let (chunks, seconds) =
+            self.laps.iter().map(of).fold((0, 0.0), |sum, lap| (sum.0 + lap.0, sum.1 + lap.1));
+        ratio(chunks as f64, seconds)
+    }
+
+    /// Bytes a second that the link took lately, by its own measure and over the time in which it
+    /// had something to take.
+    pub(super) fn link_bytes_per_s(&self, now: Reading) -> Option<f64> {
+        let since = self
+            .laps
+            .iter()
+            .rev()
+            .map(|lap| lap.began)
+            .find(|began| now.busy.saturating_sub(began.busy) >= ENOUGH_BUSY)
+            .unwrap_or_default();
+        let busy = now.busy.saturating_sub(since.busy).as_secs_f64();
+        let bytes = now.delivered_bytes.saturating_sub(since.delivered_bytes);
+        (busy > 0.0 && bytes > 0).then(|| bytes as f64 / busy)
+    }
+}
+
+fn ratio(of: f64, to: f64) -> f64 {
+    if to > 0.0 { of / to } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// Rounds of (looked at, sent, bytes), one second each, half of it waiting.
+    fn pace(rounds: &[(u64, u64, u64)]) -> (Pace, Reading) {
+        let (mut pace, mut at) = (Pace::default(), Reading::default());
+        for &(looked_at, sent, bytes) in rounds {
+            pace.begins(at);
+            at.now += 900 * MS;
+            at.waited += 400 * MS;
+            pace.packed(at.now);
+            at.now += 100 * MS;
+            at.looked_at += looked_at;
+            at.sent += sent;
+            at.segment_bytes += bytes;
+            at.delivered_bytes += bytes;
+            at.busy += 1000 * MS * u32::try_from(bytes).unwrap() / 100_000;
+            pace.ends(at);
+        }
+        (pace, at)
+    }
+
+    #[test]
+    fn chunks_that_the_target_holds_do_not_make_others_cheap() {
+        let (pace, _) = pace(&[(10_000, 100, 200_000)]);
+        assert_eq!(pace.bytes_per_dirty_chunk(), 2000.0);
+        assert_eq!(pace.chunks_per_s(), 20_000.0);
+    }
+
+    #[test]
+    fn a_later_round_tells_more_if_there_is_enough_of_it() {
+        assert_eq!(pace(&[(1000, 1000, 10_000), (60, 50, 6000)]).0.bytes_per_dirty_chunk(), 100.0);
+        assert_eq!(pace(&[(1000, 980, 98_000), (20, 20, 2000)]).0.bytes_per_dirty_chunk(), 100.0);
+        assert_eq!(pace(&[]).0.bytes_per_dirty_chunk(), 0.0);
+    }
+
+    #[test]
+    fn the_rate_is_that_of_the_time_in_which_the_link_was_busy() {
+        let (pace, at) = pace(&[(1000, 1000, 50_000), (10, 10, 1000)]);
+        assert_eq!(pace.link_bytes_per_s(at), Some(100_000.0));
+        assert_eq!(pace.link_bytes_per_s(Reading::default()), None);
+    }
+}
