@@ -9,11 +9,13 @@
 //! is found dirty but right before it is copied. What the guest writes between the two is in the
 //! copy, so it costs neither a fault nor a second transfer.
 
+mod free;
 mod kvm;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use ::handoff::{ChunkId, ChunkSet, Geometry, Space};
+use free::Free;
 use guest_images::{CHUNK_SIZE, overlay::Overlay};
 pub(crate) use kvm::KvmLog;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -107,6 +109,9 @@ pub(crate) struct Tracker<L, D> {
     /// Chunks of RAM that were handed out and not read since, by words, where the log is manual.
     /// The log goes on showing them and does not watch them; that begins when they are read.
     unread: Vec<u64>,
+    on: bool,
+    /// While the guest is asked for its free pages.
+    free: Option<Free>,
 }
 
 impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
@@ -116,7 +121,8 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
             disk_chunks: disk.as_ref().map_or(0, DiskLog::chunks),
         };
         let unread = vec![0; geometry.ram_chunks.div_ceil(64) as usize];
-        Self { log, ram, disk, pending: ChunkSet::new(geometry), unread }
+        let pending = ChunkSet::new(geometry);
+        Self { log, ram, disk, pending, unread, on: false, free: None }
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
@@ -127,6 +133,7 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
     pub(crate) fn start(&mut self) -> Result<ChunkSet, DirtyError> {
         self.forget();
         self.log.set_enabled(true)?;
+        self.on = true;
         let mut first = 0;
         for (at, region) in self.ram.iter().enumerate() {
             // What the VMM has written until now shows in the page tables. What it has dropped is
@@ -155,6 +162,16 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
     /// Takes everything that changed since the last call, but for what has not even been read since
     /// it was last taken: reading it brings the newest content anyway.
     pub(crate) fn harvest(&mut self) -> Result<ChunkSet, DirtyError> {
+        self.collect()?;
+        if self.log.is_manual() {
+            self.defer();
+        }
+        let empty = ChunkSet::new(self.geometry());
+        Ok(std::mem::replace(&mut self.pending, empty))
+    }
+
+    /// Brings `pending` up to date.
+    fn collect(&mut self) -> Result<(), DirtyError> {
         let mut first = 0;
         for (at, region) in self.ram.iter().enumerate() {
             let log = self.log.read(at)?;
@@ -173,11 +190,10 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
         if let Some(disk) = &self.disk {
             add_words(&mut self.pending, Space::Disk, 0, &disk.take());
         }
-        if self.log.is_manual() {
-            self.defer();
+        if let Some(free) = &mut self.free {
+            free.written(&self.pending);
         }
-        let empty = ChunkSet::new(self.geometry());
-        Ok(std::mem::replace(&mut self.pending, empty))
+        Ok(())
     }
 
     /// What is about to be handed out need not be watched before it is read.
@@ -211,15 +227,70 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
         Ok(())
     }
 
+    /// Watches every page, so that from now on it is known which are written; then the guest may be
+    /// asked for its free pages. `false` if nothing is tracked.
+    pub(crate) fn begin_free(&mut self) -> Result<bool, DirtyError> {
+        if !self.on {
+            return Ok(false);
+        }
+        let mut first = 0;
+        for (at, region) in self.ram.iter().enumerate() {
+            let words = (region.len() / CHUNK_SIZE as u64).div_ceil(64) as usize;
+            let unread = self.unread.iter_mut().skip((first / 64) as usize).take(words);
+            let bits: Vec<u64> = unread.map(std::mem::take).collect();
+            if self.log.is_manual() {
+                self.log.clear(at, 0, &bits)?;
+            }
+            first += region.len() / CHUNK_SIZE as u64;
+        }
+        self.free = Some(Free::new(self.geometry()));
+        Ok(true)
+    }
+
+    /// Whether the guest is being asked.
+    pub(crate) fn is_asking(&self) -> bool {
+        self.free.is_some()
+    }
+
+    /// Notes what the guest called free, and returns what of it has not been written since it was
+    /// asked.
+    pub(crate) fn add_free(&mut self, named: &[Range<u64>]) -> Result<ChunkSet, DirtyError> {
+        if !named.is_empty() {
+            self.collect()?;
+        }
+        let free = self.free.as_mut();
+        Ok(free.map_or_else(|| ChunkSet::new(self.pending.geometry()), |free| free.add(named)))
+    }
+
+    /// Gives back to the host what is still free, of a guest that is paused. The next harvest names
+    /// it all, whether it could be given back or not.
+    pub(crate) fn discard_free(&mut self) -> Result<(), DirtyError> {
+        if self.free.is_none() {
+            return Ok(());
+        }
+        self.collect()?;
+        let Some(free) = self.free.take() else { return Ok(()) };
+        self.pending.union(free.chunks());
+        for run in free.runs() {
+            if let Err(error) = memory::drop_chunks(&self.ram, run.clone()) {
+                // They keep what they hold, and are sent.
+                tracing::warn!(%error, ?run, "cannot give free pages back");
+            }
+        }
+        Ok(())
+    }
+
     /// Turns tracking off and forgets what has not been harvested.
     pub(crate) fn stop(&mut self) -> Result<(), DirtyError> {
         self.forget();
+        self.on = false;
         self.log.set_enabled(false)
     }
 
     fn forget(&mut self) {
         self.pending = ChunkSet::new(self.geometry());
         self.unread.fill(0);
+        self.free = None;
     }
 }
 

@@ -105,6 +105,10 @@ impl SourceVm for VmSource {
         Ok(either!(self.get()?, vm => vm.stop_tracking())?)
     }
 
+    fn take_free_hints(&mut self) -> Result<ChunkSet, VmError> {
+        Ok(either!(self.get()?, vm => vm.take_free_hints())?)
+    }
+
     fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError> {
         Ok(either!(self.get()?, vm => vm.read_chunk(id, into))?)
     }
@@ -119,13 +123,15 @@ impl SourceVm for VmSource {
             }
         };
         match running.pause() {
-            Ok(vm) => self.vm = Some(AnyVm::Paused(vm)),
+            Ok(vm) => {
+                self.vm = Some(AnyVm::Paused(vm));
+                Ok(self.paused()?.discard_free()?)
+            }
             Err(failed) => {
                 self.vm = Some(AnyVm::Running(*failed.vm));
-                return Err(failed.error.into());
+                Err(failed.error.into())
             }
         }
-        Ok(())
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>, VmError> {

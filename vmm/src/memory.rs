@@ -9,7 +9,7 @@
 //! through `vm-memory` marks its page in the region's bitmap, which is how the VMM's own writes
 //! (devices, the boot loader) become part of the dirty set.
 
-use std::{fs::File, io};
+use std::{fs::File, io, ops::Range};
 
 use guest_images::{CHUNK_SIZE, Chunk};
 use vm_memory::{
@@ -195,17 +195,32 @@ pub fn write_chunk(ram: &GuestRam, index: u64, chunk: &Chunk) -> Result<(), Memo
 /// Makes a chunk what it was before the guest wrote it, by giving its page back to the host: the
 /// base's content, or zero without base memory.
 pub fn drop_chunk(ram: &GuestRam, index: u64) -> Result<(), MemoryError> {
-    let address = chunk_address(ram, index)?;
-    let slice = ram.get_slice(address, CHUNK_SIZE)?;
-    // SAFETY: the slice lies inside a private mapping that `ram` keeps alive, and is a whole page of
-    // it: regions begin and end on pages. Dropping it only changes what it reads as.
-    let failed = unsafe {
-        libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), CHUNK_SIZE, libc::MADV_DONTNEED)
-    } != 0;
-    if failed {
-        return Err(MemoryError::Drop(io::Error::last_os_error()));
+    drop_chunks(ram, index..index.saturating_add(1))
+}
+
+/// The same for many chunks next to each other.
+pub fn drop_chunks(ram: &GuestRam, chunks: Range<u64>) -> Result<(), MemoryError> {
+    let mut next = chunks.start;
+    while next < chunks.end {
+        let address = chunk_address(ram, next)?;
+        let Some(region) = ram.find_region(address) else {
+            return Err(MemoryError::NoSuchChunk { index: next, chunks: chunk_count(ram) });
+        };
+        // Not beyond the region: the window may follow.
+        let room = (region.len() - (address.0 - region.start_addr().0)) / CHUNK_SIZE as u64;
+        let count = room.min(chunks.end - next);
+        let slice = ram.get_slice(address, count as usize * CHUNK_SIZE)?;
+        // SAFETY: the slice lies inside a private mapping that `ram` keeps alive, and is made of whole
+        // pages of it: regions begin and end on pages. Dropping them only changes what they read as.
+        let failed = unsafe {
+            libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_DONTNEED)
+        } != 0;
+        if failed {
+            return Err(MemoryError::Drop(io::Error::last_os_error()));
+        }
+        slice.bitmap().mark_dirty(0, slice.len());
+        next += count;
     }
-    slice.bitmap().mark_dirty(0, CHUNK_SIZE);
     Ok(())
 }
 
@@ -270,6 +285,23 @@ mod tests {
     }
 
     #[test]
+    fn runs_are_dropped_across_the_window() {
+        let ram = allocate(4 * GIB).unwrap();
+        let first_high = MMIO_WINDOW_START / CHUNK_SIZE as u64;
+        for index in first_high - 2..first_high + 2 {
+            write_chunk(&ram, index, &[1; CHUNK_SIZE]).unwrap();
+        }
+        drop_chunks(&ram, first_high - 1..first_high + 1).unwrap();
+        let mut chunk = [0; CHUNK_SIZE];
+        let mut first_byte = |index| {
+            read_chunk(&ram, index, &mut chunk).unwrap();
+            chunk[0]
+        };
+        let now: Vec<u8> = (first_high - 2..first_high + 2).map(&mut first_byte).collect();
+        assert_eq!(now, [1, 0, 0, 1]);
+    }
+
+    #[test]
     fn base_memory_of_another_size_is_refused() {
         for bytes in [MIN_MEMORY_BYTES - 4096, MIN_MEMORY_BYTES + 4096] {
             let refused = map_base(&base_file(bytes), MIN_MEMORY_BYTES).unwrap_err();
@@ -297,5 +329,6 @@ mod tests {
         read_chunk(&ram, 5, &mut chunk).unwrap();
         assert_eq!(chunk, [0; CHUNK_SIZE]);
         assert!(write_chunk(&ram, chunk_count(&ram), &chunk).is_err());
+        assert!(drop_chunks(&ram, 5..chunk_count(&ram) + 1).is_err());
     }
 }

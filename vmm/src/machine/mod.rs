@@ -338,6 +338,12 @@ impl Vm<Paused> {
         Ok(state.encode()?)
     }
 
+    /// Gives back to the host what the guest called free ([`Vm::take_free_hints`]) and has not
+    /// written since: harvest afterwards.
+    pub fn discard_free(&mut self) -> Result<(), MachineError> {
+        Ok(self.core.tracker.discard_free()?)
+    }
+
     /// BLAKE3 over all RAM, then all of the disk: for audits.
     pub fn full_hash(&self) -> Result<[u8; 32], MachineError> {
         full_hash(&self.core.ram, self.core.disk.as_deref())
@@ -518,11 +524,20 @@ impl<S> Vm<S> {
         Ok(self.core.tracker.stop()?)
     }
 
-    /// Asks the guest to name its free pages, if that is worthwhile; says whether it was asked. Dirty
-    /// tracking must be on. [`FreeHints`] says what the hints mean.
-    pub fn begin_free_hints(&self) -> bool {
+    /// Chunks that the guest called free since this was last asked and that were not written since it
+    /// was first asked; the first call asks, if that is worthwhile. They need not be sent: one that
+    /// the guest writes again comes with a later harvest, the others are discarded by
+    /// [`Vm::discard_free`] and come with the harvest after that.
+    pub fn take_free_hints(&mut self) -> Result<ChunkSet, MachineError> {
         let hints = self.free_hints();
-        hints.worthwhile() && hints.start()
+        if self.core.tracker.is_asking() {
+            return Ok(self.core.tracker.add_free(&hints.take())?);
+        }
+        // In this order: what is written after the guest was asked must be seen.
+        if hints.worthwhile() && self.core.tracker.begin_free()? {
+            hints.start();
+        }
+        Ok(ChunkSet::new(self.geometry()))
     }
 
     /// Ends a round of hinting, if there is one: the guest may use the pages again that it named.
