@@ -291,7 +291,7 @@ fn legs() -> impl Strategy<Value = Vec<Leg>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, max_shrink_iters: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 60, ..ProptestConfig::default() })]
     #[test]
     fn whatever_happens_the_guest_finds_what_it_wrote(legs in legs(), base_memory: bool) {
         let dir = tempfile::tempdir().unwrap();
