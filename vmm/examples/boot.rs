@@ -3,13 +3,15 @@
 //! ```text
 //! boot --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory-mib N] [--vcpus N]
 //!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS [--first MS] [--copy yes | --same yes]]
-//!      [--type TEXT]
+//!      [--type TEXT] [--watch MS]
 //! ```
 //!
 //! `--cycle MS` pauses the machine every MS milliseconds (the first time after `--first`), saves it, and goes on in a second machine
 //! made from the saved state. `--copy yes` gives that machine a copy of the memory and compares the
 //! two; otherwise it takes the memory over. With `--same yes` the machine itself goes on, as after
 //! a handoff that was aborted. `--type TEXT` types a line at the console before each cycle.
+//! `--watch MS` says every MS milliseconds how much memory the guest has made its own, and how much it
+//! has given back.
 
 use std::{
     error::Error,
@@ -22,6 +24,7 @@ use std::{
 use guest_images::{Base, CHUNK_SIZE, overlay::Overlay};
 use vmm::{
     HostCheck, NetConfig, Paused, Vm, VmConfig,
+    devices::virtio::balloon::BalloonHandle,
     memory::{self, GuestRam},
 };
 
@@ -40,6 +43,7 @@ struct Options {
     copy: bool,
     same: bool,
     line: Option<String>,
+    watch_ms: Option<u64>,
 }
 
 fn options() -> Result<Options, Box<dyn Error>> {
@@ -57,6 +61,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         copy: false,
         same: false,
         line: None,
+        watch_ms: None,
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
@@ -73,6 +78,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--cycle" => options.cycle_ms = Some(value.parse()?),
             "--first" => options.first_ms = Some(value.parse()?),
             "--type" => options.line = Some(value + "\n"),
+            "--watch" => options.watch_ms = Some(value.parse()?),
             "--same" => options.same = value == "yes",
             "--copy" => options.copy = value == "yes",
             _ => return Err(format!("unknown option {name}").into()),
@@ -173,6 +179,19 @@ fn reincarnate(
     Ok(vm)
 }
 
+/// Says how much memory of this process is not a file's, and what the guest has said of its own.
+fn watch(balloon: &BalloonHandle, since: Instant) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or("?");
+    eprintln!(
+        "[boot] {:6.1} s: own {}; reported {} MiB, given back {} MiB",
+        since.elapsed().as_secs_f32(),
+        anonymous.trim(),
+        balloon.reported_bytes() >> 20,
+        balloon.discarded_bytes() >> 20
+    );
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let options = options()?;
     if !HostCheck::has_hardware_virtualisation()? {
@@ -189,6 +208,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (sender, events) = mpsc::channel();
     let deadline = Instant::now() + Duration::from_secs(options.seconds);
     let mut vm = Vm::boot(config(&options, disk, sender.clone()))?.resume().map_err(|e| e.error)?;
+    if let Some(period) = options.watch_ms.map(Duration::from_millis) {
+        let (balloon, began) = (vm.balloon().clone(), Instant::now());
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(period);
+                watch(&balloon, began);
+            }
+        });
+    }
     let cycle = options.cycle_ms.map_or(Duration::from_secs(3600), Duration::from_millis);
     let mut tick = options.first_ms.map_or(cycle, Duration::from_millis);
     loop {

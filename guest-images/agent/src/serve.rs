@@ -52,11 +52,8 @@ pub(crate) enum ServeError {
 /// Starts every thread, says so on the console, and ticks for as long as the guest lives.
 pub(crate) fn run(options: &RunOptions) -> Result<(), ServeError> {
     let identity = Identity::establish().map_err(ServeError::Identity)?;
-    let ready = format!(
-        "{READY} boot_id={} nonce={}",
-        identity.boot_id,
-        hex::encode(identity.nonce)
-    );
+    let ready =
+        format!("{READY} boot_id={} nonce={}", identity.boot_id, hex::encode(identity.nonce));
     let records_path = options.data.join("records");
     let writer = open_records(&options.data, &records_path)?;
     let probes = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, probe::PORT))

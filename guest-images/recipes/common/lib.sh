@@ -18,6 +18,10 @@ export LC_ALL=C TZ=UTC
 # MMIO (howdah, QEMU microvm) or PCI (QEMU pc). One that a kernel has built in is skipped.
 guest_modules=(virtio_mmio virtio_pci virtio_blk virtio_net virtio-rng virtio_balloon ext4)
 
+# Free memory goes back to the host page by page (ADR 0011): every free page is reported, not only
+# blocks of 2 MiB, and few are kept back in the CPUs' own lists, which are not looked at.
+free_memory_words="page_reporting.page_reporting_order=0 sysctl.vm.percpu_pagelist_high_fraction=1000000"
+
 say() { printf '%s\n' "$*" >&2; }
 
 die() {
@@ -156,6 +160,13 @@ stamp_inodes() {
     done >"$work/stamp.debugfs"
     debugfs -w -f "$work/stamp.debugfs" "$image" >"$work/stamp.log" 2>&1 ||
         die "debugfs could not stamp $image: $(tail -n1 "$work/stamp.log")"
+}
+
+# write_cmdline WORD...: the guest's kernel command line. reboot=k panic=-1: a guest that panics
+# resets at once, and its VMM notices.
+write_cmdline() {
+    echo "console=ttyS0 root=/dev/vda rw quiet reboot=k panic=-1" "$@" "$free_memory_words" \
+        "howdah.ip=10.99.0.2/24 howdah.gw=10.99.0.1" >"$work/out/cmdline"
 }
 
 # publish OUTDIR: moves the parts from $work into place.
