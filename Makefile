@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test unit lint deny setup build kernel images clean
+.PHONY: help demo test handoff-test handoff-perf unit lint deny setup build kernel images perf-images clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -16,6 +16,9 @@ test: lint unit handoff-test ## all that CI runs: format, clippy, docs, unit and
 
 handoff-test: build images ## every scenario of tests/scenarios/handoff on real guests; results in target/lab/handoff-test.json
 	$(LAB) run --isolate --report target/lab/handoff-test.json tests/scenarios/handoff/*.toml
+
+handoff-perf: build perf-images ## what handoffs cost: every scenario of tests/scenarios/perf; results in target/lab/handoff-perf.json
+	$(LAB) run --isolate --memory-mib 10240 --timeout-s 600 --report target/lab/handoff-perf.json tests/scenarios/perf/*.toml
 
 unit: setup ## unit and property tests
 	cargo test --workspace
@@ -38,6 +41,10 @@ build: setup ## the binaries, optimised
 images: setup build ## kernels from Debian and the minimal guest image
 	kernel/fetch
 	guest-images/recipes/build minimal $(IMAGES)/minimal
+
+perf-images: images ## those of handoff-perf: one with OpenCV (needs a network), one with a larger disk
+	guest-images/recipes/build opencv $(IMAGES)/opencv
+	HOWDAH_DISK_MIB=512 guest-images/recipes/build minimal $(IMAGES)/minimal-512
 
 kernel: setup ## build the small guest kernel from Debian's linux-source; nothing else needs it
 	kernel/build

@@ -275,6 +275,8 @@ pub(crate) enum Step {
         #[serde(default)]
         limits: LegLimits,
     },
+    /// Give up the handoff in the background.
+    Cancel {},
     /// Wait for the end of a handoff in the background.
     Finish {},
     /// Kill, by SIGKILL, every process of howdah on a cloudlet.
@@ -386,6 +388,9 @@ impl Scenario {
                     bail!("steps: step {at} hands off to where the guest is")
                 }
                 Step::Handoff { background, .. } => pending = *background,
+                Step::Cancel {} if !pending => {
+                    bail!("steps: step {at} gives up a handoff and none is in the background")
+                }
                 Step::Finish {} if !pending => {
                     bail!("steps: step {at} finishes a handoff and none is in the background")
                 }
@@ -473,6 +478,7 @@ mod tests {
     fn steps_that_make_no_sense_are_refused() {
         for (steps, word) in [
             ("{ do = 'finish' }", "none is in the background"),
+            ("{ do = 'cancel' }", "none is in the background"),
             ("{ do = 'start' }", "second guest"),
             ("{ do = 'handoff', from = 'a', to = 'a' }", "where the guest is"),
             ("{ do = 'handoff', from = 'a', to = 'b', background = true }", "never finished"),

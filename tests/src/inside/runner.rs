@@ -41,6 +41,8 @@ const BYTES_COME: Duration = Duration::from_secs(60);
 const TARGET_SAYS: Duration = Duration::from_secs(10);
 /// howdah's exit status when the guest goes on at the source.
 const EXIT_NOT_MOVED: i32 = 7;
+/// The same, because a user gave the handoff up.
+const EXIT_CANCELLED: i32 = 9;
 
 /// A scenario under way.
 pub(crate) struct Stage<'a> {
@@ -205,6 +207,10 @@ impl<'a> Stage<'a> {
                 self.hand_off(step)?;
                 if *background { Ok(()) } else { self.finish_handoff() }
             }
+            Step::Cancel {} => {
+                let from = self.pending.as_ref().context("there is no handoff to give up")?.from;
+                self.cloudlet(from).howdah(&["handoff", VM, "--cancel"]).map(drop)
+            }
             Step::Finish {} => self.finish_handoff(),
             Step::Kill { who, after_link_kib } => self.kill(*who, after_link_kib * 1024),
             Step::Cut {} => self.network.shape(Link { loss_percent: 100.0, ..self.link }),
@@ -315,7 +321,7 @@ impl<'a> Stage<'a> {
         let over_ns = monotonic_ns()?;
         let outcome = match ended.status {
             Some(0) => Expect::Moved,
-            Some(EXIT_NOT_MOVED) => Expect::Kept,
+            Some(EXIT_NOT_MOVED | EXIT_CANCELLED) => Expect::Kept,
             _ => Expect::Killed,
         };
         let report = if outcome == Expect::Moved && self.narrator.talks() {
