@@ -21,6 +21,7 @@ use nix::fcntl::FlockArg;
 
 use crate::{
     base::Part,
+    chunk::CHUNK_SIZE,
     files::Lock,
     index::{
         ENTRY_BYTES, Entry,
@@ -38,8 +39,8 @@ const RECORD_BYTES: usize = 48;
 const SLAB_RECORD: u8 = 0;
 const CLONE_RECORD: u8 = 1;
 
-/// Bytes of a part that may be copied before they are made durable and recorded: what a crash
-/// costs at most, besides what the workers are at.
+/// Bytes of a part, holes not counted, that may be copied before they are made durable and
+/// recorded: what a crash costs at most, besides what the workers are at.
 const CHECKPOINT_BYTES: u64 = 8 * SLAB_BYTES;
 
 /// The ledger of one import, locked for it.
@@ -55,7 +56,7 @@ pub(super) struct Ledger {
     /// Records whose data is not durable yet.
     pending: Vec<u8>,
     pending_slabs: Vec<((Part, u64), (u64, usize))>,
-    /// Bytes of the part that these stand for.
+    /// Bytes of the part that these stand for, holes not counted.
     pending_bytes: u64,
 }
 
@@ -168,7 +169,7 @@ impl Ledger {
         let at = self.end + (self.pending.len() + RECORD_BYTES) as u64;
         self.pending_slabs.push(((part, number), (at, entries.len())));
         self.pending.extend_from_slice(&record);
-        self.pending_bytes += SLAB_BYTES;
+        self.pending_bytes += (entries.len() * CHUNK_SIZE) as u64;
         if self.pending_bytes >= CHECKPOINT_BYTES {
             data.sync_data()?;
             self.write_pending()?;
@@ -275,7 +276,7 @@ impl<'a> Record<'a> {
 /// Whether these are entries of that slab and no other, sorted by hash.
 fn is_run_of(part: Part, slab: u64, bytes: u64, run: Run<'_>) -> bool {
     let range = slab_range(slab, bytes);
-    let chunk_bytes = SLAB_BYTES / SLAB_CHUNKS;
+    let chunk_bytes = CHUNK_SIZE as u64;
     let chunks = range.start / chunk_bytes..range.end.div_ceil(chunk_bytes);
     let inside = |entry: &Entry| {
         entry.place().is_some_and(|place| place.part == part && chunks.contains(&place.index))
