@@ -62,6 +62,19 @@ pub(crate) enum Command {
     /// The guest runs until the last moment and goes on at the peer. Ctrl-C gives the handoff up as
     /// long as it is not committed; the guest then goes on here.
     Handoff(HandoffArgs),
+    /// Write a running or paused VM to a file, as what differs from its base
+    ///
+    /// The guest is paused while the file is written and then goes on, unless --stop. `howdah
+    /// restore` makes a VM of the file wherever its base is held.
+    Save(SaveArgs),
+    /// Make a new VM of a saved one's file, and run it
+    Restore(RestoreArgs),
+    /// Look into files that `howdah save` wrote
+    #[command(subcommand)]
+    Overlay(OverlayCommand),
+    /// The process of a VM that is made of a file (started by `restore`)
+    #[command(hide = true)]
+    RestoreProcess(RestoreArgs),
     /// The process of one VM (started by other commands)
     #[command(hide = true)]
     VmProcess(VmProcessArgs),
@@ -360,6 +373,46 @@ pub(crate) enum Delta {
     None,
     /// Changed runs
     Xor,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SaveArgs {
+    /// Name of the VM
+    pub(crate) vm: VmName,
+    /// File to write
+    pub(crate) file: PathBuf,
+    /// End the VM when it is saved
+    #[arg(long)]
+    pub(crate) stop: bool,
+    #[command(flatten)]
+    pub(crate) encode: EncodeArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// File that `howdah save` wrote
+    pub(crate) file: PathBuf,
+    /// Name to give the VM
+    #[arg(long)]
+    pub(crate) name: VmName,
+    /// TAP device of this host for the guest's network
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) tap: Option<String>,
+    /// Disk space that must stay free
+    #[arg(long, default_value_t = 64, value_name = "MIB")]
+    pub(crate) min_free_mib: u64,
+    /// Run it in the background; return when the guest runs
+    #[arg(long)]
+    pub(crate) detach: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum OverlayCommand {
+    /// Show what a file holds, by class, stage and space
+    Inspect {
+        /// File that `howdah save` wrote
+        file: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

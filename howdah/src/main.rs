@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::{
-    cli::{Cli, Command},
+    cli::{Cli, Command, OverlayCommand},
     home::Home,
     output::Output,
     spawn::Ready,
@@ -62,6 +62,14 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         Command::Vm(command) => commands::vm::run(command, &home, output, cli.verbose),
         Command::Handoff(args) => commands::handoff::run(args, &home, output),
         Command::Receive(args) => receive::listen(args, &home, output, cli.verbose),
+        Command::Save(args) => commands::save::run(args, &home, output),
+        Command::Restore(args) => commands::restore::run(&args, &home, output, cli.verbose),
+        Command::Overlay(OverlayCommand::Inspect { file }) => {
+            commands::overlay::inspect(&file, output)
+        }
+        Command::RestoreProcess(args) => telling_the_starter(
+            commands::restore::run_here(&args, &home, Front::Detached).map(drop),
+        ),
         Command::VmProcess(args) => {
             let dir = home.existing(&args.name)?;
             telling_the_starter(vmproc::run(&dir, &home, Front::Detached).map(|_| ()))

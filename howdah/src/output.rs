@@ -77,6 +77,30 @@ pub(crate) fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) ->
     lines.join("\n")
 }
 
+/// What became of the chunks of a report, as tables below its first line.
+pub(crate) fn shares(report: &serde_json::Value) -> String {
+    let mut text = String::new();
+    for (key, heading) in [("classes", "CLASS"), ("stages", "STAGE")] {
+        let shares = report.get(key).and_then(serde_json::Value::as_array);
+        let rows: Vec<_> = shares.into_iter().flatten().filter_map(share).collect();
+        if !rows.is_empty() {
+            text += &format!("\n\n{}", table([heading, "CHUNKS", "IN", "OUT", "CPU"], &rows));
+        }
+    }
+    text
+}
+
+/// What became of the chunks of one class, or what one stage did; `None` if that is nothing.
+fn share(share: &serde_json::Value) -> Option<[String; 5]> {
+    let number = |key: &str| share.get(key).and_then(serde_json::Value::as_f64).unwrap_or(0.0);
+    let chunks = number("chunks");
+    let name = share.get("name")?.as_str()?.to_owned();
+    let cpu = format!("{:.0} ms", number("cpu_s") * 1000.0);
+    let sizes = ["bytes_in", "bytes_out"].map(|key| bytes(number(key) as u64));
+    let [bytes_in, bytes_out] = sizes;
+    (chunks > 0.0).then(|| [name, chunks.to_string(), bytes_in, bytes_out, cpu])
+}
+
 /// A byte count for people, in the unit that fits.
 pub(crate) fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -14,7 +14,7 @@ use crate::{
     control::{HandoffRequest, Progress, Reply, Request, client},
     failure::{Exit, Failure},
     home::{Home, VmDir},
-    output::{Output, bytes, table},
+    output::{Output, bytes, shares},
 };
 
 /// Where there is no terminal, a line this often.
@@ -156,25 +156,8 @@ fn summary(vm: &crate::home::VmName, peer: &str, report: &serde_json::Value) -> 
     if let Some(sent) = number("bytes_on_link") {
         text += &format!(", {} on the link", bytes(sent as u64));
     }
-    for (key, heading) in [("classes", "CLASS"), ("stages", "STAGE")] {
-        let shares = report.get(key).and_then(serde_json::Value::as_array);
-        let rows: Vec<_> = shares.into_iter().flatten().filter_map(share).collect();
-        if !rows.is_empty() {
-            text += &format!("\n\n{}", table([heading, "CHUNKS", "IN", "OUT", "CPU"], &rows));
-        }
-    }
+    text += &shares(report);
     text
-}
-
-/// What became of the chunks of one class, or what one stage did; `None` if that is nothing.
-fn share(share: &serde_json::Value) -> Option<[String; 5]> {
-    let number = |key: &str| share.get(key).and_then(serde_json::Value::as_f64).unwrap_or(0.0);
-    let chunks = number("chunks");
-    let name = share.get("name")?.as_str()?.to_owned();
-    let cpu = format!("{:.0} ms", number("cpu_s") * 1000.0);
-    let sizes = ["bytes_in", "bytes_out"].map(|key| bytes(number(key) as u64));
-    let [bytes_in, bytes_out] = sizes;
-    (chunks > 0.0).then(|| [name, chunks.to_string(), bytes_in, bytes_out, cpu])
 }
 
 #[cfg(test)]

@@ -3,6 +3,9 @@
 pub(crate) mod base;
 pub(crate) mod console;
 pub(crate) mod handoff;
+pub(crate) mod overlay;
+pub(crate) mod restore;
 pub(crate) mod run;
+pub(crate) mod save;
 pub(crate) mod takeover;
 pub(crate) mod vm;

@@ -33,13 +33,18 @@ pub(crate) fn run(args: VmRunArgs, home: &Home, output: Output, verbose: u8) -> 
     let log = dir.vm_log();
     let child = spawn::start(process_arguments(home, verbose, &args), Stdio::null(), &log)?;
     let started = spawn::await_ready(child, &log)?;
+    say_running(output, &args.name, started);
+    Ok(())
+}
+
+/// Says that a VM runs, and how it came to.
+pub(crate) fn say_running(output: Output, vm: &VmName, started: Option<serde_json::Value>) {
     let started = started.and_then(|details| serde_json::from_value(details).ok());
-    let running = RunningVm { vm: &args.name, state: "running", started };
+    let running = RunningVm { vm, state: "running", started };
     output.result(&running, |said| {
         let how = said.started.as_ref().map(|how| format!(", {how}")).unwrap_or_default();
         format!("VM {} {}{how}", said.vm, said.state)
     });
-    Ok(())
 }
 
 #[derive(Serialize)]

@@ -62,6 +62,8 @@ pub(crate) enum Request {
         /// An absolute path.
         path: String,
     },
+    /// Write the VM to a file.
+    Save(SaveRequest),
     /// A link of the handoff that this process receives; its socket comes along.
     AdoptLink {
         /// The handoff, in hex.
@@ -82,6 +84,17 @@ pub(crate) struct HandoffRequest {
     pub(crate) downtime_ms: Option<u64>,
     /// What may be kept of the VM when it moved.
     pub(crate) keep_mib: u64,
+    /// How it is made small.
+    pub(crate) encode: Encode,
+}
+
+/// How to save a VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SaveRequest {
+    /// An absolute path.
+    pub(crate) path: String,
+    /// End the VM afterwards.
+    pub(crate) stop: bool,
     /// How it is made small.
     pub(crate) encode: Encode,
 }
@@ -141,6 +154,8 @@ pub(crate) enum Reply {
     Progress(Progress),
     /// The handoff is over and the peer runs the guest; its report.
     Moved(serde_json::Value),
+    /// The VM is saved; the report.
+    Saved(serde_json::Value),
     /// Not done.
     Failed(Failure),
 }
@@ -161,6 +176,8 @@ pub(crate) enum Phase {
     Running,
     /// The guest is paused by a user.
     Paused,
+    /// The guest is paused while it is written to a file.
+    Saving,
     /// The guest runs, or is about to move, and is being sent to a peer.
     HandingOff,
     /// Committed to a peer that has not confirmed: asked again until it does.
@@ -178,6 +195,7 @@ impl Phase {
             Self::Starting => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Saving => "saving",
             Self::HandingOff => "handing-off",
             Self::InDoubt => "in-doubt",
             Self::Receiving => "receiving",

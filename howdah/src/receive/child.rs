@@ -18,7 +18,10 @@ use handoff::{
     tcp::MonotonicClock,
 };
 
-use super::{host::Host, link::Replayed};
+use super::{
+    host::{Host, HostArgs},
+    link::Replayed,
+};
 use crate::{
     cli::ReceiveProcessArgs,
     console::Console,
@@ -123,7 +126,8 @@ fn receive(
     let shown = Arc::clone(&console);
     let (relink, relinks) = bounded(MAX_WAITING_LINKS);
     let links = take_links(incoming.hello.id(), relink);
-    let host = Host::new(args, home, dir, console, events.clone());
+    let host_args = HostArgs { tap: args.tap.clone(), min_free_mib: args.min_free_mib };
+    let host = Host::new(host_args, home, dir, console, events.clone());
     let (tell, details) = bounded(1);
     std::thread::spawn(move || {
         let work = || work(incoming, host, &relinks, peer, &tell);

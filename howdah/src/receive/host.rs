@@ -11,7 +11,6 @@ use handoff::{
 use vmm::{AnyVm, HostCheck, HostProfile, IncomingVm, MachineProfile, VmSource};
 
 use crate::{
-    cli::ReceiveProcessArgs,
     commands::base,
     console::Console,
     failure::{Exit, Failure},
@@ -30,7 +29,7 @@ use crate::{
 const MEMORY_MARGIN_BYTES: u64 = 64 << 20;
 
 /// A cloudlet about to receive one VM.
-pub(super) struct Host {
+pub(crate) struct Host {
     home: Home,
     dir: VmDir,
     tap: Option<String>,
@@ -41,6 +40,15 @@ pub(super) struct Host {
     prepared: Option<Prepared>,
 }
 
+/// What of this host a VM gets.
+#[derive(Clone, Debug)]
+pub(crate) struct HostArgs {
+    /// The TAP device for its network.
+    pub(crate) tap: Option<String>,
+    /// Disk space that stays free.
+    pub(crate) min_free_mib: u64,
+}
+
 struct Prepared {
     disk: Arc<Overlay>,
     append: String,
@@ -48,8 +56,8 @@ struct Prepared {
 
 impl Host {
     /// Receives into `dir`.
-    pub(super) fn new(
-        args: &ReceiveProcessArgs,
+    pub(crate) fn new(
+        args: HostArgs,
         home: &Home,
         dir: &VmDir,
         console: Arc<Console>,
@@ -58,7 +66,7 @@ impl Host {
         Self {
             home: home.clone(),
             dir: dir.clone(),
-            tap: args.tap.clone(),
+            tap: args.tap,
             min_free_bytes: args.min_free_mib.saturating_mul(1 << 20),
             console,
             events,
@@ -82,7 +90,7 @@ impl Host {
     }
 
     /// The guest that came, as a machine of this process.
-    pub(super) fn machine(
+    pub(crate) fn machine(
         self,
         vm: IncomingVm,
         journal: Journal,
@@ -118,7 +126,7 @@ impl Host {
         let profile = &machine.profile;
         if profile.mac.is_some() && self.tap.is_none() {
             let why =
-                "it has a network device, and `howdah receive` there was started without --tap";
+                "it has a network device, and no TAP device was named for it there with --tap";
             return Err(Refusal::Machine(why.into()));
         }
         Ok(VmConfig {

@@ -16,4 +16,5 @@ mod link;
 mod listener;
 
 pub(crate) use child::run as run_child;
+pub(crate) use host::{Host, HostArgs};
 pub(crate) use listener::listen;

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Sender, bounded};
 use serde::{Deserialize, Serialize};
 use vmm::host::{HostCheck, HostError};
 
@@ -31,19 +31,38 @@ pub(crate) enum Front {
     Detached,
 }
 
+/// A machine whose guest runs, and what it went on from.
+pub(crate) type Brought = (Box<dyn Machine>, Origin);
+
+/// What a guest begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Origin {
+    /// It boots.
+    Kernel,
+    /// It goes on from the memory of its base.
+    BaseMemory,
+    /// It goes on from a file.
+    File,
+}
+
 /// How a guest came to run.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Started {
-    /// Whether it went on from its base's memory.
-    from_memory: bool,
+    /// What it began with.
+    from: Origin,
     /// From the start of the process until the guest ran.
     started_ms: u128,
 }
 
 impl fmt::Display for Started {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let from = if self.from_memory { "from its base's memory" } else { "from its kernel" };
-        write!(f, "started in {} ms {from}", self.started_ms)
+        let from = match self.from {
+            Origin::Kernel => "its kernel",
+            Origin::BaseMemory => "its base's memory",
+            Origin::File => "the file",
+        };
+        write!(f, "started in {} ms from {from}", self.started_ms)
     }
 }
 
@@ -72,6 +91,18 @@ pub(crate) fn host_failure(error: &HostError) -> Failure {
 
 /// Runs the VM of `dir` in this process until it ends.
 pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End> {
+    let (starting_dir, starting_home) = (dir.clone(), home.clone());
+    run_with(dir, front, move |console, events| {
+        start(&starting_dir, &starting_home, console, events)
+    })
+}
+
+/// Runs the machine that `bring` makes, in this process until it ends.
+pub(crate) fn run_with(
+    dir: &VmDir,
+    front: Front,
+    bring: impl FnOnce(&Arc<Console>, &Sender<Event>) -> Result<Brought, Failure> + Send + 'static,
+) -> anyhow::Result<End> {
     let begun = Instant::now();
     if front == Front::Detached {
         spawn::detach();
@@ -85,12 +116,11 @@ pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End>
         show_on_stdout(&console);
     }
     let shown = Arc::clone(&console);
-    let (starting_dir, starting_home) = (dir.clone(), home.clone());
     let (tell, started) = bounded(1);
     std::thread::spawn(move || {
         let work = || {
-            let (machine, from_memory) = start(&starting_dir, &starting_home, &console, &events)?;
-            let _ = tell.send(Started { from_memory, started_ms: begun.elapsed().as_millis() });
+            let (machine, from) = bring(&console, &events)?;
+            let _ = tell.send(Started { from, started_ms: begun.elapsed().as_millis() });
             Ok(machine)
         };
         let arrived = guarded("start of the VM", work).and_then(|started| started);
@@ -133,8 +163,8 @@ fn start(
     dir: &VmDir,
     home: &Home,
     console: &Arc<Console>,
-    events: &crossbeam_channel::Sender<Event>,
-) -> Result<(Box<dyn Machine>, bool), Failure> {
+    events: &Sender<Event>,
+) -> Result<Brought, Failure> {
     let mut journal = dir.journal()?;
     settle(dir, &mut journal)?;
     kvm::start(dir, home, journal, console, events)

@@ -12,13 +12,16 @@ use handoff::{SourceVm, ownership::Journal, vm::VmError};
 use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
-    Event, leaving,
+    Event,
+    boot::{Brought, Origin},
+    leaving,
     machine::{HandoffEnd, Machine, Watch},
+    save,
 };
 use crate::{
     commands::base,
     console::{Console, Sink},
-    control::HandoffRequest,
+    control::{HandoffRequest, SaveRequest},
     disk,
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir},
@@ -37,15 +40,14 @@ pub(crate) struct KvmMachine {
     pub(crate) append: String,
 }
 
-/// Starts the VM of `dir`; its guest runs when this returns. Says too whether it went on from the
-/// base's memory.
+/// Starts the VM of `dir`; its guest runs when this returns.
 pub(crate) fn start(
     dir: &VmDir,
     home: &Home,
     journal: Journal,
     console: &Arc<Console>,
     events: &Sender<Event>,
-) -> Result<(Box<dyn Machine>, bool), Failure> {
+) -> Result<Brought, Failure> {
     let config = dir.config()?;
     let base = base::store(home)?.get(&config.base).map_err(base::store_failure)?;
     let base = Arc::new(base);
@@ -54,21 +56,24 @@ pub(crate) fn start(
         .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     let disk = Arc::new(disk);
     let build = build(&config, &base, &disk, console, events)?;
-    let failed = machine_failure(&what);
-    let vm = if !config.from_memory {
-        Vm::boot(build).and_then(|vm| vm.resume().map_err(|e| e.error)).map_err(failed)?
+    let boot = |build| {
+        let booted = Vm::boot(build).and_then(|vm| vm.resume().map_err(|e| e.error));
+        booted.map_err(machine_failure(&what))
+    };
+    let (vm, origin) = if !config.from_memory {
+        (boot(build)?, Origin::Kernel)
     } else if disk.changed().next().is_some() {
         // No start went on from the memory, and yet the disk is another: no guest must see both.
         tracing::warn!("the disk is no longer the base's: the guest boots");
         dir.write_config(&VmConfig { from_memory: false, ..config.clone() })?;
-        Vm::boot(build).and_then(|vm| vm.resume().map_err(|e| e.error)).map_err(failed)?
+        (boot(build)?, Origin::Kernel)
     } else {
-        go_on(dir, &config, &base, build)?
+        (go_on(dir, &config, &base, build)?, Origin::BaseMemory)
     };
     connect_console(console, &vm);
     let (home, dir, append) = (home.clone(), dir.clone(), config.append);
     let machine = KvmMachine { home, dir, source: VmSource::new(vm), disk, base, journal, append };
-    Ok((Box::new(machine), config.from_memory))
+    Ok((Box::new(machine), origin))
 }
 
 /// Goes on from the base's memory. Before the first instruction of the guest it is durable that no
@@ -218,6 +223,10 @@ impl Machine for KvmMachine {
 
     fn export_disk(&mut self, to: &Path) -> anyhow::Result<()> {
         Ok(disk::export(&self.disk, to)?)
+    }
+
+    fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure> {
+        save::save(self, request)
     }
 
     fn hand_off(self: Box<Self>, request: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd {

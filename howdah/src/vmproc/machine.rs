@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    control::{HandoffRequest, Progress},
+    control::{HandoffRequest, Progress, SaveRequest},
     failure::Failure,
 };
 
@@ -27,6 +27,10 @@ pub(crate) trait Machine: Send {
 
     /// Writes the paused machine's disk, flattened, to a new file.
     fn export_disk(&mut self, to: &Path) -> anyhow::Result<()>;
+
+    /// Writes the paused machine, as what differs from its base, to a new file. Called on a thread
+    /// of its own, like [`Machine::hand_off`].
+    fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure>;
 
     /// Hands the guest off: blocks until it is decided where the guest runs. Called on a thread of
     /// its own; while it works nothing else touches the machine.

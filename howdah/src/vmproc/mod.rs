@@ -7,11 +7,14 @@ pub(crate) mod machine;
 mod process;
 mod progress;
 mod ready;
+mod save;
 mod settle;
 mod signals;
 pub(crate) mod snapshot;
 
-pub(crate) use boot::{Front, Started, check_host, finish, run, warn_of_slow_host};
+pub(crate) use boot::{
+    Brought, Front, Origin, Started, check_host, finish, run, run_with, warn_of_slow_host,
+};
 pub(crate) use kvm::cmdline;
 pub(crate) use process::{Coming, End, Event, Links, Process};
 pub(crate) use signals::watch as watch_signals;

@@ -1,8 +1,15 @@
 //! The main loop: one event after another, so that no two commands ever meet in the machine.
 
+mod saving;
+#[cfg(test)]
+mod tests;
+
 use std::{path::Path, sync::atomic::AtomicBool, time::Duration};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+
+pub(crate) use saving::SaveEnd;
+use saving::Saving;
 
 use super::machine::{Cancel, HandoffEnd, Machine, Watch};
 use crate::{
@@ -35,6 +42,8 @@ pub(crate) enum Event {
     InDoubt(String),
     /// A handoff is over.
     HandoffEnded(HandoffEnd),
+    /// The guest is saved, or is not.
+    SaveEnded(SaveEnd),
     /// The guest that was started or received runs here, or will not.
     Arrived(Result<Box<dyn Machine>, Failure>),
 }
@@ -55,6 +64,7 @@ enum State {
     Running(Box<dyn Machine>),
     Paused(Box<dyn Machine>),
     HandingOff(Handoff),
+    Saving(Saving),
     Coming(Coming),
     /// Between two states, and after the last.
     Gone,
@@ -122,6 +132,7 @@ impl Process {
                 Event::Progress(progress) => self.progress(progress),
                 Event::InDoubt(why) => self.in_doubt(why),
                 Event::HandoffEnded(end) => self.handoff_ended(end)?,
+                Event::SaveEnded(end) => self.save_ended(end)?,
                 Event::Arrived(Ok(machine)) => self.arrived(machine)?,
                 Event::Arrived(Err(failure)) => return Err(failure.into()),
             };
@@ -156,7 +167,10 @@ impl Process {
     fn asked(&mut self, asked: Asked) -> anyhow::Result<Option<End>> {
         let can_wait = matches!(
             asked.request,
-            Request::Pause | Request::Stop { force: false } | Request::Handoff(_)
+            Request::Pause
+                | Request::Stop { force: false }
+                | Request::Handoff(_)
+                | Request::Save(_)
         );
         if can_wait && self.waiting.len() < MAX_WAITING && self.is_about_to_run() {
             self.waiting.push(asked);
@@ -170,6 +184,7 @@ impl Process {
             Request::Stop { force } => return self.stop(Some(answer), force),
             Request::Handoff(request) => self.hand_off(request, answer),
             Request::CancelHandoff => self.cancel(answer),
+            Request::Save(request) => self.save(request, answer),
             Request::ExportDisk { path } => self.export(Path::new(&path), answer),
             Request::AdoptLink { .. } => match &self.state {
                 State::Coming(Coming { links: Some(links), .. }) => {
@@ -188,6 +203,7 @@ impl Process {
         let (phase, progress) = match &self.state {
             State::Running(_) => (Phase::Running, None),
             State::Paused(_) => (Phase::Paused, None),
+            State::Saving(_) => (Phase::Saving, None),
             State::HandingOff(h) if h.in_doubt.is_some() => (Phase::InDoubt, Some(&h.progress)),
             State::HandingOff(h) => (Phase::HandingOff, Some(&h.progress)),
             // The guest runs; only the source's last word is awaited.
@@ -221,6 +237,7 @@ impl Process {
         self.conflict(match &self.state {
             State::Running(_) => "it is running",
             State::Paused(_) => "it is paused",
+            State::Saving(_) => "it is being saved",
             State::HandingOff(h) if h.in_doubt.is_some() => {
                 "its handoff is committed, not confirmed"
             }
@@ -322,6 +339,13 @@ impl Process {
                 handoff.stop.extend(answer);
                 handoff.end = true;
                 self.state = State::HandingOff(handoff);
+                Ok(None)
+            }
+            State::Saving(mut saving) if force => {
+                // It goes on by itself to a file that is whole, or to none.
+                saving.end.extend(answer);
+                saving.must_end = true;
+                self.state = State::Saving(saving);
                 Ok(None)
             }
             State::Coming(_) if force => {
@@ -495,242 +519,5 @@ impl Watch for ToEvents {
 
     fn in_doubt(&self, why: &str) {
         let _ = self.events.send(Event::InDoubt(why.to_owned()));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::{
-        Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
-    };
-
-    use super::*;
-    use crate::{home::Home, vmproc::machine::Keep};
-
-    /// A machine that notes what is done to it; its handoff ends as `outcome` says.
-    #[derive(Clone)]
-    struct Fake {
-        done: Arc<Mutex<Vec<&'static str>>>,
-        outcome: &'static str,
-    }
-
-    impl Fake {
-        fn note(&self, what: &'static str) -> anyhow::Result<()> {
-            self.done.lock().unwrap().push(what);
-            Ok(())
-        }
-    }
-
-    impl Machine for Fake {
-        fn pause(&mut self) -> anyhow::Result<()> {
-            self.note("pause")
-        }
-        fn resume(&mut self) -> anyhow::Result<()> {
-            self.note("resume")
-        }
-        fn stop(self: Box<Self>) -> anyhow::Result<()> {
-            self.note("stop")
-        }
-        fn export_disk(&mut self, _: &Path) -> anyhow::Result<()> {
-            self.note("export")
-        }
-        fn hand_off(self: Box<Self>, _: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd {
-            let failure = Failure::new(Exit::NotMoved, "handoff", "no", "again");
-            watch.progress(Progress { round: 1, ..Progress::default() });
-            match self.outcome {
-                "moved" => {
-                    let done = Arc::clone(&self.done);
-                    let keep: Keep = Box::new(move || {
-                        done.lock().unwrap().push("keep");
-                        Ok(())
-                    });
-                    let report = serde_json::json!({"total_ms": 1});
-                    HandoffEnd::Moved { report, keep: Some(keep) }
-                }
-                "undecided" => HandoffEnd::Undecided { failure },
-                "panic" => panic!("a defect, for this test"),
-                "doubt" => {
-                    watch.in_doubt("silence");
-                    loop {
-                        std::thread::park();
-                    }
-                }
-                _ => {
-                    while !watch.cancel().load(Ordering::Relaxed) {
-                        std::thread::sleep(Duration::from_millis(1));
-                    }
-                    HandoffEnd::Kept { machine: self, failure }
-                }
-            }
-        }
-    }
-
-    struct Bench {
-        _root: tempfile::TempDir,
-        events: Sender<Event>,
-        done: Arc<Mutex<Vec<&'static str>>>,
-        thread: std::thread::JoinHandle<anyhow::Result<End>>,
-    }
-
-    fn bench(outcome: &'static str) -> Bench {
-        let root = tempfile::tempdir().unwrap();
-        let dir = Home::new(root.path()).unwrap().vm(&"a".parse().unwrap());
-        dir.create().unwrap();
-        let (process, events) = Process::new(dir);
-        let done = Arc::new(Mutex::new(Vec::new()));
-        let fake = Box::new(Fake { done: Arc::clone(&done), outcome });
-        events.send(Event::Arrived(Ok(fake))).unwrap();
-        let coming = Coming { phase: Phase::Starting, links: None, ready: Box::new(|| {}) };
-        let thread = std::thread::spawn(move || process.run(coming));
-        Bench { _root: root, events, done, thread }
-    }
-
-    impl Bench {
-        fn send(&self, request: Request) -> Receiver<Reply> {
-            let (answer, replies) = Answer::new();
-            self.events.send(Event::Asked(Asked { request, fd: None, answer })).unwrap();
-            replies
-        }
-
-        fn call(&self, request: Request) -> Reply {
-            self.send(request).iter().last().unwrap()
-        }
-
-        fn phase(&self) -> Phase {
-            match self.call(Request::Status) {
-                Reply::Status(status) => status.phase,
-                other => panic!("{other:?}"),
-            }
-        }
-
-        fn await_phase(&self, phase: Phase) {
-            static TRIES: AtomicU32 = AtomicU32::new(0);
-            while self.phase() != phase {
-                assert!(TRIES.fetch_add(1, Ordering::Relaxed) < 10_000);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-    }
-
-    fn handoff() -> Request {
-        Request::Handoff(HandoffRequest { peer: "b:1".into(), ..HandoffRequest::default() })
-    }
-
-    fn refused(reply: &Reply) -> bool {
-        matches!(reply, Reply::Failed(failure) if failure.exit == Exit::Conflict)
-    }
-
-    /// A received guest runs before its process has heard the source's last word: what is asked
-    /// in between is done when it has.
-    #[test]
-    fn commands_wait_for_a_guest_that_is_ours() {
-        use handoff::ownership::{Record, VmId};
-        let root = tempfile::tempdir().unwrap();
-        let dir = Home::new(root.path()).unwrap().vm(&"a".parse().unwrap());
-        dir.create().unwrap();
-        let (process, events) = Process::new(dir.clone());
-        let done = Arc::new(Mutex::new(Vec::new()));
-        let fake = Box::new(Fake { done: Arc::clone(&done), outcome: "moved" });
-        let links: Links = Box::new(|_| {});
-        let coming = Coming { phase: Phase::Receiving, links: Some(links), ready: Box::new(|| {}) };
-        let thread = std::thread::spawn(move || process.run(coming));
-        let bench = Bench { _root: root, events, done, thread };
-        assert_eq!(bench.phase(), Phase::Receiving);
-        assert!(refused(&bench.call(Request::Pause)));
-        dir.journal().unwrap().write(Record::created(VmId([1; 16]))).unwrap();
-        assert_eq!(bench.phase(), Phase::Running);
-        let paused = bench.send(Request::Pause);
-        bench.events.send(Event::Arrived(Ok(fake))).unwrap();
-        assert_eq!(paused.iter().last(), Some(Reply::Done));
-        assert_eq!(bench.call(Request::Stop { force: false }), Reply::Done);
-        bench.thread.join().unwrap().unwrap();
-    }
-
-    #[test]
-    fn commands_meet_only_states_that_allow_them() {
-        let bench = bench("moved");
-        assert!(refused(&bench.call(Request::Resume)));
-        assert!(refused(&bench.call(Request::CancelHandoff)));
-        let export = Request::ExportDisk { path: "/x".into() };
-        assert!(refused(&bench.call(export.clone())));
-        assert_eq!(bench.call(Request::Pause), Reply::Done);
-        assert_eq!(bench.phase(), Phase::Paused);
-        assert!(refused(&bench.call(Request::Pause)));
-        assert_eq!(bench.call(export), Reply::Done);
-        assert_eq!(bench.call(Request::Resume), Reply::Done);
-        assert_eq!(bench.call(Request::Stop { force: false }), Reply::Done);
-        assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
-        assert_eq!(*bench.done.lock().unwrap(), ["pause", "export", "resume", "stop"]);
-    }
-
-    #[test]
-    fn a_moved_guest_ends_the_process_and_leaves_a_report() {
-        let bench = bench("moved");
-        let replies: Vec<_> = bench.send(handoff()).iter().collect();
-        assert!(matches!(replies.first(), Some(Reply::Progress(p)) if p.round == 1), "{replies:?}");
-        assert!(matches!(replies.last(), Some(Reply::Moved(_))));
-        assert_eq!(bench.thread.join().unwrap().unwrap(), End::HandedOff);
-        assert!(bench._root.path().join("vms/a/report.json").exists());
-        assert_eq!(*bench.done.lock().unwrap(), ["keep"]);
-    }
-
-    #[test]
-    fn a_cancelled_handoff_leaves_the_guest_as_it_was() {
-        let bench = bench("kept");
-        bench.call(Request::Pause);
-        let replies = bench.send(handoff());
-        assert_eq!(bench.phase(), Phase::HandingOff);
-        assert!(refused(&bench.call(Request::Pause)));
-        assert!(refused(&bench.call(handoff())));
-        assert!(refused(&bench.call(Request::Stop { force: false })));
-        assert_eq!(bench.call(Request::CancelHandoff), Reply::Done);
-        assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
-        bench.await_phase(Phase::Paused);
-        // A guest that ends by itself ends the process.
-        bench.events.send(Event::GuestEnded("power off".into())).unwrap();
-        assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
-    }
-
-    #[test]
-    fn a_forced_stop_waits_for_the_handoff_to_let_go() {
-        let bench = bench("kept");
-        let replies = bench.send(handoff());
-        assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
-        assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
-        assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
-        assert_eq!(*bench.done.lock().unwrap(), ["stop"]);
-    }
-
-    #[test]
-    fn a_guest_that_ends_during_its_handoff_is_not_called_cancelled() {
-        let bench = bench("kept");
-        let replies = bench.send(handoff());
-        assert_eq!(bench.phase(), Phase::HandingOff);
-        bench.events.send(Event::GuestEnded("power off".into())).unwrap();
-        let Some(Reply::Failed(failure)) = replies.iter().last() else { panic!("no failure") };
-        assert!(failure.message.contains("power off"), "{failure}");
-        assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
-    }
-
-    #[test]
-    fn doubt_is_shown_and_cannot_be_cancelled() {
-        let bench = bench("doubt");
-        let _replies = bench.send(handoff());
-        bench.await_phase(Phase::InDoubt);
-        assert!(refused(&bench.call(Request::CancelHandoff)));
-        assert!(refused(&bench.call(Request::Stop { force: false })));
-        assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
-        let failure = describe(&bench.thread.join().unwrap().unwrap_err());
-        assert_eq!(failure.exit, Exit::InDoubt);
-    }
-
-    #[test]
-    fn an_undecided_end_is_an_error_of_the_process() {
-        for outcome in ["undecided", "panic"] {
-            let bench = bench(outcome);
-            assert!(matches!(bench.call(handoff()), Reply::Failed(_)));
-            bench.thread.join().unwrap().unwrap_err();
-        }
     }
 }

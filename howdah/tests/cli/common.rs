@@ -66,14 +66,9 @@ impl Cloudlet {
         self.run(&["base", "import", name, "--disk", "disk.raw", "--kernel", "kernel"])
     }
 
-    /// Imports a base with 32 MiB of memory, whose machine has this MAC address.
-    pub(crate) fn base_with_memory(&self, name: &str, mac: Option<[u8; 6]>) -> Ran {
-        self.file("disk.raw", &disk());
-        self.file("kernel", &kernel());
-        let mut ram = vec![0; 32 << 20];
-        ram[4096..8192].fill(7);
-        self.file("memory.raw", &ram);
-        let profile = vmm::MachineProfile {
+    /// A machine that no host has to be able to run.
+    pub(crate) fn profile(mac: Option<[u8; 6]>) -> vmm::MachineProfile {
+        vmm::MachineProfile {
             vcpus: 2,
             memory_bytes: 32 << 20,
             disk: true,
@@ -81,7 +76,17 @@ impl Cloudlet {
             cpuid: vec![Default::default()],
             tsc_khz: 2_000_000,
             xsave_bytes: 4096,
-        };
+        }
+    }
+
+    /// Imports a base with 32 MiB of memory, whose machine has this MAC address.
+    pub(crate) fn base_with_memory(&self, name: &str, mac: Option<[u8; 6]>) -> Ran {
+        self.file("disk.raw", &disk());
+        self.file("kernel", &kernel());
+        let mut ram = vec![0; 32 << 20];
+        ram[4096..8192].fill(7);
+        self.file("memory.raw", &ram);
+        let profile = Self::profile(mac);
         let machine = vmm::MachineSnapshot { profile, state: vec![1; 100] }.encode().unwrap();
         self.file("machine", &machine);
         let words = "--disk disk.raw --kernel kernel --memory memory.raw --machine machine";

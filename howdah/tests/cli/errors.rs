@@ -43,6 +43,11 @@ fn wrong_words() {
     cloudlet.line("base import a").fails(2, &["--disk", "--kernel"]);
     cloudlet.line("receive --listen nowhere").fails(2, &["nowhere", "--listen"]);
     cloudlet.line("handoff a").fails(2, &["PEER"]);
+    cloudlet.line("handoff a b:1 --without all").fails(2, &["all", "base-memory"]);
+    cloudlet.line("handoff a b:1 --delta best").fails(2, &["best", "xor"]);
+    cloudlet.line("handoff a b:1 --keep-mib some").fails(2, &["some", "--keep-mib"]);
+    cloudlet.line("handoff a --cancel --keep-mib 0").fails(2, &["--keep-mib"]);
+    cloudlet.line("save a").fails(2, &["FILE"]);
     let ran = cloudlet.line("vm inspect --json").fails(2, &["NAME"]);
     assert_eq!(ran.json()["error"]["exit"], 2);
 }
@@ -103,6 +108,7 @@ fn vms_that_are_not_there() {
         "vm rm a",
         "vm console a",
         "handoff a 127.0.0.1:1",
+        "save a file",
     ] {
         cloudlet.line(line).fails(3, &["VM a", "howdah vm ls"]);
     }
@@ -115,8 +121,14 @@ fn vms_that_do_not_run() {
     let cloudlet = Cloudlet::new();
     cloudlet.base("tiny").ok();
     stopped(&cloudlet, "a", OWNER);
-    for line in ["vm stop a", "vm pause a", "vm resume a", "vm console a", "handoff a 127.0.0.1:1"]
-    {
+    for line in [
+        "vm stop a",
+        "vm pause a",
+        "vm resume a",
+        "vm console a",
+        "handoff a 127.0.0.1:1",
+        "save a file",
+    ] {
         cloudlet.line(line).fails(4, &["VM a", "not running", "howdah vm run a"]);
     }
     // A socket and a pid that a dead process left prove nothing.

@@ -4,3 +4,4 @@
 mod bases;
 mod common;
 mod errors;
+mod saved;

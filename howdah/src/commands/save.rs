@@ -1,0 +1,42 @@
+//! `howdah save`: asks a VM's process to write it to a file.
+
+use std::time::Duration;
+
+use crate::{
+    cli::SaveArgs,
+    commands::vm::{KEEP_TIMEOUT, await_exit},
+    control::{Reply, Request, SaveRequest, client},
+    failure::{Exit, Failure},
+    home::Home,
+    output::{Output, bytes, shares},
+};
+
+/// How long a save may take.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Runs `howdah save`.
+pub(crate) fn run(args: SaveArgs, home: &Home, output: Output) -> anyhow::Result<()> {
+    let dir = home.existing(&args.vm)?;
+    let file =
+        std::path::absolute(&args.file).map_err(|e| Failure::file("write", &args.file, &e))?;
+    let path = file.to_str().ok_or_else(|| {
+        Failure::new(Exit::Usage, file.display(), "not a UTF-8 path", "choose another")
+    })?;
+    let request =
+        SaveRequest { path: path.to_owned(), stop: args.stop, encode: args.encode.into() };
+    let mut channel = client::ask(&dir, Request::Save(request), None)?;
+    channel.set_timeout(Some(SAVE_TIMEOUT))?;
+    let report = match client::next_reply(&dir, &mut channel)? {
+        Reply::Saved(report) => report,
+        Reply::Failed(failure) => return Err(failure.into()),
+        _ => anyhow::bail!("VM {}: its process gave an answer that is none", dir.name()),
+    };
+    if args.stop {
+        await_exit(&dir, KEEP_TIMEOUT)?;
+    }
+    output.result(&report, |report| {
+        let size = report.get("bytes").and_then(serde_json::Value::as_u64).unwrap_or_default();
+        format!("VM {} is in {}: {}{}", args.vm, file.display(), bytes(size), shares(report))
+    });
+    Ok(())
+}

@@ -1,0 +1,271 @@
+//! Commands meet a machine that only notes what is done to it.
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicU32, Ordering},
+};
+
+use super::*;
+use crate::{control::SaveRequest, home::Home, vmproc::machine::Keep};
+
+/// A machine that notes what is done to it; its handoff ends as `outcome` says.
+#[derive(Clone)]
+struct Fake {
+    done: Arc<Mutex<Vec<&'static str>>>,
+    outcome: &'static str,
+}
+
+impl Fake {
+    fn note(&self, what: &'static str) -> anyhow::Result<()> {
+        self.done.lock().unwrap().push(what);
+        Ok(())
+    }
+}
+
+impl Machine for Fake {
+    fn pause(&mut self) -> anyhow::Result<()> {
+        self.note("pause")
+    }
+    fn resume(&mut self) -> anyhow::Result<()> {
+        self.note("resume")
+    }
+    fn stop(self: Box<Self>) -> anyhow::Result<()> {
+        self.note("stop")
+    }
+    fn export_disk(&mut self, _: &Path) -> anyhow::Result<()> {
+        self.note("export")
+    }
+    fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure> {
+        self.note("save").unwrap();
+        match request.path.as_str() {
+            "/full" => Err(Failure::new(Exit::Failed, "/full", "no room", "make some")),
+            "/panic" => panic!("a defect, for this test"),
+            _ => Ok(serde_json::json!({"bytes": 1})),
+        }
+    }
+    fn hand_off(self: Box<Self>, _: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd {
+        let failure = Failure::new(Exit::NotMoved, "handoff", "no", "again");
+        watch.progress(Progress { round: 1, ..Progress::default() });
+        match self.outcome {
+            "moved" => {
+                let done = Arc::clone(&self.done);
+                let keep: Keep = Box::new(move || {
+                    done.lock().unwrap().push("keep");
+                    Ok(())
+                });
+                let report = serde_json::json!({"total_ms": 1});
+                HandoffEnd::Moved { report, keep: Some(keep) }
+            }
+            "undecided" => HandoffEnd::Undecided { failure },
+            "panic" => panic!("a defect, for this test"),
+            "doubt" => {
+                watch.in_doubt("silence");
+                loop {
+                    std::thread::park();
+                }
+            }
+            _ => {
+                while !watch.cancel().load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                HandoffEnd::Kept { machine: self, failure }
+            }
+        }
+    }
+}
+
+struct Bench {
+    _root: tempfile::TempDir,
+    events: Sender<Event>,
+    done: Arc<Mutex<Vec<&'static str>>>,
+    thread: std::thread::JoinHandle<anyhow::Result<End>>,
+}
+
+fn bench(outcome: &'static str) -> Bench {
+    let root = tempfile::tempdir().unwrap();
+    let dir = Home::new(root.path()).unwrap().vm(&"a".parse().unwrap());
+    dir.create().unwrap();
+    let (process, events) = Process::new(dir);
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let fake = Box::new(Fake { done: Arc::clone(&done), outcome });
+    events.send(Event::Arrived(Ok(fake))).unwrap();
+    let coming = Coming { phase: Phase::Starting, links: None, ready: Box::new(|| {}) };
+    let thread = std::thread::spawn(move || process.run(coming));
+    Bench { _root: root, events, done, thread }
+}
+
+impl Bench {
+    fn send(&self, request: Request) -> Receiver<Reply> {
+        let (answer, replies) = Answer::new();
+        self.events.send(Event::Asked(Asked { request, fd: None, answer })).unwrap();
+        replies
+    }
+
+    fn call(&self, request: Request) -> Reply {
+        self.send(request).iter().last().unwrap()
+    }
+
+    fn phase(&self) -> Phase {
+        match self.call(Request::Status) {
+            Reply::Status(status) => status.phase,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn await_phase(&self, phase: Phase) {
+        static TRIES: AtomicU32 = AtomicU32::new(0);
+        while self.phase() != phase {
+            assert!(TRIES.fetch_add(1, Ordering::Relaxed) < 10_000);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn handoff() -> Request {
+    Request::Handoff(HandoffRequest { peer: "b:1".into(), ..HandoffRequest::default() })
+}
+
+fn refused(reply: &Reply) -> bool {
+    matches!(reply, Reply::Failed(failure) if failure.exit == Exit::Conflict)
+}
+
+fn save(path: &str, stop: bool) -> Request {
+    Request::Save(SaveRequest { path: path.into(), stop, ..SaveRequest::default() })
+}
+
+#[test]
+fn a_guest_is_paused_while_it_is_saved_and_then_goes_on() {
+    let bench = bench("kept");
+    assert!(matches!(bench.call(save("/file", false)), Reply::Saved(_)));
+    assert_eq!(bench.phase(), Phase::Running);
+    assert!(matches!(bench.call(save("/full", true)), Reply::Failed(_)));
+    assert_eq!(bench.phase(), Phase::Running);
+    assert_eq!(bench.call(Request::Pause), Reply::Done);
+    assert!(matches!(bench.call(save("/file", false)), Reply::Saved(_)));
+    assert_eq!(bench.phase(), Phase::Paused);
+    assert!(matches!(bench.call(save("/file", true)), Reply::Saved(_)));
+    assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
+    let done = bench.done.lock().unwrap();
+    let once = ["pause", "save", "resume", "pause", "save", "resume", "pause", "save"];
+    assert_eq!(*done, [&once[..], &["save", "stop"]].concat());
+}
+
+#[test]
+fn a_save_that_panics_is_an_error_of_the_process() {
+    let bench = bench("kept");
+    assert!(matches!(bench.call(save("/panic", false)), Reply::Failed(_)));
+    bench.thread.join().unwrap().unwrap_err();
+}
+
+/// A received guest runs before its process has heard the source's last word: what is asked
+/// in between is done when it has.
+#[test]
+fn commands_wait_for_a_guest_that_is_ours() {
+    use handoff::ownership::{Record, VmId};
+    let root = tempfile::tempdir().unwrap();
+    let dir = Home::new(root.path()).unwrap().vm(&"a".parse().unwrap());
+    dir.create().unwrap();
+    let (process, events) = Process::new(dir.clone());
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let fake = Box::new(Fake { done: Arc::clone(&done), outcome: "moved" });
+    let links: Links = Box::new(|_| {});
+    let coming = Coming { phase: Phase::Receiving, links: Some(links), ready: Box::new(|| {}) };
+    let thread = std::thread::spawn(move || process.run(coming));
+    let bench = Bench { _root: root, events, done, thread };
+    assert_eq!(bench.phase(), Phase::Receiving);
+    assert!(refused(&bench.call(Request::Pause)));
+    dir.journal().unwrap().write(Record::created(VmId([1; 16]))).unwrap();
+    assert_eq!(bench.phase(), Phase::Running);
+    let paused = bench.send(Request::Pause);
+    bench.events.send(Event::Arrived(Ok(fake))).unwrap();
+    assert_eq!(paused.iter().last(), Some(Reply::Done));
+    assert_eq!(bench.call(Request::Stop { force: false }), Reply::Done);
+    bench.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn commands_meet_only_states_that_allow_them() {
+    let bench = bench("moved");
+    assert!(refused(&bench.call(Request::Resume)));
+    assert!(refused(&bench.call(Request::CancelHandoff)));
+    let export = Request::ExportDisk { path: "/x".into() };
+    assert!(refused(&bench.call(export.clone())));
+    assert_eq!(bench.call(Request::Pause), Reply::Done);
+    assert_eq!(bench.phase(), Phase::Paused);
+    assert!(refused(&bench.call(Request::Pause)));
+    assert_eq!(bench.call(export), Reply::Done);
+    assert_eq!(bench.call(Request::Resume), Reply::Done);
+    assert_eq!(bench.call(Request::Stop { force: false }), Reply::Done);
+    assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
+    assert_eq!(*bench.done.lock().unwrap(), ["pause", "export", "resume", "stop"]);
+}
+
+#[test]
+fn a_moved_guest_ends_the_process_and_leaves_a_report() {
+    let bench = bench("moved");
+    let replies: Vec<_> = bench.send(handoff()).iter().collect();
+    assert!(matches!(replies.first(), Some(Reply::Progress(p)) if p.round == 1), "{replies:?}");
+    assert!(matches!(replies.last(), Some(Reply::Moved(_))));
+    assert_eq!(bench.thread.join().unwrap().unwrap(), End::HandedOff);
+    assert!(bench._root.path().join("vms/a/report.json").exists());
+    assert_eq!(*bench.done.lock().unwrap(), ["keep"]);
+}
+
+#[test]
+fn a_cancelled_handoff_leaves_the_guest_as_it_was() {
+    let bench = bench("kept");
+    bench.call(Request::Pause);
+    let replies = bench.send(handoff());
+    assert_eq!(bench.phase(), Phase::HandingOff);
+    assert!(refused(&bench.call(Request::Pause)));
+    assert!(refused(&bench.call(handoff())));
+    assert!(refused(&bench.call(Request::Stop { force: false })));
+    assert_eq!(bench.call(Request::CancelHandoff), Reply::Done);
+    assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
+    bench.await_phase(Phase::Paused);
+    // A guest that ends by itself ends the process.
+    bench.events.send(Event::GuestEnded("power off".into())).unwrap();
+    assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
+}
+
+#[test]
+fn a_forced_stop_waits_for_the_handoff_to_let_go() {
+    let bench = bench("kept");
+    let replies = bench.send(handoff());
+    assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
+    assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
+    assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
+    assert_eq!(*bench.done.lock().unwrap(), ["stop"]);
+}
+
+#[test]
+fn a_guest_that_ends_during_its_handoff_is_not_called_cancelled() {
+    let bench = bench("kept");
+    let replies = bench.send(handoff());
+    assert_eq!(bench.phase(), Phase::HandingOff);
+    bench.events.send(Event::GuestEnded("power off".into())).unwrap();
+    let Some(Reply::Failed(failure)) = replies.iter().last() else { panic!("no failure") };
+    assert!(failure.message.contains("power off"), "{failure}");
+    assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
+}
+
+#[test]
+fn doubt_is_shown_and_cannot_be_cancelled() {
+    let bench = bench("doubt");
+    let _replies = bench.send(handoff());
+    bench.await_phase(Phase::InDoubt);
+    assert!(refused(&bench.call(Request::CancelHandoff)));
+    assert!(refused(&bench.call(Request::Stop { force: false })));
+    assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
+    let failure = describe(&bench.thread.join().unwrap().unwrap_err());
+    assert_eq!(failure.exit, Exit::InDoubt);
+}
+
+#[test]
+fn an_undecided_end_is_an_error_of_the_process() {
+    for outcome in ["undecided", "panic"] {
+        let bench = bench(outcome);
+        assert!(matches!(bench.call(handoff()), Reply::Failed(_)));
+        bench.thread.join().unwrap().unwrap_err();
+    }
+}
