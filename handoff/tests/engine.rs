@@ -33,6 +33,7 @@ fn limits() -> Limits {
     Limits {
         connect: ms(500),
         greeting: ms(2000),
+        ready: ms(5000),
         silence: ms(2000),
         ping_every: ms(100),
         relink_grace: ms(1000),
@@ -262,6 +263,14 @@ fn a_refusal_leaves_the_guest_alone() {
     let faults = HostFaults { refuse: Some(refusal.clone()), ..HostFaults::default() };
     let pair = pair(&[], faults, 100);
     assert_kept(pair, |r| matches!(r, KeptReason::Refused(got) if *got == refusal));
+}
+
+#[test]
+fn a_target_that_takes_long_to_get_ready_is_waited_for() {
+    let slow = Duration::from_millis(1500);
+    let mut pair = pair(&[], HostFaults { slow, ..HostFaults::default() }, 100);
+    pair.options.limits.silence = Duration::from_millis(400);
+    assert_moved(pair);
 }
 
 #[test]

@@ -36,6 +36,7 @@ fn limits() -> Limits {
     Limits {
         connect: ms(500),
         greeting: ms(2000),
+        ready: ms(5000),
         silence: ms(2000),
         ping_every: ms(100),
         relink_grace: ms(1000),

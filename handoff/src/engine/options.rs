@@ -20,6 +20,9 @@ pub struct Limits {
     pub connect: Duration,
     /// From a link to the peer's first frame.
     pub greeting: Duration,
+    /// From then until the target is ready for the guest: it opens bases, reserves memory and disk,
+    /// and verifies what it holds of an earlier visit.
+    pub ready: Duration,
     /// A link on which nothing was heard for so long is given up.
     pub silence: Duration,
     /// How often the source says something, so that silence means a broken link.
@@ -46,6 +49,7 @@ impl Default for Limits {
         Self {
             connect: s(5),
             greeting: s(20),
+            ready: s(120),
             silence: s(10),
             ping_every: s(1),
             relink_grace: s(10),

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Select, TryRecvError, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Select, TryRecvError, bounded, unbounded};
 
 use super::{
     Incoming, ReceiveError, ReceiveOptions, Received,
@@ -42,7 +42,11 @@ pub fn receive<L: Transport, H: TargetHost>(
     options: &ReceiveOptions,
     clock: &dyn Clock,
 ) -> Result<Received<H::Vm>, ReceiveError> {
-    let admitted = admit(&first.hello, host, journal, options);
+    let counts = Counts::default();
+    let admitted = {
+        let Incoming { hello, tx, .. } = &mut first;
+        keep_alive(tx, &counts, options, || admit(hello, host, journal, options))
+    };
     let (prepared, agreed, geometry) = match admitted {
         Ok(admitted) => admitted,
         Err(refusal) => {
@@ -62,7 +66,6 @@ pub fn receive<L: Transport, H: TargetHost>(
         limits.ping_every,
     );
     let mut arriving = Arriving::new(prepared, geometry, session, journal, options, audit, clock)?;
-    let counts = Counts::default();
     for _ in 0..MAX_LINKS {
         let why = match serve(first, &mut arriving, relinks, options, clock, &counts) {
             Served::Settled => return arriving.finish(&counts),
@@ -90,6 +93,31 @@ pub fn receive<L: Transport, H: TargetHost>(
 pub(super) struct Counts {
     pub(super) received: AtomicU64,
     pub(super) sent: AtomicU64,
+}
+
+/// Does what may take long, and says meanwhile, now and then, that this side lives.
+fn keep_alive<T>(
+    tx: &mut (impl std::io::Write + Send),
+    counts: &Counts,
+    options: &ReceiveOptions,
+    work: impl FnOnce() -> T,
+) -> T {
+    let (done, over) = bounded::<()>(0);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut scratch = Vec::new();
+            while over.recv_timeout(options.limits.ping_every) == Err(RecvTimeoutError::Timeout) {
+                match write_frame(tx, &Frame::Ping(0), &mut scratch) {
+                    Ok(bytes) => counts.sent.fetch_add(bytes, Relaxed),
+                    // Whoever uses the link next finds out.
+                    Err(_) => return,
+                };
+            }
+        });
+        let worked = work();
+        drop(done);
+        worked
+    })
 }
 
 type Admitted<Vm> = (Prepared<Vm>, Agreed, Geometry);

@@ -5,7 +5,7 @@ use std::{sync::atomic::AtomicBool, thread, time::Duration};
 use crossbeam_channel::unbounded;
 
 use super::{
-    KeptReason, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
+    KeptReason, Limits, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
     courier::{Courier, LinkStatus, Order, pipeline_queue},
     meter::Meter,
     pipe::{Pipe, Word},
@@ -358,7 +358,8 @@ struct Negotiated<'r, 'a>(&'r mut Run<'a>);
 
 impl<'r, 'a> Negotiated<'r, 'a> {
     fn await_welcome(run: &'r mut Run<'a>) -> Result<Self, KeptReason> {
-        let limit = run.options.limits.connect + run.options.limits.greeting;
+        let Limits { connect, greeting, ready, .. } = run.options.limits;
+        let limit = connect + greeting + ready;
         match run.pipe.await_word("the peer's answer", limit)? {
             (Word::Welcomed(agreed), _) => {
                 run.agree(agreed);

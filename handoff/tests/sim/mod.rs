@@ -318,6 +318,8 @@ pub struct HostFaults {
     pub refuse: Option<Refusal>,
     pub fail_load: bool,
     pub fail_resume: bool,
+    /// How long it takes to get ready.
+    pub slow: Duration,
 }
 
 pub struct Host {
@@ -337,6 +339,7 @@ impl TargetHost for Host {
         if offer.base != self.base.id() {
             return Err(Refusal::UnknownBase(offer.base));
         }
+        thread::sleep(self.faults.slow);
         let fresh = Memory::fresh(&*self.base);
         let memory = Arc::new(Mutex::new(fresh.clone()));
         let vm = Target {
