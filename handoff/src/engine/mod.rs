@@ -18,6 +18,7 @@ mod pace;
 mod pipe;
 mod reader;
 mod receive;
+mod run;
 pub mod saved;
 mod send;
 mod settle;

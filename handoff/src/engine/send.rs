@@ -9,28 +9,26 @@ use super::{
     courier::{Courier, LinkStatus, Order, pipeline_queue},
     meter::Meter,
     pipe::{Pipe, Word},
+    run::{HeldGuest, Run, failed},
     worker::{Job, WorkerStats, work},
 };
 use crate::{
     Bases, ChunkSet, Clock, Connect, Offer, SourceVm, Space,
-    order::RoundOrder,
     ownership::{
-        Guest, HandoffId, Journal, Question, Verdict,
+        HandoffId, Journal, Question, Verdict,
         source::{self, Event},
     },
     report::{Outcome, Progress, Report},
     root::{StateRoot, StateTable},
     source::SourceSession,
-    stage::{ClassifyError, Outbound, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
-    vm::{MAX_ALSO, MAX_KNOWN, VmError},
-    wire::{Agreed, Hello, Intent, Resumed},
+    stage::{Outbound, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
+    vm::{MAX_ALSO, MAX_KNOWN},
+    wire::{Hello, Intent, Resumed},
 };
 
 /// A round is harvested when what is left of the last one keeps the link busy for so long: asking
 /// for what is dirty, and making the first segment of it, takes time.
 const HARVEST_AHEAD: Duration = Duration::from_millis(30);
-/// After so many chunks of a round it is asked what the guest called free meanwhile.
-const HINTS_EVERY: u64 = 256;
 
 /// Hands the guest off to the peer that `connect` reaches.
 ///
@@ -138,42 +136,6 @@ enum Settled {
     InDoubt,
 }
 
-/// The guest, and what must be undone if the handoff fails.
-struct HeldGuest<'a> {
-    vm: &'a mut dyn SourceVm,
-    tracking: bool,
-    paused: bool,
-}
-
-impl HeldGuest<'_> {
-    fn start_tracking(&mut self) -> Result<ChunkSet, KeptReason> {
-        self.tracking = true;
-        self.vm.start_tracking().map_err(failed("starting to track changes"))
-    }
-
-    /// Sets the guest running again as it was before the handoff. The dirty bits that were
-    /// harvested need no putting back: the next handoff starts from all that differs from base.
-    fn restore(&mut self) -> Result<(), VmError> {
-        if std::mem::take(&mut self.paused) {
-            self.vm.resume()?;
-        }
-        if std::mem::take(&mut self.tracking)
-            && let Err(e) = self.vm.stop_tracking()
-        {
-            tracing::warn!(error = %e, "the guest runs, but its changes are still tracked");
-        }
-        Ok(())
-    }
-}
-
-fn failed(doing: &'static str) -> impl FnOnce(VmError) -> KeptReason {
-    move |source| KeptReason::Vm { doing, source }
-}
-
-fn unclassified(source: ClassifyError) -> KeptReason {
-    KeptReason::Vm { doing: "comparing with the base", source: source.into() }
-}
-
 fn hello(
     guest: &HeldGuest<'_>,
     bases: &Bases,
@@ -251,106 +213,6 @@ fn settle(run: &mut Run<'_>, settled: Settled) -> Result<SendOutcome, SendError>
     let order = if outcome.is_ok() { order } else { Order::Leave };
     let _ = run.pipe.orders.send(order);
     outcome
-}
-
-/// One handoff from the source's side.
-struct Run<'a> {
-    guest: HeldGuest<'a>,
-    pipe: Pipe<'a>,
-    outbound: Outbound,
-    journal: &'a mut Journal,
-    options: &'a SendOptions,
-    /// The VM's own base, and those that the target holds too.
-    bases: Bases,
-    handoff: Question,
-    round: u32,
-}
-
-impl Run<'_> {
-    fn report(&self, outcome: Outcome, reason: Option<String>) -> Report {
-        let (stats, base) = (self.outbound.stats(), self.bases.own().id().to_string());
-        self.pipe.meter.report(outcome, reason, Some(stats), base)
-    }
-
-    /// Builds on what the target holds of what was offered.
-    fn agree(&mut self, agreed: Agreed) {
-        // The session has checked that nothing is taken which was not offered.
-        let known = agreed.known.and_then(|n| self.options.known.get(usize::from(n)));
-        self.bases = self.bases.only(|n| agreed.holds(n));
-        let geometry = self.guest.vm.geometry();
-        let mut outbound = Outbound::new(self.bases.clone(), geometry, self.options.stages);
-        if let Some(table) = known {
-            outbound = outbound.with_start(table.clone());
-        }
-        self.outbound = outbound;
-    }
-
-    /// Writes what an event makes of the ownership record.
-    fn record(&mut self, event: Event) -> Result<Guest, SendError> {
-        let record = self.journal.record().ok_or(SendError::NoRecord)?;
-        let step = source::step(record, event)?;
-        if let Some(record) = step.write {
-            self.journal.write(record)?;
-        }
-        Ok(step.guest)
-    }
-
-    /// The target durably declined after the commit: the guest goes on here.
-    fn take_back(&mut self, why: String) -> Result<SendOutcome, SendError> {
-        let report = self.report(Outcome::KeptHere, Some(why.clone()));
-        if self.record(Event::Declined { handoff: self.handoff.handoff })? == Guest::Run {
-            let restored = self.guest.restore();
-            restored.map_err(|source| SendError::NotResumed { reason: why.clone(), source })?;
-        }
-        Ok(SendOutcome::KeptHere { reason: KeptReason::Declined(why), report })
-    }
-
-    /// Reads, classifies and gives to the pipeline every chunk of `set`, as one round.
-    fn send_round(&mut self, set: ChunkSet) -> Result<(), KeptReason> {
-        self.round += 1;
-        self.pipe.meter.round_begins(self.round, set.len());
-        self.outbound.begin(self.round);
-        let mut order = RoundOrder::shuffled(set, rand::random());
-        let mut looked_at = 0u64;
-        loop {
-            if looked_at.is_multiple_of(HINTS_EVERY) {
-                self.leave_out_free(&mut order)?;
-            }
-            looked_at += 1;
-            let Some(id) = order.next() else { break };
-            let slot = self.outbound.slot(id).map_err(unclassified)?;
-            self.guest.vm.read_chunk(id, slot).map_err(failed("reading the guest"))?;
-            self.pipe.meter.chunk_done();
-            self.push_batches()?;
-        }
-        self.outbound.end().map_err(unclassified)?;
-        self.push_batches()?;
-        self.pipe.meter.round_packed(&self.outbound.stats());
-        Ok(())
-    }
-
-    /// What the guest called free meanwhile need not be sent. A paused guest calls nothing free.
-    fn leave_out_free(&mut self, order: &mut RoundOrder) -> Result<(), KeptReason> {
-        if self.options.stages.free && !self.guest.paused {
-            let free = self.guest.vm.take_free_hints().map_err(failed("asking for free memory"))?;
-            let left_out = order.leave_out(&free);
-            self.pipe.meter.left_out(left_out);
-        }
-        Ok(())
-    }
-
-    /// Gives to the pipeline what is complete.
-    fn push_batches(&mut self) -> Result<(), KeptReason> {
-        while let Some(batch) = self.outbound.poll() {
-            let (round, kind) = (self.round, SegmentKind::Chunks);
-            self.pipe.push(Job::Body { round, kind, body: batch.body, chunks: batch.chunks })?;
-        }
-        Ok(())
-    }
-
-    fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {
-        self.guest.vm.harvest().map_err(failed("asking for changed memory"))
-    }
 }
 
 /// The target took the offer.
