@@ -1,8 +1,10 @@
 //! The CPU that the guest sees: what KVM supports, less what cannot be moved, with topology.
 //!
 //! Left out, because a machine state that holds it cannot be carried to another host in full:
-//! nested virtualisation (VMX, SVM), performance counters, asynchronous page faults (a wake-up that
-//! the source owes never comes from the target), APERF/MPERF. The invariant-TSC bit is left out so
+//! nested virtualisation (VMX, SVM), performance counters, asynchronous page faults and waking halted
+//! vCPUs by hypercall (a wake-up that the source owes never comes from the target: KVM does not give
+//! the kick of a vCPU that is about to halt, and one that waits for a lock with interrupts off then
+//! waits for ever), APERF/MPERF. The invariant-TSC bit is left out so
 //! that Linux keeps time by kvmclock, which the target corrects exactly, and not by a TSC whose
 //! rate differs between hosts by some parts per million.
 
@@ -76,8 +78,8 @@ const HIDDEN: &[(u32, u32, Register, u32)] = &[
     // Turbo, HWP and hardware feedback; APERF/MPERF.
     (POWER, 0, Eax, !(1 << 2)),
     (POWER, 0, Ecx, u32::MAX),
-    // Async page faults, by exit, by interrupt; extended MSI destinations.
-    (KVM_FEATURES, 0, Eax, 1 << 4 | 1 << 10 | 1 << 14 | 1 << 15),
+    // Async page faults, by exit, by interrupt; waking by hypercall; extended MSI destinations.
+    (KVM_FEATURES, 0, Eax, 1 << 4 | 1 << 7 | 1 << 10 | 1 << 14 | 1 << 15),
     // SVM, IBS, core, northbridge and cache performance counters.
     (AMD_FEATURES, 0, Ecx, 1 << 2 | 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28),
     // Invariant TSC.
@@ -339,7 +341,7 @@ mod tests {
             entry(1, [0xf00, 0x0808_0800, 1 << 5 | 1 << 15 | 1, EDX1_HTT | 1]),
             entry(0xa, [7, 7, 7, 7]),
             entry(0xb, [9, 9, 9, 9]),
-            entry(KVM_FEATURES, [1 << 3 | 1 << 4 | 1 << 14, 0, 0, 0]),
+            entry(KVM_FEATURES, [1 << 3 | 1 << 4 | 1 << 7 | 1 << 14, 0, 0, 0]),
             entry(AMD_FEATURES, [0, 0, 1 << 2 | 1 << 22, 1 << 29]),
             entry(AMD_POWER, [0, 0, 0, 1 << 8]),
             entry(AMD_SIZES, [0x3028, 0, 0x7007, 0]),

@@ -251,7 +251,7 @@ impl Vcpu {
             match self.fd.run() {
                 Ok(exit) => {
                     if let After::Halted = handle(exit, &page, context, self.id) {
-                        self.report_fault(context);
+                        self.report_fault();
                         return;
                     }
                 }
@@ -271,13 +271,21 @@ impl Vcpu {
         }
     }
 
-    /// Logs where the vCPU was, for the person who has to find out.
-    fn report_fault(&self, context: &RunContext) {
-        if context.halt.is_halted()
-            && let Ok(regs) = self.fd.get_regs()
-        {
-            tracing::debug!(vcpu = self.id, rip = format_args!("{:#x}", regs.rip), "stopped");
-        }
+    /// Logs where the vCPU was, for the person who has to find out. After a shutdown that the CPU
+    /// itself met, KVM has put it back to the reset vector (0xfff0): there is nothing to see then.
+    fn report_fault(&self) {
+        let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else { return };
+        tracing::warn!(
+            vcpu = self.id,
+            rip = format_args!("{:#x}", regs.rip),
+            rsp = format_args!("{:#x}", regs.rsp),
+            rflags = format_args!("{:#x}", regs.rflags),
+            cs = format_args!("{:#x}", sregs.cs.selector),
+            gs_base = format_args!("{:#x}", sregs.gs.base),
+            cr2 = format_args!("{:#x}", sregs.cr2),
+            cr3 = format_args!("{:#x}", sregs.cr3),
+            "the guest cannot go on",
+        );
     }
 }
 

@@ -7,7 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
-use super::{StateError, TimeState, kvm};
+use super::{StateError, kvm, time::wall_clock_ns};
 
 /// In the order in which they are restored.
 #[derive(Debug, Serialize, Deserialize)]
@@ -28,7 +28,12 @@ const CHIPS: [(u32, &str); 3] = [
 impl ChipState {
     pub(super) fn save(vm: &VmFd) -> Result<Self, StateError> {
         let pit = vm.get_pit2().map_err(kvm("PIT", None))?;
-        let clock = vm.get_clock().map_err(kvm("kvmclock", None))?;
+        let before = wall_clock_ns()?;
+        let mut clock = vm.get_clock().map_err(kvm("kvmclock", None))?;
+        if clock.flags & KVM_CLOCK_REALTIME == 0 {
+            // KVM has no pair: ours, a little early, so that the clock never stays behind.
+            clock.realtime = before;
+        }
         let mut chips = [kvm_irqchip::default(); 3];
         for (chip, (chip_id, what)) in chips.iter_mut().zip(CHIPS) {
             chip.chip_id = chip_id;
@@ -38,14 +43,9 @@ impl ChipState {
         Ok(Self { pit, clock, pic_master, pic_slave, ioapic })
     }
 
-    pub(super) fn restore(
-        &self,
-        vm: &VmFd,
-        time: &TimeState,
-        clock_realtime: bool,
-    ) -> Result<(), StateError> {
+    pub(super) fn restore(&self, vm: &VmFd, clock_realtime: bool) -> Result<(), StateError> {
         vm.set_pit2(&self.pit).map_err(kvm("PIT", None))?;
-        vm.set_clock(&self.clock_now(time, clock_realtime)?).map_err(kvm("kvmclock", None))?;
+        vm.set_clock(&self.clock_now(clock_realtime)?).map_err(kvm("kvmclock", None))?;
         for (chip, (chip_id, what)) in
             [&self.pic_master, &self.pic_slave, &self.ioapic].into_iter().zip(CHIPS)
         {
@@ -57,20 +57,15 @@ impl ChipState {
     }
 
     /// kvmclock as it must stand now: what it was, and the wall time that has gone by.
-    fn clock_now(
-        &self,
-        time: &TimeState,
-        clock_realtime: bool,
-    ) -> Result<kvm_clock_data, StateError> {
-        let known = self.clock.flags & KVM_CLOCK_REALTIME != 0;
-        let realtime = if known { self.clock.realtime } else { time.realtime_ns };
+    fn clock_now(&self, clock_realtime: bool) -> Result<kvm_clock_data, StateError> {
         let mut clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
         if clock_realtime {
             // KVM adds what has gone by at the very moment it sets the clock, and never goes back.
             clock.flags = KVM_CLOCK_REALTIME;
-            clock.realtime = realtime;
+            clock.realtime = self.clock.realtime;
         } else {
-            clock.clock = clock.clock.saturating_add(time.elapsed_ns()?);
+            let elapsed = wall_clock_ns()?.saturating_sub(self.clock.realtime);
+            clock.clock = clock.clock.saturating_add(elapsed);
         }
         Ok(clock)
     }

@@ -200,6 +200,6 @@ impl VmState {
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
             state.restore(vcpu, host.xsave_bytes)?;
         }
-        self.chips.restore(vm, &self.time, host.clock_realtime)
+        self.chips.restore(vm, host.clock_realtime)
     }
 }

@@ -21,7 +21,8 @@ ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 
 /// How often the pair is read to find one that no other thread delayed.
 const READINGS: usize = 8;
-/// A move longer than this is more likely two hosts whose clocks disagree.
+/// A guest that stood still longer than this came out of a base or a file, or else the clocks of two
+/// hosts disagree.
 const SUSPICIOUS: Duration = Duration::from_secs(300);
 
 /// The guest's TSC and the time at which it had that value.
@@ -33,7 +34,7 @@ pub struct TimeState {
     pub realtime_ns: u64,
 }
 
-fn wall_clock_ns() -> Result<u64, StateError> {
+pub(super) fn wall_clock_ns() -> Result<u64, StateError> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|_| StateError::WallClock)?;
     u64::try_from(since.as_nanos()).map_err(|_| StateError::WallClock)
 }
@@ -72,11 +73,6 @@ impl TimeState {
         best.map(|(_, reading)| reading).ok_or(StateError::WallClock)
     }
 
-    /// Wall time since the pair was read; none if this host's clock is behind the source's.
-    pub(super) fn elapsed_ns(&self) -> Result<u64, StateError> {
-        Ok(wall_clock_ns()?.saturating_sub(self.realtime_ns))
-    }
-
     /// Sets rate and offset of all vCPUs' TSC, so that it has gone on ticking.
     pub(super) fn restore_tsc(&self, vcpus: &[Vcpu], khz: u32) -> Result<(), StateError> {
         let Some(first) = vcpus.first() else { return Ok(()) };
@@ -91,12 +87,15 @@ impl TimeState {
         // it must read at that same moment.
         let host = Self::now(first)?;
         let elapsed = host.realtime_ns.saturating_sub(self.realtime_ns);
-        if Duration::from_nanos(elapsed) > SUSPICIOUS || host.realtime_ns < self.realtime_ns {
+        if host.realtime_ns < self.realtime_ns {
+            let behind = Duration::from_nanos(self.realtime_ns - host.realtime_ns);
             tracing::warn!(
-                saved_ns = self.realtime_ns,
-                now_ns = host.realtime_ns,
-                "the clocks of the two hosts seem to disagree: synchronise them"
+                ?behind,
+                "this host's clock is behind the guest's: synchronise the hosts"
             );
+        } else if Duration::from_nanos(elapsed) > SUSPICIOUS {
+            let away = Duration::from_nanos(elapsed);
+            tracing::info!(?away, "the guest's clocks are set forward by the time it was away");
         }
         let offset = tsc_after(self.tsc, elapsed, khz).wrapping_sub(host.tsc);
         vcpus.iter().try_for_each(|vcpu| set_offset(vcpu, offset))
