@@ -193,6 +193,28 @@ fn a_guest_goes_on_from_its_base() {
     }
 }
 
+/// A base that has lain for a while: the guest's clocks have gone on meanwhile.
+#[test]
+fn time_goes_on_while_a_base_lies() {
+    let Some(bench) = Bench::new(counting(), 2) else { return };
+    let (memory, machine) = base_of(&bench);
+    let clocks = |blob: &[u8]| {
+        let MachineSnapshot { profile, state } = MachineSnapshot::decode(blob).unwrap();
+        let state = VmState::decode(&state, &profile).unwrap();
+        (state.time.tsc, state.chips.kvmclock_ns(), u64::from(profile.tsc_khz))
+    };
+    let lies = Duration::from_millis(300);
+    std::thread::sleep(lies);
+    let config = VmConfig { base_memory: Some(memory), ..bench.config() };
+    let mut vm = Vm::from_base(config, &machine).unwrap();
+    let ((tsc, clock, khz), (tsc_now, clock_now, _)) =
+        (clocks(&machine), clocks(&vm.machine().unwrap()));
+    // Not less, and not by much more: this machine may be slow.
+    let (least, most) = (lies.as_millis() as u64, PATIENCE.as_millis() as u64);
+    assert!((least..most).contains(&((tsc_now - tsc) / khz)), "TSC: {tsc}, then {tsc_now}");
+    assert!((least..most).contains(&((clock_now - clock) / 1_000_000)), "{clock}, {clock_now}");
+}
+
 #[test]
 fn saving_twice_gives_the_same_but_for_the_time() {
     let Some(bench) = Bench::new(counting(), 1) else { return };
@@ -295,6 +317,45 @@ fn copies_made_while_the_guest_writes_end_equal() {
             assert!(now == *copied, "chunk {index} (manual {manual}, base {with_base})");
         }
     }
+}
+
+/// What a guest's memory is worth before a handoff and during one. To be run by itself, with
+/// `--release --ignored --nocapture`, on a machine whose numbers mean something.
+#[test]
+#[ignore = "a measurement"]
+fn memory_speed() {
+    let Some(bench) = Bench::new(scribbling(), 1) else { return };
+    let speed = |what: &str, vm: &Vm<Running>| {
+        std::thread::sleep(Duration::from_millis(200));
+        let (began, before) = (Instant::now(), scribbles(vm));
+        std::thread::sleep(Duration::from_secs(1));
+        let per_s = (scribbles(vm) - before) as f64 / began.elapsed().as_secs_f64();
+        println!("{what}: {per_s:.0} writes/s");
+    };
+    let mut vm = Vm::boot(bench.config()).unwrap();
+    let (memory, machine) = (tempfile::tempfile().unwrap(), vm.machine().unwrap());
+    vm.write_memory(&memory).unwrap();
+    speed("RAM of its own", &vm.resume().unwrap());
+    let config = VmConfig { base_memory: Some(Arc::new(memory)), ..bench.config() };
+    let mut vm = Vm::from_base(config, &machine).unwrap().resume().unwrap();
+    speed("map of a base, before a handoff", &vm);
+    let mut set = vm.start_tracking().unwrap();
+    speed("tracked, nothing read yet", &vm);
+    let mut chunk = [0; CHUNK_SIZE];
+    let began = Instant::now();
+    let before = scribbles(&vm);
+    let mut rounds = 0;
+    while began.elapsed() < Duration::from_secs(1) {
+        for id in set.iter() {
+            vm.read_chunk(id, &mut chunk).unwrap();
+        }
+        set = vm.harvest().unwrap();
+        rounds += 1;
+    }
+    let per_s = (scribbles(&vm) - before) as f64 / began.elapsed().as_secs_f64();
+    println!("harvested and read without a pause: {per_s:.0} writes/s, {rounds} rounds");
+    vm.stop_tracking().unwrap();
+    speed("after an abort", &vm);
 }
 
 #[test]

@@ -56,6 +56,11 @@ impl ChipState {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub(crate) fn kvmclock_ns(&self) -> u64 {
+        self.clock.clock
+    }
+
     /// kvmclock as it must stand now: what it was, and the wall time that has gone by.
     fn clock_now(&self, clock_realtime: bool) -> Result<kvm_clock_data, StateError> {
         let mut clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
