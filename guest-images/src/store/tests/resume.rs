@@ -102,7 +102,7 @@ fn an_import_interrupted_anywhere_is_finished_by_the_next() {
 #[test]
 fn what_was_recorded_is_not_read_again_and_the_rest_is_not_trusted() {
     let fixture = with_memory();
-    let workshop = fixture.interrupted(Part::Disk, 8);
+    let workshop = fixture.interrupted(Part::Disk, 12);
     let copy = OpenOptions::new().write(true).open(workshop.join("disk.raw")).unwrap();
     // A chunk of a slab that is recorded; one of a slab that is not, where the source is zero.
     copy.write_all_at(b"x", 4096).unwrap();
