@@ -34,7 +34,7 @@
 //!   none is torn, and both the old and the new one of each chunk are true: the new one because 2
 //!   came first, the old one as above.
 //! - *A discard* punches `disk.data` at once. If the map still calls the chunk `Data`, it reads as
-//!   zeros, which is the newer content.
+//!   zeros, which is the newer content. So a discard may call a chunk `Base` where that is zero.
 //! - *A reset to base* must not punch: a `Data` state on disk would then name zeros, which the
 //!   chunk never held. The space is given back when the overlay is opened next, once the map is
 //!   durable.

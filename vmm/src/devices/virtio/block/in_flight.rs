@@ -291,7 +291,9 @@ impl Block {
     /// Makes the chunks inside `range` zero by their state, and gives their space back.
     fn begin_zero_chunks(&mut self, index: usize, range: ByteRange) {
         let span = Span::inside(range, &self.overlay);
-        self.change(index, span, ChunkState::Zero);
+        for (part, state) in plan::zero(&self.overlay, span) {
+            self.change(index, part, state);
+        }
         if span.any(&self.overlay, ChunkState::Data) {
             let file = self.overlay.data_fd().as_raw_fd();
             let (offset, len) = (span.first * CHUNK, (span.end - span.first) * CHUNK);

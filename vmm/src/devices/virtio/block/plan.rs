@@ -1,7 +1,7 @@
 //! Which file holds which part of a request: pure arithmetic over chunk states.
 
 use guest_images::{
-    CHUNK_SIZE,
+    CHUNK_SIZE, data_extent,
     overlay::{ChunkState, Overlay},
 };
 
@@ -116,4 +116,47 @@ pub(super) fn edges(overlay: &Overlay, range: ByteRange) -> Vec<ByteRange> {
     let head = ByteRange { start: range.start, end: whole.first * CHUNK };
     let tail = ByteRange { start: (whole.end * CHUNK).min(range.end), end: range.end };
     [head, tail].into_iter().filter(|edge| edge.start < edge.end).collect()
+}
+
+/// What zeroing whole chunks changes: which chunks get which state.
+///
+/// Where the base disk has a hole its content is zero, so that such a chunk becomes base again: a
+/// handoff need not look at it. A file system that is trimmed names all its free blocks, most of
+/// which were never written; those change nothing at all.
+pub(super) fn zero(overlay: &Overlay, span: Span) -> Vec<(Span, ChunkState)> {
+    let mut changes = Vec::new();
+    let mut at = span.first;
+    let end_bytes = span.end * CHUNK;
+    while at < span.end {
+        let data = data_extent(overlay.base().disk_file(), at * CHUNK, end_bytes);
+        let (from, to) = data.map_or((span.end, span.end), |(start, end)| {
+            (start / CHUNK, end.div_ceil(CHUNK).min(span.end))
+        });
+        let hole = Span { first: at, end: from.max(at) };
+        push_others(overlay, hole, ChunkState::Base, &mut changes);
+        push_others(overlay, Span { first: hole.end, end: to }, ChunkState::Zero, &mut changes);
+        // Forward in any case, whatever the file system says of its extents.
+        at = to.max(at + 1);
+    }
+    changes
+}
+
+/// The runs of chunks in `span` that are not in `state` yet.
+fn push_others(
+    overlay: &Overlay,
+    span: Span,
+    state: ChunkState,
+    changes: &mut Vec<(Span, ChunkState)>,
+) {
+    let mut at = span.first;
+    while at < span.end {
+        let (now, run) = overlay.state_run(at, span.end - at);
+        let end = at + run.max(1);
+        match changes.last_mut() {
+            _ if now == state => {}
+            Some((last, as_last)) if last.end == at && *as_last == state => last.end = end,
+            _ => changes.push((Span { first: at, end }, state)),
+        }
+        at = end;
+    }
 }

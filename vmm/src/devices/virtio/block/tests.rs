@@ -407,6 +407,50 @@ fn tells_its_shape_and_name() {
     assert_eq!(disk.status(0), 0);
 }
 
+/// What fstrim in a guest goes by (virtio 1.2, section 5.2.4): discards are on offer, in units of a
+/// chunk, and as large as a request may be.
+#[test]
+fn offers_discards_by_the_chunk() {
+    let disk = disk(FLUSH);
+    for feature in [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES] {
+        assert_ne!(disk.driver.offered() & 1 << feature, 0);
+    }
+    let config = |offset: u32| disk.driver.read32(0x100 + offset);
+    let [max_sectors, max_ranges, alignment] = [36, 40, 44].map(config);
+    assert_eq!((max_sectors, max_ranges), (MAX_RANGE_SECTORS, MAX_RANGES));
+    assert_eq!(u64::from(alignment) * SECTOR_BYTES, CHUNK_SIZE as u64);
+    assert_eq!([48, 52].map(config), [MAX_RANGE_SECTORS, MAX_RANGES]);
+    assert_eq!((config(20), config(24) & 0xff), (SECTOR_BYTES as u32, 3), "512e");
+}
+
+/// Chunks 8 to 15 are a hole of the base: trimming them leaves no trace, or none any more.
+#[test]
+fn what_is_trimmed_over_a_hole_of_the_base_is_base_again() {
+    let mut disk = disk(FLUSH);
+    let trim = |disk: &mut Disk, chunks: std::ops::Range<u64>| {
+        let (sector, sectors) = (chunks.start * 8, (chunks.end - chunks.start) * 8);
+        disk.ask(0, &Ask::Discard { ranges: vec![(sector, sectors)] });
+        disk.run(1);
+        assert_eq!(disk.status(0), 0);
+        disk.check_content("after a discard");
+        disk.harvest().into_iter().collect::<Vec<u64>>()
+    };
+    assert_eq!(trim(&mut disk, 8..16), [0; 0], "nothing was there");
+    for sector in [8 * 7, 8 * 12] {
+        disk.ask(0, &Ask::Write { sector, sectors: 16, seed: 3 });
+        disk.run(1);
+    }
+    disk.harvest();
+    assert_eq!(trim(&mut disk, 6..14), [6, 7, 8, 12, 13]);
+    assert_eq!(disk.overlay.changed().collect::<Vec<_>>(), [6, 7]);
+    assert_eq!(disk.overlay.state(7), ChunkState::Zero);
+    assert_eq!(trim(&mut disk, 6..14), [0; 0], "a second time");
+    disk.ask(0, &Ask::Flush);
+    disk.run(1);
+    let oracle = disk.oracle.clone();
+    assert!(disk.reopen() == oracle, "after opening it again");
+}
+
 #[test]
 fn refuses_what_it_cannot_do() {
     let mut disk = disk(FLUSH);
