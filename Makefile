@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test handoff-perf unit lint deny setup build kernel images perf-images clean
+.PHONY: help demo test handoff-test handoff-perf unit bench lint deny setup build kernel images perf-images clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -22,6 +22,9 @@ handoff-perf: build perf-images ## what handoffs cost: every scenario of tests/s
 
 unit: setup ## unit and property tests
 	cargo test --workspace
+
+bench: setup ## the engine's stages against memcmp, BLAKE3 and zstd; results in target/bench/engine.json
+	cargo run --release --quiet --package howdah-bench
 
 lint: setup ## format, clippy, docs: warnings are errors
 	cargo fmt --all --check
