@@ -6,16 +6,13 @@ use anyhow::{Context, ensure};
 use guest_images::{CHUNK_SIZE, Chunk, ChunkHash, Part, Place};
 use handoff::stage::{
     Class, Classifier, Compressor, DeltaMode, Outbound, Stage, StageOptions,
-    pack::MAX_BATCH_DATA_CHUNKS,
+    outbound::SAMPLE_GROUPS, pack::MAX_BATCH_DATA_CHUNKS,
 };
 
 use crate::{
     harness::{Bench, Outcome},
     world::World,
 };
-
-/// In one of so many groups the time of each chunk is taken, as the source does it.
-const SAMPLE_GROUPS: usize = 8;
 
 fn bytes(chunks: &[Chunk]) -> u64 {
     (chunks.len() * CHUNK_SIZE) as u64
@@ -28,7 +25,7 @@ fn classify(world: &World, chunks: &[Chunk], class: Class) -> anyhow::Result<()>
     for (number, (ids, chunks)) in world.groups(chunks).enumerate() {
         decisions.clear();
         cpu_ns.clear();
-        let sample = number.is_multiple_of(SAMPLE_GROUPS).then_some(&mut cpu_ns);
+        let sample = (number as u64).is_multiple_of(SAMPLE_GROUPS).then_some(&mut cpu_ns);
         classifier.classify_group(&ids, chunks, &mut decisions, sample)?;
         let as_expected = decisions.iter().all(|decision| decision.op.class() == class);
         ensure!(as_expected, "a chunk that is not {} in group {number}", class.name());

@@ -33,8 +33,7 @@ impl World {
         let [disk, ram, kernel] = ["disk", "ram", "kernel"].map(|name| dir.path().join(name));
         write_noise(&disk, 1, bytes)?;
         write_noise(&ram, 2, bytes)?;
-        // Told as an ELF file by its first bytes; it is never run.
-        std::fs::write(&kernel, [b"\x7fELF".as_slice(), &[7; 4092]].concat())?;
+        std::fs::write(&kernel, never_run())?;
         let store = Store::open(&dir.path().join("store"))?;
         let memory = Some(MemorySpec { ram, machine: vec![1; 4096] });
         let (name, cmdline) = ("bench".to_owned(), String::new());
@@ -74,6 +73,14 @@ impl World {
             (ids, chunks)
         })
     }
+}
+
+/// The head of an ELF file for this machine: enough to be taken for a kernel.
+fn never_run() -> Vec<u8> {
+    let mut head = vec![7; CHUNK_SIZE];
+    head[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    head[18..20].copy_from_slice(&62u16.to_le_bytes());
+    head
 }
 
 fn write_noise(path: &Path, seed: u64, bytes: u64) -> anyhow::Result<()> {

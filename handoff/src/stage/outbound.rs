@@ -24,8 +24,9 @@ use crate::{
 /// Chunks that are worked on at once: their copies stay in the cache of one core.
 pub const GROUP_CHUNKS: usize = 64;
 
-/// In one of so many groups, the CPU time of every chunk is taken by itself.
-const SAMPLE_GROUPS: u64 = 8;
+/// In one of so many groups, the CPU time of every chunk is taken by itself: asking for it takes as
+/// long as comparing a chunk.
+pub const SAMPLE_GROUPS: u64 = 32;
 
 /// Takes copies of chunks, gives batches. Does no I/O but to read the base.
 ///
