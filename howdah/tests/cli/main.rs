@@ -4,4 +4,5 @@
 mod bases;
 mod common;
 mod errors;
+mod guests;
 mod saved;
