@@ -1,5 +1,6 @@
 //! Tests of the store, and the bases that other tests stand on.
 
+mod hostile;
 mod resume;
 
 use std::{

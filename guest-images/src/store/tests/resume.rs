@@ -240,7 +240,7 @@ fn small_ledger(dir: &Path) -> (PathBuf, Vec<Vec<Entry>>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
     /// Whatever a crash or a bad disk makes of a ledger, what is believed of it was written to it.
     #[test]
