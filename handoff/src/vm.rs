@@ -23,6 +23,10 @@ pub trait SourceVm {
     /// How large the VM's spaces are. Does not change.
     fn geometry(&self) -> Geometry;
 
+    /// How many chunks of the disk differ from the base, for the offer: asked before tracking
+    /// starts, which goes on while the target gets ready. The guest may write more.
+    fn changed_disk_chunks(&mut self) -> Result<u64, VmError>;
+
     /// Starts dirty tracking, then returns every chunk that may differ from its base state: in RAM
     /// the base's memory (zeros where the base has none), on disk the base disk.
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError>;

@@ -314,6 +314,13 @@ fn a_state_that_cannot_be_saved_keeps_the_guest() {
 }
 
 #[test]
+fn a_guest_that_cannot_be_tracked_stays() {
+    let mut pair = pair(&[], HostFaults::default(), 100);
+    pair.source.fail_track = true;
+    assert_kept(pair, |r| matches!(r, KeptReason::Vm { .. }));
+}
+
+#[test]
 fn a_peer_that_is_gone_mid_stream_keeps_the_guest_within_the_grace() {
     let fault = Fault { cut_up: Some(100_000), ..Fault::default() };
     let mut pair = pair(&[fault], HostFaults::default(), 100);

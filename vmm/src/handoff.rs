@@ -93,6 +93,10 @@ impl SourceVm for VmSource {
         self.geometry
     }
 
+    fn changed_disk_chunks(&mut self) -> Result<u64, VmError> {
+        Ok(either!(self.get()?, vm => vm.disk().map_or(0, |disk| disk.changed().count() as u64)))
+    }
+
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError> {
         Ok(either!(self.get()?, vm => vm.start_tracking())?)
     }

@@ -13,7 +13,7 @@ use super::{
     worker::{Job, WorkerStats, work},
 };
 use crate::{
-    Bases, ChunkSet, Clock, Connect, Offer, SourceVm, Space,
+    Bases, ChunkSet, Clock, Connect, Offer, SourceVm,
     ownership::{
         HandoffId, Journal, Question, Verdict,
         source::{self, Event},
@@ -62,14 +62,13 @@ pub fn send<C: Connect + Send>(
     let base_id = bases.own().id().to_string();
     let mut meter = Meter::new(handoff, options, progress, (&status, &worker), clock);
     meter.durable_took(durable_took);
-    let changed = match guest.start_tracking() {
-        Ok(changed) => changed,
+    let hello = match hello(&mut guest, &bases, handoff, options) {
+        Ok(hello) => hello,
         Err(reason) => {
             let told = meter.report(Outcome::KeptHere, Some(reason.to_string()), None, base_id);
             return keep(&mut guest, journal, reason, told);
         }
     };
-    let hello = hello(&guest, &bases, handoff, options, &changed);
     thread::scope(|scope| {
         let (jobs, jobs_rx) = pipeline_queue();
         let (sealed, sealed_rx) = pipeline_queue();
@@ -100,7 +99,7 @@ pub fn send<C: Connect + Send>(
         let pipe = Pipe { jobs, orders, notices, status, limits, clock, cancel, applied, meter };
         let outbound = Outbound::new(bases.clone(), guest.vm.geometry(), options.stages);
         let mut run = Run { guest, pipe, outbound, journal, options, bases, handoff, round: 0 };
-        match walk(&mut run, changed) {
+        match walk(&mut run) {
             Ok(settled) => settle(&mut run, settled),
             Err(reason) => {
                 let words = reason.to_string();
@@ -116,7 +115,8 @@ pub fn send<C: Connect + Send>(
 
 /// The phases in order. **Paused on success, resumed on failure**: an error is a failure before
 /// the commit, and [`keep`] sets the guest running again whatever phase it comes from.
-fn walk(run: &mut Run<'_>, changed: ChunkSet) -> Result<Settled, KeptReason> {
+fn walk(run: &mut Run<'_>) -> Result<Settled, KeptReason> {
+    let changed = run.guest.start_tracking()?; //          meanwhile the target gets ready
     let negotiated = Negotiated::await_welcome(run)?; //   the target has reserved all it needs
     let live = negotiated.live_rounds(changed)?; //        the guest runs; little is left to send
     let paused = live.pause()?; //                         nothing of the guest changes any more
@@ -137,12 +137,12 @@ enum Settled {
 }
 
 fn hello(
-    guest: &HeldGuest<'_>,
+    guest: &mut HeldGuest<'_>,
     bases: &Bases,
     handoff: Question,
     options: &SendOptions,
-    changed: &ChunkSet,
-) -> Hello {
+) -> Result<Hello, KeptReason> {
+    let changed = guest.vm.changed_disk_chunks().map_err(failed("counting what is on the disk"))?;
     let also = bases
         .iter()
         .skip(1)
@@ -156,12 +156,12 @@ fn hello(
         also: also.collect(),
         known: known.map(StateTable::current_root).collect(),
         geometry: guest.vm.geometry(),
-        changed_disk_chunks: changed.iter().filter(|id| id.space == Space::Disk).count() as u64,
+        changed_disk_chunks: changed,
         machine: options.machine.clone(),
     };
     let (versions, audit) = (options.versions, options.audit);
     let vm_name = options.vm_name.clone();
-    Hello { versions, handoff, vm_name, intent: Intent::New(offer), audit }
+    Ok(Hello { versions, handoff, vm_name, intent: Intent::New(offer), audit })
 }
 
 /// The handoff failed before the commit: the guest goes on here.

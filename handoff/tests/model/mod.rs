@@ -226,6 +226,12 @@ impl SourceVm for Vm {
         GEOMETRY
     }
 
+    fn changed_disk_chunks(&mut self) -> Result<u64, VmError> {
+        let memory = self.memory();
+        let differs = |id: &ChunkId| *memory.get(*id) != memory.base_state(*id);
+        Ok(all().filter(|id| id.space == Space::Disk).filter(differs).count() as u64)
+    }
+
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError> {
         let mut memory = self.memory();
         assert!(!std::mem::replace(&mut memory.tracking, true), "tracking twice");

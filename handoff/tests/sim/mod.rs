@@ -169,6 +169,7 @@ pub struct Source {
     base: Arc<MemBase>,
     tracking: bool,
     pub fail_save: bool,
+    pub fail_track: bool,
 }
 
 impl Source {
@@ -187,7 +188,7 @@ impl Source {
         }
         let guest = Guest::new(Arc::new(Mutex::new(memory)), runners.clone(), writes_per_s);
         guest.run();
-        Self { guest, base: Arc::clone(base), tracking: false, fail_save: false }
+        Self { guest, base: Arc::clone(base), tracking: false, fail_save: false, fail_track: false }
     }
 
     fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
@@ -200,8 +201,17 @@ impl SourceVm for Source {
         GEOMETRY
     }
 
+    fn changed_disk_chunks(&mut self) -> Result<u64, VmError> {
+        let fresh = Memory::fresh(&*self.base);
+        let memory = self.memory();
+        Ok(memory.disk.iter().zip(&fresh.disk).filter(|(now, then)| now != then).count() as u64)
+    }
+
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError> {
         assert!(!std::mem::replace(&mut self.tracking, true), "tracking twice");
+        if self.fail_track {
+            return Err("no log today".into());
+        }
         let fresh = Memory::fresh(&*self.base);
         let mut memory = self.memory();
         memory.dirty = ChunkSet::new(GEOMETRY);

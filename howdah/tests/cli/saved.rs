@@ -30,6 +30,10 @@ impl SourceVm for Frozen {
     fn geometry(&self) -> Geometry {
         GEOMETRY
     }
+    fn changed_disk_chunks(&mut self) -> Result<u64, VmError> {
+        Ok(0)
+    }
+
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError> {
         Ok(Self::changed())
     }
