@@ -7,6 +7,7 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::unix::fs::FileExt,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -31,12 +32,22 @@ enum Began {
 pub(crate) fn changed(
     region: &<GuestRam as GuestMemoryBackend>::R,
 ) -> Result<Vec<u64>, MemoryError> {
+    changed_in(region, 0..region.len() / CHUNK_SIZE as u64)
+}
+
+/// The same for some pages of a region, counted within it: the first bit is that of the first.
+pub(crate) fn changed_in(
+    region: &<GuestRam as GuestMemoryBackend>::R,
+    pages: Range<u64>,
+) -> Result<Vec<u64>, MemoryError> {
     let began = if region.file_offset().is_some() { Began::File } else { Began::Zero };
-    let address = memory::host_address(region)?;
-    let pages = region.len() / CHUNK_SIZE as u64;
-    Ok(ask(address, pages, began).unwrap_or_else(|error| {
-        tracing::warn!(%error, "cannot read /proc/self/pagemap: all of RAM counts as changed");
-        vec![u64::MAX; words(pages)]
+    let address = memory::host_address(region)? + pages.start * CHUNK_SIZE as u64;
+    let count = pages.end.saturating_sub(pages.start);
+    Ok(ask(address, count, began).unwrap_or_else(|error| {
+        tracing::warn!(%error, "cannot read /proc/self/pagemap: all pages count as changed");
+        let mut all = vec![0; words(count)];
+        set_range(&mut all, 0, count);
+        all
     }))
 }
 
@@ -152,6 +163,27 @@ pub(crate) fn set_range(words: &mut [u64], first: u64, end: u64) {
     }
 }
 
+/// The runs of ones in a bitmap, ascending.
+pub(crate) fn runs(words: &[u64]) -> Vec<Range<u64>> {
+    let mut out: Vec<Range<u64>> = Vec::new();
+    for (at, word) in (0u64..).zip(words) {
+        let mut left = *word;
+        while left != 0 {
+            let from = left.trailing_zeros();
+            let len = (left >> from).trailing_ones();
+            let start = at * 64 + u64::from(from);
+            let end = start + u64::from(len);
+            match out.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => out.push(start..end),
+            }
+            // Both shifts stay below 64, for a full word too.
+            left &= !((u64::MAX >> (64 - len)) << from);
+        }
+    }
+    out
+}
+
 /// One entry for each page, whether anything is there or not.
 fn read(pagemap: &File, address: u64, pages: u64, began: Began) -> io::Result<Vec<u64>> {
     const ENTRY_BYTES: usize = 8;
@@ -190,6 +222,13 @@ mod tests {
     use crate::{layout::MIN_MEMORY_BYTES, memory};
 
     use super::*;
+
+    #[test]
+    fn runs_of_ones() {
+        assert!(runs(&[0, 0]).is_empty());
+        assert_eq!(runs(&[u64::MAX, 1, 1 << 1]), [0..65, 129..130]);
+        assert_eq!(runs(&[0b1011, 0, 1 << 63, 1 | 1 << 63]), [0..2, 3..4, 191..193, 255..256]);
+    }
 
     const PAGES: u64 = MIN_MEMORY_BYTES / CHUNK_SIZE as u64;
 

@@ -8,7 +8,7 @@ use super::{
     interrupt::Shared,
     queue::{QueueError, VirtQueue},
 };
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MemoryError};
 
 /// Why a device cannot go on until the driver resets it.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +22,9 @@ pub enum DeviceError {
     /// RAM that a chain named could not be accessed.
     #[error("access to guest memory failed: {0}")]
     Memory(#[from] GuestMemoryError),
+    /// RAM could not be used as RAM.
+    #[error(transparent)]
+    Ram(Box<MemoryError>),
     /// The host failed.
     #[error("{what}: {source}")]
     Host {

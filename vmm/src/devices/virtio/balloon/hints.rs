@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     devices::virtio::buffers::Buffers,
     memory::{self, GuestRam},
+    pagemap,
 };
 
 const CHUNK: u64 = CHUNK_SIZE as u64;
@@ -120,7 +121,7 @@ impl FreeHints {
     /// ranges, ascending.
     pub fn take(&self) -> Vec<Range<u64>> {
         let mut state = self.lock();
-        let ranges = runs(&state.hinted);
+        let ranges = pagemap::runs(&state.hinted);
         state.hinted.fill(0);
         ranges
     }
@@ -204,37 +205,9 @@ impl FreeHints {
     }
 }
 
-/// The runs of ones in a bitmap.
-fn runs(words: &[u64]) -> Vec<Range<u64>> {
-    let mut out: Vec<Range<u64>> = Vec::new();
-    for (at, word) in (0u64..).zip(words) {
-        let mut left = *word;
-        while left != 0 {
-            let from = left.trailing_zeros();
-            let len = (left >> from).trailing_ones();
-            let start = at * 64 + u64::from(from);
-            let end = start + u64::from(len);
-            match out.last_mut() {
-                Some(last) if last.end == start => last.end = end,
-                _ => out.push(start..end),
-            }
-            // Both shifts stay below 64, for a full word too.
-            left &= !((u64::MAX >> (64 - len)) << from);
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn runs_of_ones() {
-        assert!(runs(&[0, 0]).is_empty());
-        assert_eq!(runs(&[u64::MAX, 1, 1 << 1]), [0..65, 129..130]);
-        assert_eq!(runs(&[0b1011, 0, 1 << 63, 1 | 1 << 63]), [0..2, 3..4, 191..193, 255..256]);
-    }
 
     #[test]
     fn commands_are_never_reserved_ones() {

@@ -199,7 +199,8 @@ impl Balloon {
             }
             counters.reported_bytes.fetch_add(chain.writable.len(), Ordering::Relaxed);
             if counters.discard.load(Ordering::Relaxed) {
-                let discarded = discard::discard(ram, &chain.writable)?;
+                let discarded = discard::discard(ram, &chain.writable)
+                    .map_err(|error| DeviceError::Ram(Box::new(error)))?;
                 counters.discarded_bytes.fetch_add(discarded, Ordering::Relaxed);
             }
             queue.complete(ram, chain.head, 0)?;
