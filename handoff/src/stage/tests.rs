@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    base_view::{BasePlace, BaseView, Bases, own_place, testing::MemBase},
+    base_view::{BasePlace, BaseView, Bases, own_chunk, own_place, testing::MemBase},
     chunks::{ChunkId, ChunkSet, Geometry, Space},
     order::RoundOrder,
     root::StateTable,
@@ -88,18 +88,23 @@ impl MemVm {
         }
     }
 
+    /// Every chunk that is not what it was in the beginning.
+    fn changed(&mut self) -> ChunkSet {
+        let base = self.base.clone();
+        let mut changed = ChunkSet::new(GEOMETRY);
+        for id in all_chunks().iter() {
+            if self.chunk(id) != own_chunk(&*base, id).unwrap() {
+                changed.insert(id);
+            }
+        }
+        changed
+    }
+
     /// The root by its definition, from the contents alone.
     fn root(&mut self) -> crate::StateRoot {
         let mut table = StateTable::new(self.base.id(), GEOMETRY);
-        let base = self.base.clone();
-        for id in all_chunks().iter() {
-            let mut own = *ZERO_CHUNK;
-            if let Some(place) = own_place(&*base, id) {
-                base.read(place, &mut own).unwrap();
-            }
-            if *self.chunk(id) != own {
-                table.set(id, guest_images::ChunkHash::of(self.chunk(id)));
-            }
+        for id in self.changed().iter() {
+            table.set(id, guest_images::ChunkHash::of(self.chunk(id)));
         }
         table.root()
     }
@@ -307,21 +312,25 @@ fn hand_off(
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
-    /// Whatever the guest does over however many rounds, there and back again, and whatever is
-    /// switched off, the target ends with the same contents and both ends with the root of these
-    /// contents.
+    /// Whatever the guest does over however many rounds, after a handoff that was aborted at any
+    /// point, there and back again, and whatever is switched off, the target ends with the same
+    /// contents and both ends with the root of these contents.
     #[test]
     fn target_equals_source(
-        there in rounds(), at_peer in rounds(), back in rounds(),
+        (aborted, there, at_peer, back) in (rounds(), rounds(), rounds(), rounds()),
         (options, options_back) in (options(), options()),
     ) {
         let mut guest = MemVm::new(base());
+        let gone = (&mut MemVm::new(base()), Resolver::new(bases(), GEOMETRY));
+        let nothing = ChunkSet::new(GEOMETRY);
+        hand_off(&mut guest, &aborted, nothing, &mut Source::new(options), gone);
+
         let mut source = Source::new(options);
         let mut target = MemVm::new(base());
         let resolver = Resolver::new(bases(), GEOMETRY);
-        let nothing = ChunkSet::new(GEOMETRY);
+        let changed = guest.changed();
         let mut resolver =
-            hand_off(&mut guest, &there, nothing, &mut source, (&mut target, resolver));
+            hand_off(&mut guest, &there, changed, &mut source, (&mut target, resolver));
         prop_assert!(target == guest);
         let root = guest.root();
         prop_assert_eq!(source.outbound.root(), root);
