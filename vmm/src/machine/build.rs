@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, mpsc::Sender},
 };
 
-use guest_images::overlay::Overlay;
+use guest_images::{CHUNK_SIZE, overlay::Overlay};
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 
@@ -18,7 +18,7 @@ use crate::{
     cpuid,
     dirty::{Disk, KvmLog, Tracker},
     host::{Host, HostCheck},
-    layout::{KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS},
+    layout::{HIMEM_START, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS},
     memory::{self, GuestRam},
     profile::{HostProfile, MachineProfile},
     state::{DeviceStates, VmState},
@@ -61,6 +61,12 @@ pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
         mac,
     )?;
     let ram = memory::map(config.base_memory.as_deref(), config.memory_bytes)?;
+    if config.base_memory.is_some() {
+        // What a boot loader writes it writes into zeros. Kernels clear the rest themselves.
+        for index in 0..HIMEM_START / CHUNK_SIZE as u64 {
+            memory::write_chunk(&ram, index, &[0; CHUNK_SIZE])?;
+        }
+    }
     let source = BootSource {
         kernel: &config.kernel,
         initramfs: config.initramfs.as_deref(),

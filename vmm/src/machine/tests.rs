@@ -10,7 +10,11 @@ use std::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::{host::HostCheck, layout::MIN_MEMORY_BYTES, state::StateError};
+use crate::{
+    host::HostCheck,
+    layout::{HIMEM_START, MIN_MEMORY_BYTES},
+    state::StateError,
+};
 
 const CODE: u64 = 0x100_0000;
 /// Where the guest counts.
@@ -215,6 +219,28 @@ fn time_goes_on_while_a_base_lies() {
     assert!((least..most).contains(&((clock_now - clock) / 1_000_000)), "{clock}, {clock_now}");
 }
 
+/// Booted over base memory, a guest finds nothing in low memory but what the loader wrote.
+#[test]
+fn a_cold_boot_over_base_memory_is_a_boot() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(MIN_MEMORY_BYTES).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&memory, &[0xa5; 2 << 20], 0).unwrap();
+    let config = VmConfig { base_memory: Some(Arc::new(memory)), ..bench.config() };
+    let vm = Vm::boot(config).unwrap();
+    let plain = Vm::boot(bench.config()).unwrap();
+    let mut chunks = [[0; CHUNK_SIZE]; 2];
+    for index in 0..HIMEM_START / CHUNK_SIZE as u64 {
+        for (vm, chunk) in [&vm, &plain].iter().zip(&mut chunks) {
+            memory::read_chunk(vm.ram(), index, chunk).unwrap();
+        }
+        assert!(chunks[0] == chunks[1], "chunk {index}");
+    }
+    let vm = vm.resume().unwrap();
+    let before = count(&vm);
+    wait_for("the guest counts", || count(&vm) > before + 1000);
+}
+
 #[test]
 fn saving_twice_gives_the_same_but_for_the_time() {
     let Some(bench) = Bench::new(counting(), 1) else { return };
@@ -293,8 +319,16 @@ fn copies_made_while_the_guest_writes_end_equal() {
         }
         let mut vm = vm.resume().unwrap();
         wait_for("the guest writes", || scribbles(&vm) > 100);
-        let mut copy = base;
+        // A handoff that was aborted half way leaves nothing behind.
         let mut set = vm.start_tracking().unwrap();
+        let mut chunk = [0; CHUNK_SIZE];
+        for id in set.iter().step_by(3) {
+            vm.read_chunk(id, &mut chunk).unwrap();
+        }
+        vm.harvest().unwrap();
+        vm.stop_tracking().unwrap();
+        let mut copy = base;
+        set = vm.start_tracking().unwrap();
         for _ in 0..8 {
             for id in set.iter() {
                 vm.read_chunk(id, &mut copy[id.index as usize]).unwrap();
