@@ -108,19 +108,26 @@ pub(crate) enum BaseCommand {
 pub(crate) struct BaseImportArgs {
     /// Name to give it; a name that exists moves to the new base
     pub(crate) name: String,
+    /// A base's directory in the store of another cloudlet, or a copy of it: all it holds
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["disk", "kernel", "initramfs", "cmdline", "memory", "machine"]
+    )]
+    pub(crate) from: Option<PathBuf>,
     /// Raw disk image
-    #[arg(long, value_name = "FILE")]
-    pub(crate) disk: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "from")]
+    pub(crate) disk: Option<PathBuf>,
     /// Kernel: a bzImage or an ELF image
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "from")]
+    pub(crate) kernel: Option<PathBuf>,
     /// Initramfs
     #[arg(long, value_name = "FILE")]
     pub(crate) initramfs: Option<PathBuf>,
     /// Kernel command line that boots the disk
     #[arg(long, default_value = "console=ttyS0 root=/dev/vda rw", value_name = "TEXT")]
     pub(crate) cmdline: String,
-    /// Memory of a base with memory: `memory.raw` of one that another cloudlet built
+    /// Memory of a base with memory: `memory.raw` of one that was built with --boot
     #[arg(long, value_name = "FILE", requires = "machine")]
     pub(crate) memory: Option<PathBuf>,
     /// The machine that belongs to --memory: the file `machine` beside it

@@ -24,6 +24,25 @@ fn a_base_is_imported_listed_verified_and_removed() {
 }
 
 #[test]
+fn a_base_with_memory_goes_to_another_cloudlet() {
+    let cloudlet = Cloudlet::new();
+    cloudlet.base_with_memory("warm", None).ok();
+    let listed = cloudlet.line("base ls --json").ok().json();
+    assert_eq!(listed[0]["memory_bytes"], 32 << 20);
+    cloudlet.line("base verify warm").ok();
+    let id = listed[0]["id"].as_str().unwrap();
+    let dir = cloudlet.home().join("store/bases").join(id);
+    let other = Cloudlet::new();
+    let from = |dir: &str| other.run(&["base", "import", "w", "--from", dir]);
+    let imported = from(dir.to_str().unwrap()).ok();
+    assert!(imported.stdout.contains(id), "{imported:?}");
+    from("nowhere").fails(3, &["nowhere", "manifest.json"]);
+    other.file("odd/manifest.json", b"{}");
+    from("odd").fails(6, &["odd", "manifest.json"]);
+    other.line("base import x --from odd --disk d").fails(2, &["--from", "--disk"]);
+}
+
+#[test]
 fn damage_is_found_and_named() {
     let cloudlet = Cloudlet::new();
     cloudlet.base("tiny").ok();

@@ -4,7 +4,12 @@ mod build;
 
 use std::{fs, io::IsTerminal, path::Path, time::Duration};
 
-use guest_images::store::{ImportSpec, MemorySpec, Progress, Store, StoreError};
+use guest_images::{
+    Base, Part,
+    base::{MACHINE_FILE, MANIFEST_FILE},
+    manifest::Manifest,
+    store::{ImportSpec, MemorySpec, Progress, Store, StoreError},
+};
 use handoff::ownership::State;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -16,6 +21,8 @@ use crate::{
     output::{Output, bytes, table},
 };
 
+/// No manifest is larger.
+const MAX_MANIFEST_BYTES: u64 = 64 << 10;
 /// No machine of a base is larger.
 const MAX_MACHINE_BYTES: u64 = 64 << 20;
 
@@ -23,12 +30,11 @@ const MAX_MACHINE_BYTES: u64 = 64 << 20;
 pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::Result<()> {
     match command {
         BaseCommand::Import(args) => {
-            let BaseImportArgs { name, disk, kernel, initramfs, cmdline, memory, machine } = args;
-            let memory = match memory.zip(machine) {
-                Some((ram, machine)) => Some(MemorySpec { ram, machine: read_machine(&machine)? }),
-                None => None,
+            let spec = match args.from {
+                Some(dir) => spec_from(args.name, &dir)?,
+                None => spec_of(args)?,
             };
-            import(&ImportSpec { name, disk, kernel, initramfs, cmdline, memory }, home, output)
+            import(&spec, home, output)
         }
         BaseCommand::Build(args) => build::run(args, home, output),
         BaseCommand::Ls => list(home, output),
@@ -42,12 +48,52 @@ pub(crate) fn store(home: &Home) -> Result<Store, Failure> {
     Store::open(&home.store()).map_err(|e| Failure::plain(Exit::Failed, "store", e))
 }
 
-fn read_machine(path: &Path) -> Result<Vec<u8>, Failure> {
+fn spec_of(args: BaseImportArgs) -> Result<ImportSpec, Failure> {
+    let BaseImportArgs { name, from: _, disk, kernel, initramfs, cmdline, memory, machine } = args;
+    let memory = match memory.zip(machine) {
+        Some((ram, machine)) => Some(MemorySpec { ram, machine: read_machine(&machine)? }),
+        None => None,
+    };
+    // Required where there is no --from.
+    let (disk, kernel) = (disk.unwrap_or_default(), kernel.unwrap_or_default());
+    Ok(ImportSpec { name, disk, kernel, initramfs, cmdline, memory })
+}
+
+/// The parts of a base as a store keeps them.
+fn spec_from(name: String, dir: &Path) -> Result<ImportSpec, Failure> {
+    let path = dir.join(MANIFEST_FILE);
+    let json = read_bounded(&path, MAX_MANIFEST_BYTES)?;
+    let manifest =
+        Manifest::parse(&json).map_err(|e| Failure::plain(Exit::Corrupt, path.display(), e))?;
+    let part = |part: Part| dir.join(part.file_name());
+    let memory = match manifest.memory {
+        Some(_) => {
+            let machine = read_machine(&dir.join(MACHINE_FILE))?;
+            Some(MemorySpec { ram: part(Part::Memory), machine })
+        }
+        None => None,
+    };
+    Ok(ImportSpec {
+        name,
+        disk: part(Part::Disk),
+        kernel: part(Part::Kernel),
+        initramfs: manifest.initramfs.map(|_| part(Part::Initramfs)),
+        cmdline: manifest.cmdline,
+        memory,
+    })
+}
+
+fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, Failure> {
     use std::io::Read;
     let failed = |e: std::io::Error| Failure::file("read", path, &e);
-    let mut machine = Vec::new();
+    let mut bytes = Vec::new();
     let file = fs::File::open(path).map_err(failed)?;
-    file.take(MAX_MACHINE_BYTES).read_to_end(&mut machine).map_err(failed)?;
+    file.take(limit).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+fn read_machine(path: &Path) -> Result<Vec<u8>, Failure> {
+    let machine = read_bounded(path, MAX_MACHINE_BYTES)?;
     let checked = vmm::MachineSnapshot::decode(&machine);
     checked.map_err(|e| Failure::plain(Exit::Corrupt, path.display(), e))?;
     Ok(machine)
@@ -74,8 +120,15 @@ struct BaseLine {
     names: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     disk_bytes: Option<u64>,
+    /// Of a base with memory, that of its VMs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+}
+
+fn memory_bytes(base: &Base) -> Option<u64> {
+    base.manifest().memory.as_ref().map(|memory| memory.ram.bytes)
 }
 
 fn list(home: &Home, output: Output) -> anyhow::Result<()> {
@@ -86,6 +139,7 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
             id: listed.id.to_string(),
             names: listed.names,
             disk_bytes: listed.base.as_ref().ok().map(|base| base.disk_bytes()),
+            memory_bytes: listed.base.as_ref().ok().and_then(memory_bytes),
             error: listed.base.err().map(|e| e.to_string()),
         })
         .collect();
@@ -98,13 +152,14 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
                     (None, disk) => disk.map(bytes).unwrap_or_default(),
                 };
                 let names = if line.names.is_empty() { "-".into() } else { line.names.join(",") };
-                [names, line.id.chars().take(16).collect(), state]
+                let memory = line.memory_bytes.map_or("-".into(), bytes);
+                [names, line.id.chars().take(16).collect(), memory, state]
             })
             .collect();
         if rows.is_empty() {
             return "no bases; `howdah base import` or `howdah base build` makes one".into();
         }
-        table(["NAME", "ID", "DISK"], &rows)
+        table(["NAME", "ID", "MEMORY", "DISK"], &rows)
     });
     Ok(())
 }
