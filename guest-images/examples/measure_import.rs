@@ -91,6 +91,7 @@ fn measure(store: &Store, what: &str, spec: &ImportSpec) -> Result<(), Box<dyn E
     let ms = started.elapsed().as_secs_f64() * 1e3;
     writeln!(out, "{what}: open {ms:.2} ms, {} chunks in the index", base.index().len())?;
     measure_lookups(&base, &mut out)?;
+    measure_reads(&base, &mut out)?;
     drop(base);
     let started = Instant::now();
     let problems = store.verify(&id, &mut |_| {})?.len();
@@ -128,6 +129,34 @@ fn measure_lookups(base: &Base, out: &mut impl Write) -> Result<(), Box<dyn Erro
             "  {round} round: {batch} ns a look-up in a batch, {singly} ns singly, {found} found"
         )?;
     }
+    Ok(())
+}
+
+/// What it costs to find that chunks equal those of the base: with these mapped, and read.
+fn measure_reads(base: &Base, out: &mut impl Write) -> Result<(), Box<dyn Error>> {
+    let chunks = base.disk_chunks().min(GIB / 4096);
+    let (mut mapped, mut read, mut equal) = (Duration::ZERO, Duration::ZERO, 0);
+    let mut theirs = [0; 4096];
+    for first in (0..chunks).step_by(64) {
+        let range = first..chunks.min(first + 64);
+        let place = |index| Place { part: Part::Disk, index };
+        let own: Vec<_> = range.clone().filter_map(|n| base.chunk(place(n)).copied()).collect();
+        let started = Instant::now();
+        for (index, own) in range.clone().zip(&own) {
+            equal += u64::from(base.chunk(place(index)) == Some(own));
+        }
+        mapped += started.elapsed();
+        let started = Instant::now();
+        for (index, own) in range.zip(&own) {
+            base.disk_file().read_exact_at(&mut theirs, index * 4096)?;
+            equal += u64::from(theirs == *own);
+        }
+        read += started.elapsed();
+    }
+    let each = |time: Duration| time.as_nanos() as u64 / chunks;
+    let (mapped, read) = (each(mapped), each(read));
+    writeln!(out, "  {mapped} ns to compare a mapped chunk, {read} ns to read and compare one")?;
+    assert_eq!(equal, 2 * chunks);
     Ok(())
 }
 
