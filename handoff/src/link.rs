@@ -38,6 +38,9 @@ pub struct LinkReading {
     pub unacked_bytes: u64,
     /// For how long there were any: the time in which the link was the one to wait for.
     pub busy: Duration,
+    /// The transport's estimate of the rate at which the link delivers, in bytes a second; zero if it
+    /// has none.
+    pub delivery_bytes_per_s: u64,
 }
 
 /// The longest a receiving half may block.

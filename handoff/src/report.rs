@@ -75,6 +75,12 @@ pub struct Report {
     pub reason: Option<String>,
     /// From the request accepted until the source was needed for nothing more.
     pub total_ms: f64,
+    /// Of that, the time until the target had taken the offer: to reach it, and for it to get ready.
+    #[serde(default)]
+    pub setup_ms: f64,
+    /// What it took, meanwhile, to find what had changed in the guest.
+    #[serde(default)]
+    pub tracking_ms: f64,
     /// From the guest's last instruction at the source to its first at the target, estimated; none
     /// where the guest did not move. See [`Downtime`].
     pub downtime_ms: Option<f64>,
@@ -181,6 +187,16 @@ pub struct Cutover {
     pub prepare_ms: f64,
     /// From there until the peer's word that the guest runs.
     pub commit_ms: f64,
+    /// Of `prepare_ms`, what the target says it took from the last frame on: to verify, to make the
+    /// disk and its record durable, to load the machine's state.
+    #[serde(default)]
+    pub peer_prepare_ms: f64,
+    /// Of `commit_ms`, what the target took to make its ownership durable.
+    #[serde(default)]
+    pub peer_commit_ms: f64,
+    /// Of `commit_ms`, what it then took to set the guest running.
+    #[serde(default)]
+    pub peer_resume_ms: f64,
     /// Chunks in the last round.
     pub final_chunks: u64,
     /// Bytes of the machine's state before compression.

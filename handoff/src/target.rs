@@ -142,6 +142,11 @@ impl TargetSession {
         self.handoff
     }
 
+    /// Whether everything came, whatever became of it.
+    pub fn is_past_receiving(&self) -> bool {
+        self.phase != Phase::Receiving
+    }
+
     /// Whether Prepared was said and nothing decided since.
     pub fn is_prepared(&self) -> bool {
         matches!(self.phase, Phase::Prepared(..))

@@ -152,6 +152,7 @@ impl LinkGauge for TcpGauge {
             unacked_bytes: u64::from(info.tcpi_unacked) * u64::from(info.tcpi_snd_mss)
                 + u64::from(info.tcpi_notsent_bytes),
             busy: Duration::from_micros(info.tcpi_busy_time),
+            delivery_bytes_per_s: info.tcpi_delivery_rate,
         })
     }
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions, worker::micros};
+use super::{
+    Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions, landing::Landing, worker::micros,
+};
 use crate::{
     Clock, Geometry, StateTable,
     ownership::{
@@ -14,6 +16,9 @@ use crate::{
     vm::{Prepared, TargetVm},
     wire::{Prepare, Resumed},
 };
+
+/// A disk that goes on being written is flushed no more often than this.
+const FLUSH_EVERY: Duration = Duration::from_millis(500);
 
 /// How it ended.
 #[derive(Debug)]
@@ -37,12 +42,14 @@ pub(super) struct Running<Vm> {
 
 pub(super) struct Arriving<'a, Vm> {
     pub(super) session: TargetSession,
-    vm: Vm,
+    vm: Landing<Vm>,
     running: bool,
     resolver: Resolver,
     decompressor: Decompressor,
     state: Vec<u8>,
-    round: u32,
+    flushed_at: Option<Duration>,
+    /// Something was applied since the root was last worked out.
+    unhashed: bool,
     journal: &'a mut Journal,
     handoff: Question,
     options: &'a ReceiveOptions,
@@ -76,12 +83,13 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         }
         Ok(Self {
             session,
-            vm,
+            vm: Landing::new(vm),
             running: false,
             resolver,
             decompressor,
             state: Vec::new(),
-            round: 0,
+            flushed_at: None,
+            unhashed: true,
             journal,
             handoff,
             options,
@@ -151,19 +159,13 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
 
     fn apply(&mut self, segment: &Segment) -> Result<(), String> {
         let Segment { codec, raw_len, .. } = *segment;
-        if segment.round > self.round {
-            self.round = segment.round;
-            // While the next round is on its way, so that little is left to do at the end.
-            self.vm
-                .make_disk_durable()
-                .map_err(|e| format!("the disk could not be made durable: {e}"))?;
-        }
         let body = self
             .decompressor
             .decompress(codec, raw_len, &segment.payload)
             .map_err(|e| format!("segment {}: {e}", segment.seq))?;
         match segment.kind {
             SegmentKind::Chunks => {
+                self.unhashed = true;
                 self.resolver
                     .apply(&mut self.vm, body)
                     .map_err(|e| format!("segment {}: {e}", segment.seq))?;
@@ -313,6 +315,26 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         }
     }
 
+    /// Nothing comes in at the moment: what there is already is hashed and made durable, so that
+    /// little is left to do while the guest waits.
+    pub(super) fn idle(&mut self, now: Duration) {
+        if self.session.is_past_receiving() {
+            return;
+        }
+        // Of what did not change since, nothing is hashed again.
+        if std::mem::take(&mut self.unhashed) {
+            self.resolver.root();
+        }
+        let due = self.flushed_at.is_none_or(|at| now.saturating_sub(at) >= FLUSH_EVERY);
+        if !due || self.vm.is_durable() {
+            return;
+        }
+        self.flushed_at = Some(now);
+        if let Err(e) = self.vm.make_disk_durable() {
+            self.decline(format!("the disk could not be made durable: {e}"));
+        }
+    }
+
     /// Waits that have a bound although the link works.
     pub(super) fn check_time(&mut self, now: Duration) {
         let limits = self.limits();
@@ -351,7 +373,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         let record = self.journal.record().cloned();
         let missing = || ReceiveError::Link("the guest runs without an ownership record".into());
         Ok(Running {
-            vm: self.vm,
+            vm: self.vm.into_inner(),
             record: record.ok_or_else(missing)?,
             full_hash: self.full_hash,
             table: self.resolver.into_table(),

@@ -85,6 +85,8 @@ pub(super) struct LinkStatus {
     /// where the transport does not measure.
     pub(super) delivered_bytes: AtomicU64,
     pub(super) busy_us: AtomicU64,
+    /// The transport's own estimate of the rate, zero if it has none.
+    pub(super) delivery_bytes_per_s: AtomicU64,
     pub(super) rtt_us: AtomicU64,
     pub(super) rtt_min_us: AtomicU64,
     pub(super) links: AtomicU64,
@@ -375,6 +377,8 @@ impl<C: Connect> Courier<'_, C> {
                 .busy_us
                 .fetch_add(micros(reading.busy.saturating_sub(before.busy)), Relaxed);
         }
+        let rate = reading.map_or(0, |reading| reading.delivery_bytes_per_s);
+        self.status.delivery_bytes_per_s.store(rate, Relaxed);
         self.reading = reading;
         self.status.in_flight_bytes.store(self.in_flight_bytes(), Relaxed);
         // The transport's own measure has no queueing of ours in it.

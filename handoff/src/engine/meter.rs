@@ -47,6 +47,7 @@ struct CutoverTimes {
     state: Option<Duration>,
     prepared: Option<Duration>,
     resumed: Option<Duration>,
+    peer: Option<Resumed>,
     state_bytes: u64,
     final_chunks: u64,
     because: String,
@@ -153,6 +154,16 @@ impl<'a> Meter<'a> {
         self.durable = took;
     }
 
+    /// What had changed in the guest was found.
+    pub(super) fn tracking(&mut self) {
+        self.report.tracking_ms = millis(self.clock.now().saturating_sub(self.started));
+    }
+
+    /// The target is ready.
+    pub(super) fn welcomed(&mut self) {
+        self.report.setup_ms = millis(self.clock.now().saturating_sub(self.started));
+    }
+
     pub(super) fn round_begins(&mut self, number: u32, chunks: u64) {
         let now = self.clock.now();
         // The last round but one of a cutover is not waited for.
@@ -213,6 +224,7 @@ impl<'a> Meter<'a> {
             waited: self.waited,
             delivered_bytes: self.status.delivered_bytes.load(Relaxed),
             busy: Duration::from_micros(self.status.busy_us.load(Relaxed)),
+            delivery_bytes_per_s: self.status.delivery_bytes_per_s.load(Relaxed),
         }
     }
 
@@ -341,8 +353,8 @@ impl<'a> Meter<'a> {
     }
 
     pub(super) fn resumed(&mut self, at: Duration, resumed: &Resumed) {
-        tracing::debug!(?resumed, "the guest runs at the peer");
         self.cutover.resumed = Some(at);
+        self.cutover.peer = Some(*resumed);
     }
 
     /// The report as of now.
@@ -397,12 +409,17 @@ impl<'a> Meter<'a> {
             (Some(from), Some(to)) => millis(to.saturating_sub(from)),
             _ => 0.0,
         };
+        let peer =
+            |of: fn(&Resumed) -> u64| times.peer.as_ref().map_or(0.0, |said| of(said) as f64 / 1e3);
         Cutover {
             pause_ms: between(times.pausing, times.paused),
             final_round_ms: between(times.paused, times.final_round),
             state_ms: between(times.final_round, times.state),
             prepare_ms: between(times.state, times.prepared),
             commit_ms: between(times.prepared, times.resumed),
+            peer_prepare_ms: peer(|said| said.prepare_us),
+            peer_commit_ms: peer(|said| said.commit_us),
+            peer_resume_ms: peer(|said| said.resume_us),
             final_chunks: times.final_chunks,
             state_bytes: times.state_bytes,
             cut_because: times.because.clone(),

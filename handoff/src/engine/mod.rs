@@ -12,6 +12,7 @@
 mod accept;
 mod arriving;
 mod courier;
+mod landing;
 mod meter;
 mod options;
 mod pace;

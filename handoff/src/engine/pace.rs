@@ -7,8 +7,10 @@ use std::time::Duration;
 
 /// Below so many chunks sent, a round says little about the next.
 const ENOUGH_CHUNKS: u64 = 32;
-/// The link's rate is taken over at least so long a time in which it was busy, if there was one.
+/// The link's rate is taken over at least so long a time in which it was busy, if there was one ...
 const ENOUGH_BUSY: Duration = Duration::from_millis(200);
+/// ... in which it delivered so much: of less, it mostly waited for acknowledgements.
+const ENOUGH_BYTES: u64 = 256 << 10;
 
 /// Counters that only grow, read at one moment.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,6 +26,8 @@ pub(super) struct Reading {
     /// Bytes delivered, and the time in which there were some to deliver; zero if not measured.
     pub(super) delivered_bytes: u64,
     pub(super) busy: Duration,
+    /// The transport's own estimate of the rate; zero if it has none.
+    pub(super) delivery_bytes_per_s: u64,
 }
 
 /// One round.
@@ -100,7 +104,8 @@ impl Pace {
     }
 
     /// Bytes a second that the link took lately, by its own measure and over the time in which it
-    /// had something to take.
+    /// had something to take. Of bursts, each of which takes a round trip however short it is, the
+    /// transport's estimate tells more.
     pub(super) fn link_bytes_per_s(&self, now: Reading) -> Option<f64> {
         let since = self
             .laps
@@ -111,7 +116,11 @@ impl Pace {
             .unwrap_or_default();
         let busy = now.busy.saturating_sub(since.busy).as_secs_f64();
         let bytes = now.delivered_bytes.saturating_sub(since.delivered_bytes);
-        (busy > 0.0 && bytes > 0).then(|| bytes as f64 / busy)
+        let rate = (busy > 0.0 && bytes > 0).then(|| bytes as f64 / busy)?;
+        match bytes < ENOUGH_BYTES {
+            true => Some(rate.max(now.delivery_bytes_per_s as f64)),
+            false => Some(rate),
+        }
     }
 }
 
@@ -160,7 +169,13 @@ mod tests {
 
     #[test]
     fn the_rate_is_that_of_the_time_in_which_the_link_was_busy() {
-        let (pace, at) = pace(&[(1000, 1000, 50_000), (10, 10, 1000)]);
+        let (few, mut at) = pace(&[(1000, 1000, 50_000), (10, 10, 1000)]);
+        at.delivery_bytes_per_s = 90_000;
+        assert_eq!(few.link_bytes_per_s(at), Some(100_000.0));
+        at.delivery_bytes_per_s = 300_000;
+        assert_eq!(few.link_bytes_per_s(at), Some(300_000.0), "bursts");
+        let (pace, mut at) = pace(&[(1000, 1000, 500_000), (10, 10, 1000)]);
+        at.delivery_bytes_per_s = 300_000;
         assert_eq!(pace.link_bytes_per_s(at), Some(100_000.0));
         assert_eq!(pace.link_bytes_per_s(Reading::default()), None);
     }

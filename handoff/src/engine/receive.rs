@@ -309,7 +309,9 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
             let mut select = Select::new();
             select.recv(&self.heard);
             // Ready or not, the loop looks at everything again.
-            let _ = select.ready_timeout(TICK);
+            if select.ready_timeout(TICK).is_err() {
+                arriving.idle(now);
+            }
         }
     }
 

@@ -117,6 +117,7 @@ pub fn send<C: Connect + Send>(
 /// the commit, and [`keep`] sets the guest running again whatever phase it comes from.
 fn walk(run: &mut Run<'_>) -> Result<Settled, KeptReason> {
     let changed = run.guest.start_tracking()?; //          meanwhile the target gets ready
+    run.pipe.meter.tracking();
     let negotiated = Negotiated::await_welcome(run)?; //   the target has reserved all it needs
     let live = negotiated.live_rounds(changed)?; //        the guest runs; little is left to send
     let paused = live.pause()?; //                         nothing of the guest changes any more
@@ -224,6 +225,7 @@ impl<'r, 'a> Negotiated<'r, 'a> {
         let limit = connect + greeting + ready;
         match run.pipe.await_word("the peer's answer", limit)? {
             (Word::Welcomed(agreed), _) => {
+                run.pipe.meter.welcomed();
                 run.agree(agreed);
                 Ok(Self(run))
             }
@@ -239,6 +241,8 @@ impl<'r, 'a> Negotiated<'r, 'a> {
         run.outbound.table().iter().for_each(|(id, _)| _ = set.insert(id));
         loop {
             run.send_round(set)?;
+            // Of what does not change any more, nothing is hashed again while the guest waits.
+            run.outbound.root();
             run.pipe.drain(HARVEST_AHEAD)?;
             run.pipe.meter.round_ends();
             set = run.harvest()?;
