@@ -1,24 +1,26 @@
 //! The main loop: one event after another, so that no two commands ever meet in the machine.
 
+mod handing_off;
 mod saving;
 #[cfg(test)]
 mod tests;
 
-use std::{path::Path, sync::atomic::AtomicBool, time::Duration};
+use std::{path::Path, time::Duration};
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use handing_off::Handoff;
 pub(crate) use saving::SaveEnd;
 use saving::Saving;
 
-use super::machine::{Cancel, HandoffEnd, Machine, Watch};
+use super::machine::{HandoffEnd, Machine};
 use crate::{
     control::{
-        HandoffRequest, Phase, Progress, Reply, Request, Status,
+        Phase, Progress, Reply, Request, Status,
         server::{Answer, Asked},
     },
-    failure::{Exit, Failure, describe, guarded, one_line},
-    home::{VmDir, write_json},
+    failure::{Exit, Failure, describe, one_line},
+    home::VmDir,
 };
 
 /// Commands that wait for a machine that is as good as there.
@@ -78,19 +80,6 @@ pub(crate) struct Coming {
     pub(crate) links: Option<Links>,
     /// Called when the guest runs.
     pub(crate) ready: Box<dyn FnOnce() + Send>,
-}
-
-/// A handoff under way; the machine is with its thread.
-struct Handoff {
-    answer: Answer,
-    cancel: Cancel,
-    progress: Progress,
-    in_doubt: Option<String>,
-    stop: Vec<Answer>,
-    end: bool,
-    /// Why the guest ended by itself meanwhile.
-    guest_ended: Option<String>,
-    was_paused: bool,
 }
 
 /// One VM's main loop.
@@ -368,156 +357,10 @@ impl Process {
         }
     }
 
-    fn hand_off(&mut self, request: HandoffRequest, answer: Answer) {
-        let (machine, was_paused) = match std::mem::replace(&mut self.state, State::Gone) {
-            State::Running(machine) => (machine, false),
-            State::Paused(machine) => (machine, true),
-            other => {
-                self.state = other;
-                return answer.last(self.busy());
-            }
-        };
-        let cancel = Cancel::default();
-        let watch = ToEvents { cancel: cancel.clone(), events: self.sender.clone() };
-        let progress = Progress { peer: request.peer.clone(), ..Progress::default() };
-        // The machine follows when the thread is there: one that cannot be started must not take
-        // the guest with it.
-        let (give, take) = bounded::<Box<dyn Machine>>(1);
-        let work = move || {
-            let Ok(machine) = take.recv() else { return };
-            let end = guarded("handoff", || machine.hand_off(&request, &watch))
-                .unwrap_or_else(|failure| HandoffEnd::Undecided { failure });
-            let _ = watch.events.send(Event::HandoffEnded(end));
-        };
-        if let Err(e) = std::thread::Builder::new().name("handoff".into()).spawn(work) {
-            self.state = if was_paused { State::Paused(machine) } else { State::Running(machine) };
-            return answer.last(Failure::new(
-                Exit::NotMoved,
-                "handoff",
-                e,
-                "raise the limit on threads",
-            ));
-        }
-        let _ = give.send(machine);
-        self.state = State::HandingOff(Handoff {
-            answer,
-            cancel,
-            progress,
-            in_doubt: None,
-            stop: Vec::new(),
-            end: false,
-            guest_ended: None,
-            was_paused,
-        });
-    }
-
-    fn cancel(&mut self, answer: Answer) {
-        match &self.state {
-            State::HandingOff(handoff) if handoff.in_doubt.is_none() => {
-                handoff.cancel.cancel();
-                answer.last(Reply::Done);
-            }
-            State::HandingOff(_) => answer.last(self.busy()),
-            _ => answer.last(self.conflict("no handoff of it is under way")),
-        }
-    }
-
-    fn progress(&mut self, new: Progress) -> Option<End> {
-        if let State::HandingOff(handoff) = &mut self.state {
-            handoff.answer.passing(Reply::Progress(new.clone()));
-            handoff.progress = new;
-        }
-        None
-    }
-
-    fn in_doubt(&mut self, why: String) -> Option<End> {
-        if let State::HandingOff(handoff) = &mut self.state {
-            tracing::warn!("in doubt: {why}");
-            handoff.progress.stage = "in doubt".into();
-            handoff.answer.passing(Reply::Progress(handoff.progress.clone()));
-            handoff.in_doubt = Some(why);
-        }
-        None
-    }
-
-    fn handoff_ended(&mut self, end: HandoffEnd) -> anyhow::Result<Option<End>> {
-        let State::HandingOff(handoff) = std::mem::replace(&mut self.state, State::Gone) else {
-            return Ok(None);
-        };
-        match end {
-            HandoffEnd::Moved { report, keep } => {
-                self.keep_report(&report);
-                handoff.answer.last(Reply::Moved(report));
-                handoff.stop.into_iter().for_each(|a| a.last(self.conflict("it was handed off")));
-                let kept = keep.map(|keep| guarded("keeping the visit", keep).and_then(|k| k));
-                if let Some(Err(failure)) = kept {
-                    tracing::warn!("{failure}");
-                }
-                Ok(Some(End::HandedOff))
-            }
-            HandoffEnd::Kept { mut machine, mut failure } => {
-                if let Some(why) = &handoff.guest_ended {
-                    let report = failure.report.take();
-                    let what = format!("VM {} was not handed off", self.dir.name());
-                    let way_out = format!("`howdah vm run {}` boots it again", self.dir.name());
-                    let why = format!("its guest ended meanwhile: {why}");
-                    failure =
-                        Failure { report, ..Failure::new(Exit::NotMoved, what, why, way_out) };
-                }
-                if let Some(report) = &failure.report {
-                    self.keep_report(report);
-                }
-                handoff.answer.last(failure);
-                self.state = if handoff.was_paused && machine.pause().is_ok() {
-                    State::Paused(machine)
-                } else {
-                    State::Running(machine)
-                };
-                let mut ended = None;
-                if handoff.end {
-                    ended = self.stop(None, true)?;
-                }
-                handoff.stop.into_iter().for_each(|answer| answer.last(Reply::Done));
-                Ok(ended)
-            }
-            HandoffEnd::Undecided { failure } => {
-                handoff.answer.last(failure.clone());
-                handoff.stop.into_iter().for_each(|answer| answer.last(failure.clone()));
-                Err(failure.into())
-            }
-        }
-    }
-
-    fn keep_report(&self, report: &serde_json::Value) {
-        if let Err(e) = write_json(&self.dir.report(), report) {
-            tracing::warn!("{e}");
-        }
-    }
-
     fn failed(&self, why: String) -> anyhow::Error {
         let name = self.dir.name();
         let way_out =
             format!("see {}; `howdah vm run {name}` boots it again", self.dir.vm_log().display());
         Failure::new(Exit::Failed, format!("VM {name}"), why, way_out).into()
-    }
-}
-
-/// A handoff's thread tells the main loop.
-struct ToEvents {
-    cancel: Cancel,
-    events: Sender<Event>,
-}
-
-impl Watch for ToEvents {
-    fn cancel(&self) -> &AtomicBool {
-        self.cancel.flag()
-    }
-
-    fn progress(&self, progress: Progress) {
-        let _ = self.events.send(Event::Progress(progress));
-    }
-
-    fn in_doubt(&self, why: &str) {
-        let _ = self.events.send(Event::InDoubt(why.to_owned()));
     }
 }

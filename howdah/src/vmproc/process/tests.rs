@@ -6,7 +6,11 @@ use std::sync::{
 };
 
 use super::*;
-use crate::{control::SaveRequest, home::Home, vmproc::machine::Keep};
+use crate::{
+    control::{HandoffRequest, SaveRequest},
+    home::Home,
+    vmproc::machine::{Keep, Watch},
+};
 
 /// A machine that notes what is done to it; its handoff ends as `outcome` says.
 #[derive(Clone)]

@@ -1,0 +1,175 @@
+//! A guest on its way to a peer: the machine is with a thread of its own until it is decided where
+//! the guest runs.
+
+use std::sync::atomic::AtomicBool;
+
+use crossbeam_channel::{Sender, bounded};
+
+use super::{End, Event, Process, State};
+use crate::{
+    control::{HandoffRequest, Progress, Reply, server::Answer},
+    failure::{Exit, Failure, guarded},
+    home::write_json,
+    vmproc::machine::{Cancel, HandoffEnd, Machine, Watch},
+};
+
+/// A handoff under way; the machine is with its thread.
+pub(super) struct Handoff {
+    pub(super) answer: Answer,
+    pub(super) cancel: Cancel,
+    pub(super) progress: Progress,
+    pub(super) in_doubt: Option<String>,
+    pub(super) stop: Vec<Answer>,
+    pub(super) end: bool,
+    /// Why the guest ended by itself meanwhile.
+    pub(super) guest_ended: Option<String>,
+    was_paused: bool,
+}
+
+impl Process {
+    pub(super) fn hand_off(&mut self, request: HandoffRequest, answer: Answer) {
+        let (machine, was_paused) = match std::mem::replace(&mut self.state, State::Gone) {
+            State::Running(machine) => (machine, false),
+            State::Paused(machine) => (machine, true),
+            other => {
+                self.state = other;
+                return answer.last(self.busy());
+            }
+        };
+        let cancel = Cancel::default();
+        let watch = ToEvents { cancel: cancel.clone(), events: self.sender.clone() };
+        let progress = Progress { peer: request.peer.clone(), ..Progress::default() };
+        // The machine follows when the thread is there: one that cannot be started must not take
+        // the guest with it.
+        let (give, take) = bounded::<Box<dyn Machine>>(1);
+        let work = move || {
+            let Ok(machine) = take.recv() else { return };
+            let end = guarded("handoff", || machine.hand_off(&request, &watch))
+                .unwrap_or_else(|failure| HandoffEnd::Undecided { failure });
+            let _ = watch.events.send(Event::HandoffEnded(end));
+        };
+        if let Err(e) = std::thread::Builder::new().name("handoff".into()).spawn(work) {
+            self.state = if was_paused { State::Paused(machine) } else { State::Running(machine) };
+            return answer.last(Failure::new(
+                Exit::NotMoved,
+                "handoff",
+                e,
+                "raise the limit on threads",
+            ));
+        }
+        let _ = give.send(machine);
+        self.state = State::HandingOff(Handoff {
+            answer,
+            cancel,
+            progress,
+            in_doubt: None,
+            stop: Vec::new(),
+            end: false,
+            guest_ended: None,
+            was_paused,
+        });
+    }
+
+    pub(super) fn cancel(&mut self, answer: Answer) {
+        match &self.state {
+            State::HandingOff(handoff) if handoff.in_doubt.is_none() => {
+                handoff.cancel.cancel();
+                answer.last(Reply::Done);
+            }
+            State::HandingOff(_) => answer.last(self.busy()),
+            _ => answer.last(self.conflict("no handoff of it is under way")),
+        }
+    }
+
+    pub(super) fn progress(&mut self, new: Progress) -> Option<End> {
+        if let State::HandingOff(handoff) = &mut self.state {
+            handoff.answer.passing(Reply::Progress(new.clone()));
+            handoff.progress = new;
+        }
+        None
+    }
+
+    pub(super) fn in_doubt(&mut self, why: String) -> Option<End> {
+        if let State::HandingOff(handoff) = &mut self.state {
+            tracing::warn!("in doubt: {why}");
+            handoff.progress.stage = "in doubt".into();
+            handoff.answer.passing(Reply::Progress(handoff.progress.clone()));
+            handoff.in_doubt = Some(why);
+        }
+        None
+    }
+
+    pub(super) fn handoff_ended(&mut self, end: HandoffEnd) -> anyhow::Result<Option<End>> {
+        let State::HandingOff(handoff) = std::mem::replace(&mut self.state, State::Gone) else {
+            return Ok(None);
+        };
+        match end {
+            HandoffEnd::Moved { report, keep } => {
+                self.keep_report(&report);
+                handoff.answer.last(Reply::Moved(report));
+                handoff.stop.into_iter().for_each(|a| a.last(self.conflict("it was handed off")));
+                let kept = keep.map(|keep| guarded("keeping the visit", keep).and_then(|k| k));
+                if let Some(Err(failure)) = kept {
+                    tracing::warn!("{failure}");
+                }
+                Ok(Some(End::HandedOff))
+            }
+            HandoffEnd::Kept { mut machine, mut failure } => {
+                if let Some(why) = &handoff.guest_ended {
+                    let report = failure.report.take();
+                    let what = format!("VM {} was not handed off", self.dir.name());
+                    let way_out = format!("`howdah vm run {}` boots it again", self.dir.name());
+                    let why = format!("its guest ended meanwhile: {why}");
+                    failure =
+                        Failure { report, ..Failure::new(Exit::NotMoved, what, why, way_out) };
+                }
+                if let Some(report) = &failure.report {
+                    self.keep_report(report);
+                }
+                handoff.answer.last(failure);
+                self.state = if handoff.was_paused && machine.pause().is_ok() {
+                    State::Paused(machine)
+                } else {
+                    State::Running(machine)
+                };
+                let mut ended = None;
+                if handoff.end {
+                    ended = self.stop(None, true)?;
+                }
+                handoff.stop.into_iter().for_each(|answer| answer.last(Reply::Done));
+                Ok(ended)
+            }
+            HandoffEnd::Undecided { failure } => {
+                handoff.answer.last(failure.clone());
+                handoff.stop.into_iter().for_each(|answer| answer.last(failure.clone()));
+                Err(failure.into())
+            }
+        }
+    }
+
+    fn keep_report(&self, report: &serde_json::Value) {
+        if let Err(e) = write_json(&self.dir.report(), report) {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
+/// A handoff's thread tells the main loop.
+struct ToEvents {
+    cancel: Cancel,
+    events: Sender<Event>,
+}
+
+impl Watch for ToEvents {
+    fn cancel(&self) -> &AtomicBool {
+        self.cancel.flag()
+    }
+
+    fn progress(&self, progress: Progress) {
+        let _ = self.events.send(Event::Progress(progress));
+    }
+
+    fn in_doubt(&self, why: &str) {
+        let _ = self.events.send(Event::InDoubt(why.to_owned()));
+    }
+}
