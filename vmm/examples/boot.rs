@@ -3,7 +3,7 @@
 //! ```text
 //! boot --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory-mib N] [--vcpus N]
 //!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS [--first MS] [--copy yes | --same yes]]
-//!      [--type TEXT] [--watch MS]
+//!      [--type TEXT] [--watch MS [--hints S,S]]
 //! ```
 //!
 //! `--cycle MS` pauses the machine every MS milliseconds (the first time after `--first`), saves it, and goes on in a second machine
@@ -11,7 +11,8 @@
 //! two; otherwise it takes the memory over. With `--same yes` the machine itself goes on, as after
 //! a handoff that was aborted. `--type TEXT` types a line at the console before each cycle.
 //! `--watch MS` says every MS milliseconds how much memory the guest has made its own, and how much it
-//! has given back.
+//! has given back; `--hints FROM,TO` asks the guest at that second to name its free pages, and lets it
+//! have them back at the other.
 
 use std::{
     error::Error,
@@ -44,6 +45,7 @@ struct Options {
     same: bool,
     line: Option<String>,
     watch_ms: Option<u64>,
+    hints_s: Option<(f32, f32)>,
 }
 
 fn options() -> Result<Options, Box<dyn Error>> {
@@ -62,6 +64,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         same: false,
         line: None,
         watch_ms: None,
+        hints_s: None,
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
@@ -79,6 +82,10 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--first" => options.first_ms = Some(value.parse()?),
             "--type" => options.line = Some(value + "\n"),
             "--watch" => options.watch_ms = Some(value.parse()?),
+            "--hints" => {
+                let (from, to) = value.split_once(',').ok_or("--hints FROM,TO")?;
+                options.hints_s = Some((from.parse()?, to.parse()?));
+            }
             "--same" => options.same = value == "yes",
             "--copy" => options.copy = value == "yes",
             _ => return Err(format!("unknown option {name}").into()),
@@ -179,17 +186,51 @@ fn reincarnate(
     Ok(vm)
 }
 
-/// Says how much memory of this process is not a file's, and what the guest has said of its own.
-fn watch(balloon: &BalloonHandle, since: Instant) {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or("?");
-    eprintln!(
-        "[boot] {:6.1} s: own {}; reported {} MiB, given back {} MiB",
-        since.elapsed().as_secs_f32(),
-        anonymous.trim(),
-        balloon.reported_bytes() >> 20,
-        balloon.discarded_bytes() >> 20
-    );
+/// Watches the machine's memory; the balloon is another one after each cycle.
+struct Watch {
+    balloon: Mutex<BalloonHandle>,
+    hints_s: Option<(f32, f32)>,
+}
+
+impl Watch {
+    fn start(self: &Arc<Self>, period: Duration) {
+        let (watch, began) = (Arc::clone(self), Instant::now());
+        std::thread::spawn(move || {
+            let mut hinted_chunks = 0;
+            loop {
+                std::thread::sleep(period);
+                watch.look(began.elapsed().as_secs_f32(), period.as_secs_f32(), &mut hinted_chunks);
+            }
+        });
+    }
+
+    /// Says how much memory of this process is not a file's, and what the guest has said of its own.
+    fn look(&self, at_s: f32, period_s: f32, hinted_chunks: &mut u64) {
+        let balloon = self.balloon.lock().unwrap_or_else(PoisonError::into_inner);
+        let hints = balloon.hints();
+        *hinted_chunks += hints.take().iter().map(|run| run.end - run.start).sum::<u64>();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or("?");
+        eprintln!(
+            "[boot] {at_s:6.1} s: own {}; reported {} MiB, given back {} MiB; hinted {} MiB{}",
+            own.trim(),
+            balloon.reported_bytes() >> 20,
+            balloon.discarded_bytes() >> 20,
+            *hinted_chunks >> 8,
+            if hints.is_complete() { ", all" } else { "" },
+        );
+        let Some((from, to)) = self.hints_s else { return };
+        let is_due = |second: f32| (second..second + period_s).contains(&at_s);
+        if is_due(from) {
+            eprintln!("[boot] asking for hints: {}", hints.start());
+        } else if is_due(to) {
+            hints.stop();
+        }
+    }
+
+    fn goes_on_with(&self, vm: &Vm<Paused>) {
+        *self.balloon.lock().unwrap_or_else(PoisonError::into_inner) = vm.balloon().clone();
+    }
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -208,14 +249,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (sender, events) = mpsc::channel();
     let deadline = Instant::now() + Duration::from_secs(options.seconds);
     let mut vm = Vm::boot(config(&options, disk, sender.clone()))?.resume().map_err(|e| e.error)?;
-    if let Some(period) = options.watch_ms.map(Duration::from_millis) {
-        let (balloon, began) = (vm.balloon().clone(), Instant::now());
-        std::thread::spawn(move || {
-            loop {
-                std::thread::sleep(period);
-                watch(&balloon, began);
-            }
-        });
+    let watch =
+        Arc::new(Watch { balloon: Mutex::new(vm.balloon().clone()), hints_s: options.hints_s });
+    if let Some(period_ms) = options.watch_ms {
+        watch.start(Duration::from_millis(period_ms));
     }
     let cycle = options.cycle_ms.map_or(Duration::from_secs(3600), Duration::from_millis);
     let mut tick = options.first_ms.map_or(cycle, Duration::from_millis);
@@ -238,8 +275,9 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let began = Instant::now();
                 let paused = vm.pause().map_err(|e| e.error)?;
                 eprintln!("[boot] paused in {:?}", began.elapsed());
-                vm =
-                    reincarnate(paused, &options, sender.clone())?.resume().map_err(|e| e.error)?;
+                let paused = reincarnate(paused, &options, sender.clone())?;
+                watch.goes_on_with(&paused);
+                vm = paused.resume().map_err(|e| e.error)?;
             }
             Err(_) => {}
         }
