@@ -41,7 +41,8 @@ impl Overlay {
         Ok(Self::assemble(dir, base, data, map_file, StateMap::new(chunks, vec![0; states])))
     }
 
-    /// Opens the overlay in `dir`, made by [`Overlay::create`] over the same base.
+    /// Opens the overlay in `dir`, made by [`Overlay::create`] over the same base, with all that it
+    /// holds: for a VM that starts again, and as the disk with which a VM's way back begins.
     pub fn open(dir: &Path, base: Arc<Base>) -> Result<Self, OverlayError> {
         let map_path = dir.join(MAP_FILE);
         let file = OpenOptions::new()
@@ -50,49 +51,7 @@ impl Overlay {
             .open(&map_path)
             .map_err(io_error("opening", &map_path))?;
         let map_file = lock(dir, &map_path, file)?;
-        Self::open_locked(dir, base, map_file)
-    }
-
-    /// Moves the overlay in `from` to `dir`, where none may be, and opens it there with all that
-    /// it holds: the disk that an earlier visit of a VM left is where the next one begins. Both
-    /// directories are on one file system.
-    ///
-    /// An overlay that another process has open stays where it is, and so does one over another
-    /// base or with a damaged map. A crash on the way may leave the map in `from` and the data in
-    /// `dir`: then `from` does not open, unless all its chunks are base or zero, and `dir` has no
-    /// disk.
-    pub fn adopt(from: &Path, dir: &Path, base: Arc<Base>) -> Result<Self, OverlayError> {
-        let (old_map, map) = (from.join(MAP_FILE), dir.join(MAP_FILE));
-        let (old_data, data) = (from.join(DATA_FILE), dir.join(DATA_FILE));
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&old_map)
-            .map_err(io_error("opening", &old_map))?;
-        let map_file = lock(from, &old_map, file)?;
-        let states = read_map(&old_map, &map_file, &base)?;
-        // Completes a disk whose creation was cut short, so that there is a data file to move.
-        drop(open_data(from, base.disk_bytes(), base.disk_chunks(), &states)?);
-        if map.exists() {
-            return Err(OverlayError::Exists { dir: dir.to_owned() });
-        }
-        // The map goes last: a directory has a disk if it has a map.
-        fs::rename(&old_data, &data).map_err(io_error("moving", &old_data))?;
-        let moved = fs::hard_link(&old_map, &map).map_err(io_error("moving", &old_map));
-        if let Err(error) = moved {
-            let _ = fs::rename(&data, &old_data);
-            return Err(error);
-        }
-        fs::remove_file(&old_map).map_err(io_error("moving", &old_map))?;
-        for dir in [dir, from] {
-            files::sync_dir(dir).map_err(io_error("syncing", dir))?;
-        }
-        Self::open_locked(dir, base, map_file)
-    }
-
-    /// Opens the overlay whose map is locked already.
-    fn open_locked(dir: &Path, base: Arc<Base>, map_file: Lock) -> Result<Self, OverlayError> {
-        let states = read_map(&dir.join(MAP_FILE), &map_file, &base)?;
+        let states = read_map(&map_path, &map_file, &base)?;
         let chunks = base.disk_chunks();
         let data = open_data(dir, base.disk_bytes(), chunks, &states)?;
         let overlay = Self::assemble(dir, base, data, map_file, StateMap::new(chunks, states));

@@ -94,49 +94,6 @@ fn what_was_flushed_is_there_again() {
 }
 
 #[test]
-fn an_adopted_overlay_holds_what_it_held() {
-    let (_fixture, vm) = Vm::new();
-    let overlay = vm.create();
-    overlay.write_chunk(1, &[9; CHUNK_SIZE]).unwrap();
-    overlay.zero_chunk(3).unwrap();
-    overlay.flush().unwrap();
-    let expected = whole(&overlay);
-    let next = TempDir::new_in(vm.dir.path()).unwrap();
-    let adopt = |to: &TempDir| Overlay::adopt(vm.dir.path(), to.path(), Arc::clone(&vm.base));
-    assert!(matches!(adopt(&next), Err(OverlayError::Locked { .. })), "it is open");
-    drop(overlay);
-    let other = TempDir::new_in(vm.dir.path()).unwrap();
-    drop(Overlay::create(other.path(), Arc::clone(&vm.base)).unwrap());
-    assert!(matches!(adopt(&other), Err(OverlayError::Exists { .. })));
-
-    let adopted = adopt(&next).unwrap();
-    assert!(whole(&adopted) == expected);
-    assert_eq!(adopted.changed().collect::<Vec<_>>(), [1, 3]);
-    adopted.reset_chunk(1).unwrap();
-    adopted.write_chunk(0, &[7; CHUNK_SIZE]).unwrap();
-    adopted.flush().unwrap();
-    let again = Overlay::open(next.path(), Arc::clone(&vm.base));
-    assert!(matches!(again, Err(OverlayError::Locked { .. })), "the lock came along");
-    drop(adopted);
-    assert!(matches!(vm.open(), Err(OverlayError::Io { .. })), "it is no longer there");
-    let again = Overlay::open(next.path(), Arc::clone(&vm.base)).unwrap();
-    assert_eq!(again.changed().collect::<Vec<_>>(), [0, 3]);
-}
-
-#[test]
-fn a_damaged_overlay_is_not_adopted() {
-    let (_fixture, vm) = Vm::new();
-    drop(vm.create());
-    let map = OpenOptions::new().write(true).open(vm.file(MAP_FILE)).unwrap();
-    map.write_all_at(&[3], 4096).unwrap();
-    let next = TempDir::new_in(vm.dir.path()).unwrap();
-    let refused = Overlay::adopt(vm.dir.path(), next.path(), Arc::clone(&vm.base));
-    assert!(matches!(refused, Err(OverlayError::State { chunk: 0, found: 3, .. })));
-    assert_eq!(fs::read_dir(next.path()).unwrap().count(), 0);
-    assert!(vm.file(DATA_FILE).exists() && vm.file(MAP_FILE).exists());
-}
-
-#[test]
 fn an_exported_image_is_the_disk_with_its_holes() {
     let (_fixture, vm) = Vm::new();
     let overlay = vm.create();
