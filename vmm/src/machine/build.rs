@@ -1,17 +1,14 @@
 //! Making a machine: a new one that boots, or one that goes on from a saved state.
 
-use std::{
-    io::Write,
-    sync::{Arc, mpsc::Sender},
-};
+use std::sync::{Arc, mpsc::Sender};
 
-use guest_images::{CHUNK_SIZE, overlay::Overlay};
+use guest_images::CHUNK_SIZE;
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 
 use super::{
     Core, MachineError, Paused, Vm, VmConfig,
-    wiring::{self, Backends, Devices},
+    wiring::{self, Backends, Board},
 };
 use crate::{
     boot::{self, BootSource},
@@ -37,17 +34,19 @@ struct Bare {
 
 /// What of the host a machine uses.
 struct Parts {
-    backends: Backends,
-    disk: Option<Arc<Overlay>>,
-    console: Box<dyn Write + Send>,
+    board: Board,
+    disk: Option<Disk>,
     events: Sender<VmEvent>,
 }
 
 impl Parts {
-    fn open(config: VmConfig) -> Result<Self, MachineError> {
+    fn open(config: VmConfig, bare: &Bare) -> Result<Self, MachineError> {
         let VmConfig { memory_bytes, disk, net, console, events, .. } = config;
         let backends = Backends::open(disk.as_ref(), net.as_ref(), memory_bytes)?;
-        Ok(Self { backends, disk, console, events })
+        let disk =
+            disk.zip(backends.disk_dirty.clone()).map(|(overlay, dirty)| Disk { overlay, dirty });
+        let board = Board::new(&bare.vm, &bare.ram, backends, console)?;
+        Ok(Self { board, disk, events })
     }
 }
 
@@ -82,14 +81,16 @@ pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
     if let Some(first) = bare.vcpus.first() {
         boot_cpu.apply(&first.fd).map_err(kvm("initial vCPU registers"))?;
     }
-    bare.complete(Parts::open(config)?, None)
+    let parts = Parts::open(config, &bare)?;
+    bare.complete(parts, None)
 }
 
 /// A machine that only lacks its state: all that can be refused, and all that takes time, has been
 /// done while the guest still runs elsewhere.
 pub(crate) struct Prepared {
-    bare: Bare,
+    // First, so that devices go before what they are connected to.
     parts: Parts,
+    bare: Bare,
 }
 
 impl Prepared {
@@ -102,7 +103,8 @@ impl Prepared {
         memory::check(&ram, profile.memory_bytes)?;
         let host = HostCheck::run()?;
         profile.check_compatible(&HostProfile::of(&host)?)?;
-        Ok(Self { bare: Bare::new(host, ram, profile)?, parts: Parts::open(config)? })
+        let bare = Bare::new(host, ram, profile)?;
+        Ok(Self { parts: Parts::open(config, &bare)?, bare })
     }
 
     pub(crate) fn restore(self, state: &[u8]) -> Result<Vm<Paused>, MachineError> {
@@ -160,20 +162,17 @@ impl Bare {
         parts: Parts,
         saved: Option<&DeviceStates>,
     ) -> Result<Vm<Paused>, MachineError> {
-        let Parts { backends, disk, console, events } = parts;
-        let dirty_disk = disk
-            .as_ref()
-            .zip(backends.disk_dirty.clone())
-            .map(|(overlay, dirty)| Disk { overlay: overlay.clone(), dirty });
+        let Parts { board, disk, events } = parts;
         let mut context = RunContext::new(events);
-        let devices = Devices::build(&self.vm, &self.ram, backends, console, saved, &mut context)?;
-        let tracker = Tracker::new(self.log, self.ram.clone(), dirty_disk);
+        let devices = board.complete(saved, &mut context)?;
+        let overlay = disk.as_ref().map(|disk| disk.overlay.clone());
+        let tracker = Tracker::new(self.log, self.ram.clone(), disk);
         let core = Core {
             devices,
             context,
             tracker,
             profile: self.profile,
-            disk,
+            disk: overlay,
             vm: self.vm,
             host: self.host,
             ram: self.ram,

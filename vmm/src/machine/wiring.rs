@@ -101,51 +101,46 @@ pub(super) struct Devices {
     balloon: BalloonHandle,
 }
 
-/// The buses under construction, with the VM that interrupts go to.
-struct Board<'a> {
-    vm: &'a VmFd,
-    ports: Bus,
+/// Devices connected to KVM, without their state. Making them takes KVM and the host a while; what is
+/// left to do does not.
+pub(super) struct Board {
+    slots: Vec<Slot>,
+    announcer: Option<Announcer>,
+    balloon: BalloonHandle,
     mmio: Bus,
+    serial_line: EventFd,
+    console: Box<dyn Write + Send>,
 }
 
-impl Board<'_> {
-    /// An interrupt line: what is written to it becomes an edge on `gsi`.
-    fn line(&self, gsi: u32) -> Result<EventFd, MachineError> {
-        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(|source| MachineError::Resource { what: "an event descriptor", source })?;
-        self.vm
-            .register_irqfd(&line, gsi)
-            .map_err(|source| MachineError::Kvm { what: "registering an interrupt", source })?;
-        Ok(line)
-    }
+/// An interrupt line: what is written to it becomes an edge on `gsi`.
+fn line(vm: &VmFd, gsi: u32) -> Result<EventFd, MachineError> {
+    let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|source| MachineError::Resource { what: "an event descriptor", source })?;
+    vm.register_irqfd(&line, gsi)
+        .map_err(|source| MachineError::Kvm { what: "registering an interrupt", source })?;
+    Ok(line)
+}
 
-    fn port_device(
-        &mut self,
-        at: u16,
-        ports: u16,
-        device: Arc<dyn BusDevice>,
-    ) -> Result<(), MachineError> {
-        Ok(self.ports.insert(at.into(), ports.into(), device)?)
-    }
-
-    fn virtio(
-        &mut self,
+impl Slot {
+    fn new(
+        vm: &VmFd,
         number: usize,
         backend: Box<dyn VirtioBackend>,
         ram: &GuestRam,
-    ) -> Result<Slot, MachineError> {
-        let line = self.line(virtio_gsi(number))?;
+        mmio: &mut Bus,
+    ) -> Result<Self, MachineError> {
+        let line = line(vm, virtio_gsi(number))?;
         let device = Arc::new(VirtioMmio::new(backend, ram.clone(), line)?);
         let address = virtio_mmio_address(number);
         let notify = IoEventAddress::Mmio(address + QUEUE_NOTIFY_OFFSET);
         for (fd, queue) in device.notify_fds().iter().zip(0u32..) {
-            self.vm.register_ioevent(fd, &notify, queue).map_err(|source| MachineError::Kvm {
+            vm.register_ioevent(fd, &notify, queue).map_err(|source| MachineError::Kvm {
                 what: "registering a queue notification",
                 source,
             })?;
         }
-        self.mmio.insert(address, VIRTIO_MMIO_SIZE, device.clone())?;
-        Ok(Slot { number, device })
+        mmio.insert(address, VIRTIO_MMIO_SIZE, device.clone())?;
+        Ok(Self { number, device })
     }
 }
 
@@ -160,40 +155,54 @@ fn power_sink(context: &RunContext) -> PowerSink {
     })
 }
 
-impl Devices {
-    /// Puts devices on the buses of `context` and connects them to KVM. They begin paused. With a
-    /// saved state they go on from there; interrupt controllers must have been restored by then.
-    pub(super) fn build(
+impl Board {
+    /// Makes devices and connects them to KVM. They begin paused.
+    pub(super) fn new(
         vm: &VmFd,
         ram: &GuestRam,
         backends: Backends,
         console: Box<dyn Write + Send>,
-        saved: Option<&DeviceStates>,
-        context: &mut RunContext,
     ) -> Result<Self, MachineError> {
-        let mut board = Board { vm, ports: Bus::new(), mmio: Bus::new() };
-        let line = board.line(COM1_GSI)?;
-        let serial = Arc::new(match saved {
-            None => Serial::new(line, console),
-            Some(saved) => Serial::from_state(&saved.serial, line, console)?,
-        });
-        board.port_device(COM1_PORT, COM1_PORTS, serial.clone())?;
-        let power = power_sink(context);
-        board.port_device(I8042_PORT, I8042_PORTS, Arc::new(I8042::new(power.clone())))?;
-        board.port_device(ACPI_SLEEP_CONTROL_PORT, ACPI_PORTS, Arc::new(AcpiPower::new(power)))?;
         let Backends { slots, announcer, balloon, .. } = backends;
+        let serial_line = line(vm, COM1_GSI)?;
+        let mut mmio = Bus::new();
         let slots = slots
             .into_iter()
-            .map(|(number, backend)| board.virtio(number, backend, ram))
+            .map(|(number, backend)| Slot::new(vm, number, backend, ram, &mut mmio))
             .collect::<Result<Vec<_>, _>>()?;
-        (context.ports, context.mmio) = (Arc::new(board.ports), Arc::new(board.mmio));
-        let devices = Self { serial, slots, announcer, balloon };
+        Ok(Self { slots, announcer, balloon, mmio, serial_line, console })
+    }
+
+    /// Puts the devices on the buses of `context`. With a saved state they go on from there;
+    /// interrupt controllers must have been restored by then.
+    pub(super) fn complete(
+        self,
+        saved: Option<&DeviceStates>,
+        context: &mut RunContext,
+    ) -> Result<Devices, MachineError> {
+        let Self { slots, announcer, balloon, mmio, serial_line, console } = self;
+        let serial = Arc::new(match saved {
+            None => Serial::new(serial_line, console),
+            Some(saved) => Serial::from_state(&saved.serial, serial_line, console)?,
+        });
+        let power = power_sink(context);
+        let mut ports = Bus::new();
+        let mut put = |at: u16, count: u16, device: Arc<dyn BusDevice>| {
+            ports.insert(at.into(), count.into(), device)
+        };
+        put(COM1_PORT, COM1_PORTS, serial.clone())?;
+        put(I8042_PORT, I8042_PORTS, Arc::new(I8042::new(power.clone())))?;
+        put(ACPI_SLEEP_CONTROL_PORT, ACPI_PORTS, Arc::new(AcpiPower::new(power)))?;
+        (context.ports, context.mmio) = (Arc::new(ports), Arc::new(mmio));
+        let devices = Devices { serial, slots, announcer, balloon };
         if let Some(saved) = saved {
             devices.restore(&saved.virtio)?;
         }
         Ok(devices)
     }
+}
 
+impl Devices {
     fn restore(&self, saved: &[SlotState]) -> Result<(), MachineError> {
         let ours: Vec<usize> = self.slots.iter().map(|slot| slot.number).collect();
         let theirs: Vec<usize> = saved.iter().map(|slot| slot.slot.into()).collect();
