@@ -109,6 +109,10 @@ pub struct CutOverPolicy {
     /// A round pays if it leaves at most this share of the predicted downtime that rounds can
     /// change.
     pub max_remaining_share: f64,
+    /// A round that takes no longer than this costs little of the total: ...
+    pub cheap_round: Duration,
+    /// ... it pays if it leaves at most this share.
+    pub cheap_remaining_share: f64,
     /// Rounds at most.
     pub max_rounds: u32,
     /// After this long no further round is begun.
@@ -125,6 +129,8 @@ impl Default for CutOverPolicy {
             least_saving: Duration::from_millis(20),
             least_saving_share: 0.25,
             max_remaining_share: 0.7,
+            cheap_round: Duration::from_millis(300),
+            cheap_remaining_share: 0.9,
             max_rounds: 30,
             max_rounds_time: Duration::from_secs(600),
         }
@@ -173,16 +179,18 @@ impl CutOverPolicy {
             return false;
         }
         let now = m.remaining_chunks as f64;
-        let bound = now * self.max_remaining_share;
+        let share = match transfer <= self.cheap_round.as_secs_f64() {
+            true => self.cheap_remaining_share,
+            false => self.max_remaining_share,
+        };
+        let bound = now * share;
         let dirtied = finite(m.dirty_chunks_per_s) * transfer;
         if dirtied <= bound {
             return true;
         }
         // A guest that writes the same few chunks over and over has a high rate in a short round
         // and a low one in a long round. If the last round did shrink the rest, so may the next.
-        m.previous_chunks > 0
-            && now <= m.previous_chunks as f64 * self.max_remaining_share
-            && dirtied <= now
+        m.previous_chunks > 0 && now <= m.previous_chunks as f64 * share && dirtied <= now
     }
 }
 

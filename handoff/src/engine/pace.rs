@@ -40,6 +40,10 @@ struct Lap {
 }
 
 impl Lap {
+    fn looked_at(&self) -> u64 {
+        self.ended.looked_at - self.began.looked_at
+    }
+
     fn sent(&self) -> u64 {
         self.ended.sent - self.began.sent
     }
@@ -81,10 +85,7 @@ impl Pace {
         let later = self.laps.get(1..).unwrap_or_default();
         let newest = later.iter().rev().find(|lap| lap.sent() >= ENOUGH_CHUNKS);
         if let Some(lap) = newest {
-            return ratio(
-                lap.segment_bytes() as f64,
-                (lap.ended.looked_at - lap.began.looked_at) as f64,
-            );
+            return ratio(lap.segment_bytes() as f64, lap.looked_at() as f64);
         }
         let sum = |of: fn(&Lap) -> u64| self.laps.iter().map(of).sum::<u64>() as f64;
         ratio(sum(Lap::segment_bytes), sum(Lap::sent))
@@ -93,14 +94,14 @@ impl Pace {
     /// Chunks a second that reading, classifying and packing manage when nothing makes them wait;
     /// 0 if not known.
     pub(super) fn chunks_per_s(&self) -> f64 {
-        let of = |lap: &Lap| {
+        // The newest that says enough: the first meets caches that are cold.
+        let enough = |lap: &&Lap| lap.looked_at() >= ENOUGH_CHUNKS;
+        let newest = self.laps.iter().rev().find(enough).or(self.laps.last());
+        newest.map_or(0.0, |lap| {
             let waited = lap.ended.waited - lap.began.waited;
             let worked = lap.packed.saturating_sub(lap.began.now).saturating_sub(waited);
-            (lap.ended.looked_at - lap.began.looked_at, worked.as_secs_f64())
-        };
-        let (chunks, seconds) =
-            self.laps.iter().map(of).fold((0, 0.0), |sum, lap| (sum.0 + lap.0, sum.1 + lap.1));
-        ratio(chunks as f64, seconds)
+            ratio(lap.looked_at() as f64, worked.as_secs_f64())
+        })
     }
 
     /// Bytes a second that the link took lately, by its own measure and over the time in which it

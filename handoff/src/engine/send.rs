@@ -21,7 +21,7 @@ use crate::{
     report::{Outcome, Progress, Report},
     root::{StateRoot, StateTable},
     source::SourceSession,
-    stage::{Outbound, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
+    stage::{BatchLimits, Outbound, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
     vm::{MAX_ALSO, MAX_KNOWN},
     wire::{Hello, Intent, Resumed},
 };
@@ -29,6 +29,10 @@ use crate::{
 /// A round is harvested when what is left of the last one keeps the link busy for so long: asking
 /// for what is dirty, and making the first segment of it, takes time.
 const HARVEST_AHEAD: Duration = Duration::from_millis(30);
+/// A small last round goes out in so many batches, ...
+const LAST_ROUND_PIECES: u64 = 4;
+/// ... but a batch of fewer chunks costs more by itself than it saves.
+const LEAST_PIECE_CHUNKS: usize = 32;
 
 /// Hands the guest off to the peer that `connect` reaches.
 ///
@@ -285,6 +289,7 @@ impl<'r, 'a> Paused<'r, 'a> {
     fn last_round(self) -> Result<Sent<'r, 'a>, KeptReason> {
         let Self { run, left } = self;
         let mut chunks = left.len();
+        run.outbound.set_limits(pieces_of(chunks));
         run.send_round(left)?;
         run.pipe.meter.final_round_packed(chunks);
         let state = run.guest.vm.save_state().map_err(failed("saving the machine's state"))?;
@@ -313,6 +318,16 @@ impl<'r, 'a> Paused<'r, 'a> {
         run.pipe.push(Job::Prepare(root, full_hash))?;
         Ok(Sent { run, root, full_hash })
     }
+}
+
+/// Limits that cut a last round of so many chunks into a few batches, if it is small: while one is
+/// classified, another is compressed, a third is on the link and a fourth is applied. Of a large
+/// round there are enough batches anyway.
+fn pieces_of(chunks: u64) -> BatchLimits {
+    let piece = usize::try_from(chunks.div_ceil(LAST_ROUND_PIECES)).unwrap_or(usize::MAX);
+    let piece = piece.max(LEAST_PIECE_CHUNKS);
+    let full = BatchLimits::default();
+    BatchLimits { data_chunks: full.data_chunks.min(piece), chunks: full.chunks.min(piece) }
 }
 
 /// Everything is on its way.

@@ -76,6 +76,11 @@ impl Outbound {
         Self { limits, batch: BatchBuilder::with_limits(0, limits), ..self }
     }
 
+    /// From the next generation on, batches are full at other limits.
+    pub fn set_limits(&mut self, limits: BatchLimits) {
+        self.limits = limits;
+    }
+
     /// Chunks given from now on are of this generation. Call it before the first chunk, and after
     /// [`Outbound::end`] for each further generation.
     pub fn begin(&mut self, generation: u32) {
