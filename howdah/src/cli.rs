@@ -286,6 +286,9 @@ pub(crate) struct VmRunArgs {
     /// Boot the kernel even if the base has memory to go on from
     #[arg(long)]
     pub(crate) cold: bool,
+    /// Do not take back memory that the guest reports free: to measure what that is worth
+    #[arg(long)]
+    pub(crate) keep_free_pages: bool,
     /// Run it in the background; return when the guest runs
     #[arg(long)]
     pub(crate) detach: bool,

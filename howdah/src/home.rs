@@ -106,6 +106,9 @@ pub(crate) struct VmConfig {
     /// the disk is no longer the one that the memory belongs to. Since version 2.
     #[serde(default)]
     pub(crate) from_memory: bool,
+    /// Whether memory is kept that the guest reports free.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) keep_free_pages: bool,
 }
 
 impl VmConfig {
@@ -125,6 +128,7 @@ impl VmConfig {
             mac: None,
             append: String::new(),
             from_memory: false,
+            keep_free_pages: false,
         }
     }
 }

@@ -135,6 +135,7 @@ fn config(
         base_memory: None,
         disk,
         net: options.tap.clone().map(|tap| NetConfig { tap, mac: [0x02, 0, 0, 0, 0, 1] }),
+        keep_free_pages: false,
         console: Box::new(Console),
         events,
     }

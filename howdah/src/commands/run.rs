@@ -128,6 +128,7 @@ fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
         mac: args.tap.as_ref().map(|_| mac.to_string()),
         tap: args.tap.clone(),
         append: args.append.clone().unwrap_or_default(),
+        keep_free_pages: args.keep_free_pages,
         ..VmConfig::of(&base.id())
     };
     let damaged = |e: &dyn std::fmt::Display| {
@@ -211,6 +212,7 @@ fn start_again(
     }
     let mut new = old.clone();
     new.from_memory &= !args.cold;
+    new.keep_free_pages = args.keep_free_pages;
     if let Some(tap) = &args.tap {
         new.tap = Some(tap.clone());
         let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));

@@ -149,6 +149,7 @@ pub(crate) fn build(
         base_memory: base_memory(base)?,
         disk: Some(Arc::clone(disk)),
         net: net(config)?,
+        keep_free_pages: config.keep_free_pages,
         console: Box::new(Sink(Arc::clone(console))),
         events: forward(events)?,
     })

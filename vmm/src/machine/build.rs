@@ -41,8 +41,8 @@ struct Parts {
 
 impl Parts {
     fn open(config: VmConfig, bare: &Bare) -> Result<Self, MachineError> {
-        let VmConfig { memory_bytes, disk, net, console, events, .. } = config;
-        let backends = Backends::open(disk.as_ref(), net.as_ref(), memory_bytes)?;
+        let backends = Backends::open(&config)?;
+        let VmConfig { disk, console, events, .. } = config;
         let disk =
             disk.zip(backends.disk_dirty.clone()).map(|(overlay, dirty)| Disk { overlay, dirty });
         let board = Board::new(&bare.vm, &bare.ram, backends, console)?;

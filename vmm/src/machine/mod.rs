@@ -83,6 +83,9 @@ pub struct VmConfig {
     pub disk: Option<Arc<Overlay>>,
     /// The network device.
     pub net: Option<NetConfig>,
+    /// Reports of free pages are acknowledged, and their memory is kept: to measure what giving it
+    /// back is worth.
+    pub keep_free_pages: bool,
     /// Where the serial console's output goes. Written to on vCPU threads: should not block.
     pub console: Box<dyn Write + Send>,
     /// Who is told when the guest ends.
@@ -100,6 +103,7 @@ impl std::fmt::Debug for VmConfig {
             .field("base_memory", &self.base_memory.is_some())
             .field("disk", &self.disk.is_some())
             .field("net", &self.net)
+            .field("keep_free_pages", &self.keep_free_pages)
             .finish_non_exhaustive()
     }
 }

@@ -89,6 +89,7 @@ impl Bench {
             base_memory: None,
             disk: None,
             net: None,
+            keep_free_pages: false,
             console: Box::new(self.screen.clone()),
             events: self.sender.clone(),
         }

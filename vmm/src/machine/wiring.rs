@@ -5,11 +5,11 @@ use std::{
     sync::Arc,
 };
 
-use guest_images::{CHUNK_SIZE, overlay::Overlay};
+use guest_images::CHUNK_SIZE;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{MachineError, NetConfig};
+use super::{MachineError, VmConfig};
 use crate::{
     devices::{
         bus::{Bus, BusDevice},
@@ -58,25 +58,22 @@ pub(super) struct Backends {
 
 impl Backends {
     /// Opens what the devices need of the host.
-    pub(super) fn open(
-        disk: Option<&Arc<Overlay>>,
-        net: Option<&NetConfig>,
-        memory_bytes: u64,
-    ) -> Result<Self, MachineError> {
-        let balloon = Balloon::new(memory_bytes / CHUNK_SIZE as u64)
+    pub(super) fn open(config: &VmConfig) -> Result<Self, MachineError> {
+        let balloon = Balloon::new(config.memory_bytes / CHUNK_SIZE as u64)
             .map_err(|source| MachineError::Resource { what: "an event descriptor", source })?;
+        balloon.handle().set_discard(!config.keep_free_pages);
         let mut backends = Self {
             slots: Vec::new(),
             disk_dirty: None,
             announcer: None,
             balloon: balloon.handle(),
         };
-        if let Some(overlay) = disk {
+        if let Some(overlay) = &config.disk {
             let block = Block::new(overlay.clone(), "howdah").map_err(MachineError::Disk)?;
             backends.disk_dirty = Some(block.dirty());
             backends.slots.push((DISK_SLOT, Box::new(block)));
         }
-        if let Some(net) = net {
+        if let Some(net) = &config.net {
             let device = Net::new(Tap::open(&net.tap)?, net.mac);
             backends.announcer = Some(device.announcer());
             backends.slots.push((NET_SLOT, Box::new(device)));
