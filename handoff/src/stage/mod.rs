@@ -2,14 +2,16 @@
 //!
 //! ```text
 //!            source                                  target
-//! classify   Classifier  chunk -> Op                 Resolver  step -> chunk written, hashed
-//! pack       BatchBuilder ops -> body                Batch     body -> steps
+//! classify   Classifier  chunk -> Decision           Resolver  step -> chunk written, hashed
+//! delta      DeltaStage  data -> delta               apply()   delta -> data
+//! pack       BatchBuilder steps -> body              Batch     body -> steps
 //! compress   Compressor  body -> payload             Decompressor  payload -> body
 //! seal       Sealer      payload -> Segment          Opener    Segment -> payload
 //! ```
 //!
 //! Each module holds one stage forward and in reverse, so that a stage is added or removed in one
-//! place. None does I/O but to read the base; none has a thread or a clock of its own.
+//! place; [`Outbound`] is the first three of the source as one. None does I/O but to read the base;
+//! none has a thread of its own, nor a clock but that of the CPU time it uses.
 
 pub mod classify;
 pub mod compress;
@@ -19,6 +21,7 @@ pub mod options;
 pub mod outbound;
 pub mod pack;
 mod pack_codec;
+mod pack_run;
 pub mod resolve;
 pub mod seal;
 pub mod stats;
