@@ -25,6 +25,7 @@ use handoff::{
     },
     ownership::{Journal, Record, VmId},
     report::Report,
+    stage::SentCache,
     tcp::MonotonicClock,
 };
 use model::{Act, Host, Incoming, Memory, Vm, acts, all, base, chunk, disk, ram};
@@ -55,11 +56,18 @@ struct Site {
     vm: Option<Vm>,
     /// What the other one holds of the guest that runs here.
     known: Vec<StateTable>,
+    contents: Option<Arc<SentCache>>,
 }
 
 impl Site {
     fn new(base: &Arc<MemBase>, dir: &Path, name: &str) -> Self {
-        Self { host: Host::new(base), journal: dir.join(name), vm: None, known: Vec::new() }
+        Self {
+            host: Host::new(base),
+            journal: dir.join(name),
+            vm: None,
+            known: Vec::new(),
+            contents: None,
+        }
     }
 
     fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
@@ -122,6 +130,7 @@ fn hand_off(from: &mut Site, to: &mut Site, faults: &[Fault], without: &[&str]) 
     options.limits = limits();
     options.audit = true;
     options.known = from.known.clone();
+    options.contents = from.contents.clone();
     without.iter().for_each(|name| options.stages.switch_off(name).unwrap());
     let (tx, links) = unbounded();
     let mut connect = connect(tx, faults);
@@ -156,6 +165,7 @@ fn hand_off(from: &mut Site, to: &mut Site, faults: &[Fault], without: &[&str]) 
             drop(there);
             from.host.visit = Some((here, table));
             to.known = vec![received.table];
+            to.contents = Some(Arc::new(received.contents));
             to.vm = Some(received.vm.vm);
             Some(report)
         }
@@ -218,6 +228,23 @@ fn the_way_back_costs_what_changed_since() {
         assert!(again.bytes_on_link * 2 > there.bytes_on_link, "{again:?}");
         hand_off(&mut b, &mut a, &[], &[]).unwrap();
     }
+}
+
+#[test]
+fn what_changed_in_what_came_is_sent_as_that() {
+    let back = |remembers: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut a, mut b) = sites(dir.path());
+        (10..60).for_each(|i| a.memory().act(Act::Write(ram(i), 500 + i)));
+        hand_off(&mut a, &mut b, &[], &[]).unwrap();
+        (10..60).for_each(|i| b.memory().act(Act::Touch(ram(i), i as u8)));
+        if !remembers {
+            b.contents = None;
+        }
+        hand_off(&mut b, &mut a, &[], &[]).unwrap().bytes_on_link
+    };
+    let (with, without) = (back(true), back(false));
+    assert!(with * 4 < without, "{with} bytes, {without} without what came");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::{
         Guest, Journal, Question, Record, Step, Verdict,
         target::{self, Event, Say},
     },
-    stage::{Decompressor, Resolver, Segment, SegmentKind},
+    stage::{Decompressor, Resolver, Segment, SegmentKind, SentCache},
     target::{TargetEvent, TargetSession},
     vm::{Prepared, TargetVm},
     wire::{Prepare, Resumed},
@@ -38,6 +38,7 @@ pub(super) struct Running<Vm> {
     pub(super) record: Record,
     pub(super) full_hash: Option<[u8; 32]>,
     pub(super) table: StateTable,
+    pub(super) contents: SentCache,
 }
 
 pub(super) struct Arriving<'a, Vm> {
@@ -77,7 +78,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         let decompressor =
             Decompressor::new().map_err(|e| ReceiveError::Declined(format!("zstd: {e}")))?;
         let Prepared { vm, bases, start } = prepared;
-        let mut resolver = Resolver::new(bases, geometry);
+        let mut resolver = Resolver::new(bases, geometry).keeping(options.contents_bytes);
         if let Some(table) = start {
             resolver = resolver.with_start(table);
         }
@@ -372,11 +373,13 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     pub(super) fn into_running(self) -> Result<Running<Vm>, ReceiveError> {
         let record = self.journal.record().cloned();
         let missing = || ReceiveError::Link("the guest runs without an ownership record".into());
+        let (table, contents) = self.resolver.into_parts();
         Ok(Running {
             vm: self.vm.into_inner(),
             record: record.ok_or_else(missing)?,
             full_hash: self.full_hash,
-            table: self.resolver.into_table(),
+            table,
+            contents,
         })
     }
 }

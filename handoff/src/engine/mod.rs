@@ -27,7 +27,8 @@ mod worker;
 
 pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
 pub use options::{
-    KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendError, SendOptions, SendOutcome,
+    CONTENTS_BYTES, KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendError,
+    SendOptions, SendOutcome,
 };
 pub use receive::receive;
 pub use saved::{inspect, restore, save};

@@ -1,6 +1,6 @@
 //! What the drivers are told, and how they end.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     Refusal,
@@ -8,7 +8,7 @@ use crate::{
     policy::CutOverPolicy,
     report::Report,
     root::StateTable,
-    stage::StageOptions,
+    stage::{SentCache, StageOptions},
     vm::VmError,
     wire::Versions,
 };
@@ -75,6 +75,9 @@ pub struct SendOptions {
     pub versions: Versions,
     /// Whether both sides hash all RAM and disk at cutover. Costs downtime.
     pub audit: bool,
+    /// What this side received of the newest of these states, as [`Received::contents`] had it:
+    /// what changed since then can be sent as what changed in it.
+    pub contents: Option<Arc<SentCache>>,
     /// Which optimisations are used.
     pub stages: StageOptions,
     /// When to cut over.
@@ -99,6 +102,7 @@ impl SendOptions {
             stages: StageOptions::default(),
             policy: CutOverPolicy::default(),
             known: Vec::new(),
+            contents: None,
             limits: Limits::default(),
         }
     }
@@ -200,6 +204,9 @@ pub enum SendError {
     },
 }
 
+/// The default of [`ReceiveOptions::contents_bytes`].
+pub const CONTENTS_BYTES: usize = 24 << 20;
+
 /// How to receive.
 #[derive(Clone, Debug)]
 pub struct ReceiveOptions {
@@ -211,6 +218,8 @@ pub struct ReceiveOptions {
     pub limits: Limits,
     /// How many bytes of segments the source may have on their way.
     pub window_bytes: u64,
+    /// Bytes of what comes that are kept in memory for the way back: [`Received::contents`].
+    pub contents_bytes: usize,
 }
 
 impl ReceiveOptions {
@@ -218,7 +227,13 @@ impl ReceiveOptions {
     pub fn new(peer: impl Into<String>) -> Self {
         let peer = peer.into();
         let window_bytes = crate::source::DEFAULT_WINDOW_BYTES;
-        Self { peer, versions: Versions::OURS, limits: Limits::default(), window_bytes }
+        Self {
+            peer,
+            versions: Versions::OURS,
+            limits: Limits::default(),
+            window_bytes,
+            contents_bytes: CONTENTS_BYTES,
+        }
     }
 }
 
@@ -235,7 +250,10 @@ pub struct Received<Vm> {
     pub full_hash: Option<[u8; 32]>,
     /// The state in which it arrived: what the source knows too.
     pub table: StateTable,
-    /// Bytes received and sent on all links of this handoff.
+    /// Some of that state: what a handoff back can build on. Good for [`SendOptions::contents`] as
+    /// long as the VM is here.
+    pub contents: SentCache,
+    /// Bytes received sent on all links of this handoff.
     pub bytes_received: u64,
     /// Bytes sent on all links of this handoff.
     pub bytes_sent: u64,

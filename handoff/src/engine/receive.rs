@@ -375,13 +375,14 @@ impl<Vm: TargetVm> Arriving<'_, Vm> {
     fn finish(mut self, counts: &Counts) -> Result<Received<Vm>, ReceiveError> {
         match self.take_settled() {
             Settled::Runs { released } => {
-                let Running { vm, record, full_hash, table } = self.into_running()?;
+                let Running { vm, record, full_hash, table, contents } = self.into_running()?;
                 Ok(Received {
                     vm,
                     record,
                     released,
                     full_hash,
                     table,
+                    contents,
                     bytes_received: counts.received.load(Relaxed),
                     bytes_sent: counts.sent.load(Relaxed),
                 })

@@ -1,5 +1,7 @@
 //! One handoff from the source's side: the guest, and what the phases do with it.
 
+use std::sync::Arc;
+
 use super::{KeptReason, SendError, SendOptions, SendOutcome, pipe::Pipe, worker::Job};
 use crate::{
     Bases, ChunkSet, SourceVm,
@@ -81,6 +83,9 @@ impl Run<'_> {
         let mut outbound = Outbound::new(self.bases.clone(), geometry, self.options.stages);
         if let Some(table) = known {
             outbound = outbound.with_start(table.clone());
+            if let Some(contents) = &self.options.contents {
+                outbound = outbound.with_received(Arc::clone(contents));
+            }
         }
         self.outbound = outbound;
     }

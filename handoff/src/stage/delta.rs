@@ -1,12 +1,13 @@
 //! The stage between classifying and packing: a chunk as what changed in it, and its reverse.
 //!
 //! The reference is what the target holds in the same chunk at that moment: its base state, or the
-//! content that was sent last, as long as the source still has that in a cache of bounded size. A
+//! content that was sent last, as long as the source still has that in a cache of bounded size. Of a
+//! guest that goes back to where it came from, it is also what came with the guest. A
 //! wrong reference cannot be taken: what is in the cache goes by the hash that the state table has
 //! for the target's chunk. That the target arrives at the same content is proved by the state root,
 //! as it is for everything else.
 
-use std::{fmt, ops::Range, str::FromStr};
+use std::{fmt, ops::Range, str::FromStr, sync::Arc};
 
 use guest_images::{CHUNK_SIZE, Chunk};
 
@@ -117,6 +118,8 @@ impl FromStr for DeltaMode {
 pub(super) struct DeltaStage {
     mode: DeltaMode,
     cache: SentCache,
+    /// What this side received of the state in which the target began.
+    received: Option<Arc<SentCache>>,
     /// The deltas of one group, one after the other.
     bytes: Vec<u8>,
     /// For each chunk of the group its delta, if it has one.
@@ -132,9 +135,16 @@ impl DeltaStage {
         Self {
             mode: options.delta,
             cache: SentCache::new(cache_bytes),
+            received: None,
             bytes: Vec::new(),
             made: Vec::new(),
         }
+    }
+
+    /// The same with more references: what this side received of the state in which the target
+    /// began.
+    pub(super) fn with_received(self, received: Arc<SentCache>) -> Self {
+        Self { received: Some(received), ..self }
     }
 
     /// Makes the deltas of a group of classified chunks, in the order in which they will be sent.
@@ -168,7 +178,10 @@ impl DeltaStage {
         decision: &Decision,
     ) -> Option<(DeltaCodec, Range<usize>)> {
         let reference = match decision.before {
-            Some(hash) => self.cache.get(id, &hash)?,
+            Some(hash) => {
+                let received = || self.received.as_ref()?.get(id, &hash);
+                self.cache.get(id, &hash).or_else(received)?
+            }
             None => bases.own().chunk(own_place(bases.own(), id)?)?,
         };
         let start = self.bytes.len();

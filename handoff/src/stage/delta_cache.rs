@@ -1,6 +1,6 @@
-//! What was sent lately: references for deltas, in bounded memory.
+//! What was sent or received lately: references for deltas, in bounded memory.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt};
 
 use guest_images::{CHUNK_SIZE, Chunk, ChunkHash};
 
@@ -9,18 +9,20 @@ use crate::chunks::ChunkId;
 /// How many slots are looked at for the one to give up.
 const CANDIDATES: usize = 4;
 
-/// Chunks as they were sent.
+/// Chunks as they were sent; at a target, as they were received.
 ///
 /// Rounds go over the same chunks again and again: what was used longest ago is what comes next,
 /// so that the usual choice of what to drop would drop just the wrong ones. A chunk that was sent
 /// again counts as hot; a new one takes the place of the coldest of a few at random, and none if
 /// all of them are hotter than it is.
-pub(super) struct SentCache {
+#[derive(Clone)]
+pub struct SentCache {
     capacity: usize,
     slots: Vec<Slot>,
     by_id: HashMap<ChunkId, usize>,
 }
 
+#[derive(Clone)]
 struct Slot {
     id: ChunkId,
     hash: ChunkHash,
@@ -30,12 +32,22 @@ struct Slot {
 
 impl SentCache {
     /// A cache of so many bytes of chunks. It takes them as it fills.
-    pub(super) fn new(bytes: usize) -> Self {
+    pub fn new(bytes: usize) -> Self {
         Self { capacity: bytes / CHUNK_SIZE, slots: Vec::new(), by_id: HashMap::new() }
     }
 
+    /// How many chunks are in it.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
     /// The content that chunk `id` had when its hash was `hash`, if it is still here.
-    pub(super) fn get(&self, id: ChunkId, hash: &ChunkHash) -> Option<&Chunk> {
+    pub fn get(&self, id: ChunkId, hash: &ChunkHash) -> Option<&Chunk> {
         let slot = self.slots.get(*self.by_id.get(&id)?)?;
         (slot.hash == *hash).then_some(&*slot.chunk)
     }
@@ -75,6 +87,12 @@ impl SentCache {
             .filter_map(|n| n.checked_rem(len))
             .min_by_key(|at| self.slots.get(*at).map(|slot| slot.heat))?;
         self.slots.get_mut(coldest)
+    }
+}
+
+impl fmt::Debug for SentCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SentCache({} of {} chunks)", self.len(), self.capacity)
     }
 }
 

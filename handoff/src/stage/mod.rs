@@ -31,6 +31,7 @@ mod tests;
 pub use classify::{Classifier, ClassifyError, Decision, Op};
 pub use compress::{Codec, Compressor, DecompressError, Decompressor, Packed};
 pub use delta::{DeltaCodec, DeltaError, DeltaMode, UnknownDeltaMode};
+pub use delta_cache::SentCache;
 pub use options::{StageOptions, UnknownSwitch};
 pub use outbound::Outbound;
 pub use pack::{Batch, BatchBuilder, BatchError, BatchFull, BatchLimits, RawBatch, Step, What};

@@ -4,13 +4,14 @@
 //! slot (a group of copies) -> classify -> delta -> pack -> poll
 //! ```
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use guest_images::{CHUNK_SIZE, Chunk, chunk::ZERO_CHUNK};
 
 use super::{
     classify::{Classifier, ClassifyError, Decision, Op},
     delta::DeltaStage,
+    delta_cache::SentCache,
     options::StageOptions,
     pack::{BatchBuilder, BatchLimits, RawBatch},
     stats::{Class, ClassTimes, CpuWatch, Share, Stage, Stats},
@@ -69,6 +70,11 @@ impl Outbound {
     /// The same for a target that holds what `table` says: see [`Classifier::with_start`].
     pub fn with_start(self, table: StateTable) -> Self {
         Self { classifier: self.classifier.with_start(table), ..self }
+    }
+
+    /// The same with deltas against what this side received of that.
+    pub fn with_received(self, received: Arc<SentCache>) -> Self {
+        Self { delta: self.delta.with_received(received), ..self }
     }
 
     /// The same with batches that are full earlier.

@@ -9,6 +9,7 @@ use guest_images::{CHUNK_SIZE, Chunk, ChunkHash, chunk::ZERO_CHUNK};
 
 use super::{
     delta::{self, DeltaError},
+    delta_cache::SentCache,
     pack::{Batch, BatchError, Step, What},
     stats::Class,
 };
@@ -129,6 +130,7 @@ pub struct Resolver {
     table: StateTable,
     generations: Generations,
     zero: ChunkHash,
+    received: SentCache,
 }
 
 impl Resolver {
@@ -139,7 +141,14 @@ impl Resolver {
             bases,
             generations: Generations::default(),
             zero: ChunkHash::of(ZERO_CHUNK),
+            received: SentCache::new(0),
         }
+    }
+
+    /// The same, and keeps up to so many bytes of what came as itself: when the guest goes back,
+    /// that is what the other side knows.
+    pub fn keeping(self, bytes: usize) -> Self {
+        Self { received: SentCache::new(bytes), ..self }
     }
 
     /// The same for a VM that holds what `table` says, verified. It must be of the same base: its
@@ -209,15 +218,25 @@ impl Resolver {
                 self.write(vm, id, &copy, hash).map(|()| Class::Seen)
             }
             What::Data(chunk) => {
-                self.write(vm, id, chunk, ChunkHash::of(chunk)).map(|()| Class::Data)
+                let hash = ChunkHash::of(chunk);
+                self.keep(id, hash, chunk);
+                self.write(vm, id, chunk, hash).map(|()| Class::Data)
             }
             What::Delta(codec, bytes) => {
                 vm.read_chunk(id, &mut copy).map_err(|source| ResolveError::Vm { id, source })?;
                 delta::apply(codec, bytes, &mut copy)
                     .map_err(|source| ResolveError::Delta { id, source })?;
-                self.write(vm, id, &copy, ChunkHash::of(&copy)).map(|()| Class::Delta)
+                let hash = ChunkHash::of(&copy);
+                self.keep(id, hash, &copy);
+                self.write(vm, id, &copy, hash).map(|()| Class::Delta)
             }
         }
+    }
+
+    /// Asked before the table changes.
+    fn keep(&mut self, id: ChunkId, hash: ChunkHash, chunk: &Chunk) {
+        let again = self.table.get(id).is_some();
+        self.received.insert(id, hash, chunk, again);
     }
 
     /// Copies a chunk received before and checks that it is still what was written.
@@ -271,5 +290,10 @@ impl Resolver {
     /// The same, for good.
     pub fn into_table(self) -> StateTable {
         self.table
+    }
+
+    /// The same, and what was kept.
+    pub fn into_parts(self) -> (StateTable, SentCache) {
+        (self.table, self.received)
     }
 }

@@ -109,7 +109,7 @@ fn bring(
         let way_out = format!("`howdah vm run {}` boots it from its disk", dir.name());
         Failure::new(Exit::Failed, what(), e, way_out)
     })?;
-    Ok((host.machine(restored.vm, journal)?, Origin::File))
+    Ok((host.machine(restored.vm, journal, None)?, Origin::File))
 }
 
 fn failure(args: &RestoreArgs, error: &RestoreError) -> Failure {

@@ -173,7 +173,7 @@ fn work(
         "bytes_sent": received.bytes_sent,
         "full_hash": received.full_hash.map(hex::encode),
     }));
-    host.machine(received.vm, journal)
+    host.machine(received.vm, journal, Some(received.contents))
 }
 
 /// Gives later links of this handoff to the reception.

@@ -6,7 +6,7 @@ use crossbeam_channel::Sender;
 use guest_images::{Base, BaseId, CHUNK_SIZE, overlay::Overlay};
 use handoff::{
     BaseView, Geometry, Offer, Refusal, StateTable, TargetHost, TargetVm, base_view::Bases,
-    ownership::Journal, vm::Prepared as Ready,
+    ownership::Journal, stage::SentCache, vm::Prepared as Ready,
 };
 use vmm::{AnyVm, HostCheck, HostProfile, IncomingVm, MachineProfile, VmSource};
 
@@ -94,6 +94,7 @@ impl Host {
         self,
         vm: IncomingVm,
         journal: Journal,
+        contents: Option<SentCache>,
     ) -> Result<Box<dyn Machine>, Failure> {
         let gone = || {
             Failure::plain(Exit::Failed, format!("VM {}", self.dir.name()), "the machine is gone")
@@ -110,7 +111,8 @@ impl Host {
             }
         };
         let (home, dir, base) = (self.home, self.dir, Arc::clone(disk.base()));
-        Ok(Box::new(KvmMachine { home, dir, source, disk, base, journal, append }))
+        let contents = contents.map(Arc::new);
+        Ok(Box::new(KvmMachine { home, dir, source, disk, base, journal, append, contents }))
     }
 
     fn check_room(&self, offer: &Offer) -> Result<(), Refusal> {

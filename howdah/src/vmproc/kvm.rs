@@ -8,7 +8,7 @@ use std::{
 
 use crossbeam_channel::Sender;
 use guest_images::{Base, overlay::Overlay};
-use handoff::{SourceVm, ownership::Journal, vm::VmError};
+use handoff::{SourceVm, ownership::Journal, stage::SentCache, vm::VmError};
 use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
@@ -38,6 +38,8 @@ pub(crate) struct KvmMachine {
     pub(crate) base: Arc<Base>,
     pub(crate) journal: Journal,
     pub(crate) append: String,
+    /// Some of what came here with the guest: what the side it came from may still have.
+    pub(crate) contents: Option<Arc<SentCache>>,
 }
 
 /// Starts the VM of `dir`; its guest runs when this returns.
@@ -72,7 +74,8 @@ pub(crate) fn start(
     };
     connect_console(console, &vm);
     let (home, dir, append) = (home.clone(), dir.clone(), config.append);
-    let machine = KvmMachine { home, dir, source: VmSource::new(vm), disk, base, journal, append };
+    let (source, contents) = (VmSource::new(vm), None);
+    let machine = KvmMachine { home, dir, source, disk, base, journal, append, contents };
     Ok((Box::new(machine), origin))
 }
 

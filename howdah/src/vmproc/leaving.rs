@@ -94,6 +94,7 @@ impl KvmMachine {
         options.audit = request.audit;
         options.stages = request.encode.options();
         if options.stages.known {
+            options.contents = self.contents.clone();
             options.known = visit::known(&self.dir, self.base.id(), self.source.geometry());
         }
         if let Some(downtime_ms) = request.downtime_ms {
