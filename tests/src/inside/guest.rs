@@ -24,8 +24,8 @@ use super::net::{CLIENT, GUEST};
 pub(crate) const AGENT: &str = "/usr/local/bin/howdah-agent";
 /// Where the agent takes commands.
 const COMMAND_PORT: u16 = 7778;
-/// How long one command may take: verifying much RAM in an emulated guest is slow.
-const ANSWER: Duration = Duration::from_secs(60);
+/// How long one command may take: filling or verifying much RAM in an emulated guest is slow.
+const ANSWER: Duration = Duration::from_secs(240);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long the client may take to sum up.
