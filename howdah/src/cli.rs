@@ -6,6 +6,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use handoff::stage::DeltaMode;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -343,9 +344,11 @@ pub(crate) struct EncodeArgs {
     /// Do without some of the means by which less is sent
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST")]
     pub(crate) without: Vec<Means>,
-    /// How a chunk is encoded against what the target holds in its place
-    #[arg(long, value_enum, default_value_t = Delta::Auto, value_name = "MODE")]
-    pub(crate) delta: Delta,
+    /// How a chunk is encoded against what the target holds in its place: auto, none, xor or bsdiff
+    ///
+    /// `auto` does it where it pays, chunk by chunk; `xor` and `bsdiff` wherever it can be done.
+    #[arg(long, default_value_t, value_name = "MODE")]
+    pub(crate) delta: DeltaMode,
 }
 
 /// A means by which less is sent.
@@ -370,19 +373,6 @@ pub(crate) enum Means {
     Known,
     /// Memory that the guest has free is not sent
     Free,
-}
-
-/// How a chunk is encoded against what the target holds in its place.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Delta {
-    /// What gains most, chunk by chunk; nothing where it gains little
-    #[default]
-    Auto,
-    /// Not at all
-    None,
-    /// Changed runs
-    Xor,
 }
 
 #[derive(Debug, Args)]
@@ -532,7 +522,12 @@ mod tests {
         assert_eq!(names, handoff::stage::StageOptions::SWITCHES);
         let wrong = failure("howdah handoff a b:1 --without seen,thrift");
         assert!(wrong.contains("thrift") && wrong.contains("other-bases"), "{wrong}");
-        assert!(failure("howdah handoff a b:1 --delta magic").contains("magic"));
+        for mode in DeltaMode::ALL {
+            let words = ["howdah", "handoff", "a", "b:1", "--delta", mode.name()];
+            Cli::try_parse_from(words).unwrap();
+            let help = failure("howdah handoff a b:1 --delta magic");
+            assert!(help.contains("magic") && help.contains(mode.name()), "{help}");
+        }
     }
 
     #[test]

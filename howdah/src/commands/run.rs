@@ -82,16 +82,17 @@ fn create_or_check(dir: &VmDir, args: &VmRunArgs, home: &Home) -> Result<(), Fai
         Some(base) => Some(base::store(home)?.get(base).map_err(base::store_failure)?),
         None => None,
     };
-    if let Some(base) = base.as_ref().filter(|_| !existed) {
-        new_machine(args, base)?;
-    }
+    let new = base.as_ref().filter(|_| !existed).map(|base| new_machine(args, base)).transpose()?;
     // Before anything is written, after all that can be said without it.
     vmproc::check_host()?;
     dir.create()?;
     let lock = dir.lock()?;
     match (dir.record()?, base) {
         (Some(record), base) => start_again(dir, args, &record, base.as_ref()),
-        (None, Some(base)) => create(dir, args, base),
+        (None, Some(base)) => {
+            let config = new.map_or_else(|| new_machine(args, &base), Ok)?;
+            create(dir, &config, base)
+        }
         (None, None) => {
             // What a creation or reception left behind that did not finish.
             let what = format!("VM {}", args.name);
@@ -107,12 +108,11 @@ fn create_or_check(dir: &VmDir, args: &VmRunArgs, home: &Home) -> Result<(), Fai
     }
 }
 
-fn create(dir: &VmDir, args: &VmRunArgs, base: Base) -> Result<(), Failure> {
+fn create(dir: &VmDir, config: &VmConfig, base: Base) -> Result<(), Failure> {
     let failed =
-        |e: &dyn std::fmt::Display| Failure::plain(Exit::Failed, format!("VM {}", args.name), e);
-    let config = new_machine(args, &base)?;
+        |e: &dyn std::fmt::Display| Failure::plain(Exit::Failed, format!("VM {}", dir.name()), e);
     dir.remove_disk()?;
-    dir.write_config(&config)?;
+    dir.write_config(config)?;
     Overlay::create(dir.path(), Arc::new(base)).map_err(|e| failed(&e))?;
     // Last: from here on the VM exists, and is ours.
     let record = Record::created(VmId::random());

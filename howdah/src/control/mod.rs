@@ -19,7 +19,7 @@ use handoff::stage::{DeltaMode, StageOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cli::{Delta, EncodeArgs, Means},
+    cli::{EncodeArgs, Means},
     failure::Failure,
 };
 
@@ -105,7 +105,22 @@ pub(crate) struct Encode {
     /// Those that are not used.
     pub(crate) without: Vec<Means>,
     /// How deltas are made.
-    pub(crate) delta: Delta,
+    #[serde(with = "delta_name")]
+    pub(crate) delta: DeltaMode,
+}
+
+/// A mode of deltas by its name.
+mod delta_name {
+    use handoff::stage::DeltaMode;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(mode: &DeltaMode, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(mode.name())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<DeltaMode, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
 }
 
 impl From<EncodeArgs> for Encode {
@@ -117,12 +132,7 @@ impl From<EncodeArgs> for Encode {
 impl Encode {
     /// As the engine wants it.
     pub(crate) fn options(&self) -> StageOptions {
-        let delta = match self.delta {
-            Delta::Auto => DeltaMode::Auto,
-            Delta::None => DeltaMode::None,
-            Delta::Xor => DeltaMode::Xor,
-        };
-        let mut options = StageOptions { delta, ..StageOptions::default() };
+        let mut options = StageOptions { delta: self.delta, ..StageOptions::default() };
         for means in &self.without {
             *match means {
                 Means::Unchanged => &mut options.unchanged,
@@ -251,7 +261,7 @@ mod tests {
         let all = StageOptions::default();
         let mut seen = Vec::new();
         for means in Means::value_variants() {
-            let encode = Encode { without: vec![*means], delta: Delta::Auto };
+            let encode = Encode { without: vec![*means], delta: DeltaMode::Auto };
             let less = format!("{:?}", encode.options());
             let missing =
                 less.matches("false").count() - format!("{all:?}").matches("false").count();
@@ -259,10 +269,11 @@ mod tests {
             assert!(!seen.contains(&less), "{means:?}");
             seen.push(less);
         }
-        // The modes are the engine's.
-        for delta in Delta::value_variants() {
-            let encode = Encode { without: Vec::new(), delta: *delta };
-            assert_eq!(format!("{:?}", encode.options().delta), format!("{delta:?}"));
+        for delta in DeltaMode::ALL {
+            let encode = Encode { without: Vec::new(), delta };
+            assert_eq!(encode.options().delta, delta);
+            let text = serde_json::to_string(&encode).unwrap();
+            assert_eq!(serde_json::from_str::<Encode>(&text).unwrap(), encode, "{text}");
         }
     }
 
@@ -276,7 +287,7 @@ mod tests {
                 audit: true,
                 downtime_ms: None,
                 keep_mib: 7,
-                encode: Encode { without: vec![Means::BaseDisk], delta: Delta::None },
+                encode: Encode { without: vec![Means::BaseDisk], delta: DeltaMode::None },
             }),
             Request::AdoptLink { handoff: "00".into(), hello: "ff".into() },
         ];

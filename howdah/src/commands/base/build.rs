@@ -124,7 +124,7 @@ fn boot(
         append,
         ..VmConfig::of(&base.id())
     };
-    output.note(&format!("booting a guest of base {name}, until it says {:?}", args.ready));
+    output.note(&format!("booting a guest for base {name}, until it says {:?}", args.ready));
     vmproc::warn_of_slow_host(output);
     let wanted = snapshot::Wanted {
         ready: args.ready.clone(),
