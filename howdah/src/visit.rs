@@ -180,9 +180,10 @@ impl Visit {
     }
 }
 
-/// Removes the visit of a VM, durably, if there is one.
+/// Removes the visit of a VM, durably, if there is one, and what a crash left of one.
 pub(crate) fn forget(dir: &VmDir) -> Result<(), Failure> {
     let path = dir.path().join(VISIT);
+    let _ = fs::remove_file(unfinished(&path));
     let removed = match fs::remove_file(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => Err(e),
@@ -231,12 +232,17 @@ fn tables(dir: &VmDir) -> Vec<(u64, PathBuf)> {
     found
 }
 
+/// The name of a file while it is written.
+fn unfinished(path: &Path) -> PathBuf {
+    path.with_extension("new")
+}
+
 /// Writes a file that is there as a whole, durably, or not at all.
 fn write_whole(
     path: &Path,
     content: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>,
 ) -> io::Result<()> {
-    let temporary = path.with_extension("new");
+    let temporary = unfinished(path);
     let written = (|| {
         let mut options = OpenOptions::new();
         let file = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
@@ -260,7 +266,6 @@ mod tests {
 
     use guest_images::{
         Base,
-        chunk::is_zero,
         store::{ImportSpec, Store},
     };
 
@@ -270,7 +275,7 @@ mod tests {
     const GEOMETRY: Geometry = Geometry { ram_chunks: 64, disk_chunks: 3 };
 
     struct Bench {
-        root: tempfile::TempDir,
+        _root: tempfile::TempDir,
         dir: VmDir,
         base: Arc<Base>,
         disk: Option<Overlay>,
@@ -320,7 +325,7 @@ mod tests {
         for (index, content) in [(0, [9; CHUNK_SIZE]), (2, [0; CHUNK_SIZE])] {
             table.set(ChunkId { space: Space::Disk, index }, ChunkHash::of(&content));
         }
-        Bench { root, dir, base, disk: Some(disk), table }
+        Bench { _root: root, dir, base, disk: Some(disk), table }
     }
 
     impl Bench {
@@ -430,8 +435,11 @@ mod tests {
         bench.keep(1 << 20);
         bench.dir.remove_disk().unwrap();
         assert!(bench.find().is_none() && kept_bytes(&bench.dir) == 0);
+        // A crash left half of one, and nothing that could be taken for a whole one.
+        fs::write(bench.dir.path().join("visit.new"), b"howdah/t").unwrap();
+        assert!(bench.find().is_none() && kept_bytes(&bench.dir) == 0);
         bench.dir.remove_disk().unwrap();
-        assert!(bench.root.path().exists() && !is_zero(&content(ram(0))));
+        assert!(!bench.dir.path().join("visit.new").exists());
     }
 
     #[test]
