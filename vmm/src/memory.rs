@@ -2,8 +2,9 @@
 //!
 //! A guest whose base has memory begins as a private map of the base's memory file: a page that the
 //! guest has not written *is* the base's page, shared with every other guest of that base through
-//! the page cache, and becomes this guest's own (anonymous) with the first write. Without base
-//! memory RAM is anonymous from the start and begins as zeros.
+//! the page cache, and becomes this guest's own (anonymous) with the first write. Where the base's
+//! memory is zero its file has holes, and RAM is anonymous there, as all of it is without base
+//! memory: the first write then costs neither a page of the page cache nor a copy.
 //!
 //! A chunk's index counts RAM only; its guest-physical address skips the window. Every write
 //! through `vm-memory` marks its page in the region's bitmap, which is how the VMM's own writes
@@ -11,7 +12,7 @@
 
 use std::{fs::File, io, ops::Range};
 
-use guest_images::{CHUNK_SIZE, Chunk};
+use guest_images::{CHUNK_SIZE, Chunk, data_extent};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
     GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
@@ -130,12 +131,54 @@ pub fn map_base(file: &File, memory_bytes: u64) -> Result<GuestRam, MemoryError>
 }
 
 fn map_region(file: FileOffset, len: usize) -> Result<MmapRegion<AtomicBitmap>, String> {
-    MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::with_len(len))
-        .with_file_offset(file)
+    let region = MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::with_len(len))
+        .with_file_offset(file.clone())
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
         .build()
-        .map_err(|e| e.to_string())
+        .map_err(|e| e.to_string())?;
+    for hole in holes(&file, len as u64) {
+        map_zeros(&region, hole).map_err(|e| format!("zeros in it: {e}"))?;
+    }
+    Ok(region)
+}
+
+/// Holes of a file that are worth a mapping of their own, from the file's offset on: whole chunks,
+/// as many as the kernel's limit of mappings leaves alone.
+fn holes(file: &FileOffset, len: u64) -> Vec<Range<usize>> {
+    /// Smaller ones stay part of the file's map.
+    const MIN_BYTES: u64 = 1 << 20;
+    const MAX_HOLES: usize = 8192;
+    let chunk = CHUNK_SIZE as u64;
+    let (start, end) = (file.start(), file.start() + len);
+    let mut holes = Vec::new();
+    let mut at = start;
+    while at < end && holes.len() < MAX_HOLES {
+        let (data, data_end) = data_extent(file.file(), at, end).unwrap_or((end, end));
+        let hole = at.next_multiple_of(chunk)..data - data % chunk;
+        if hole.end.saturating_sub(hole.start) >= MIN_BYTES {
+            holes.push((hole.start - start) as usize..(hole.end - start) as usize);
+        }
+        at = data_end;
+    }
+    holes
+}
+
+/// Puts anonymous zeros over part of a mapping that nobody uses yet.
+fn map_zeros(region: &MmapRegion<AtomicBitmap>, part: Range<usize>) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    debug_assert!(part.end <= region.size());
+    // SAFETY: the part lies inside the region, which was just mapped and which nobody refers to yet;
+    // it is replaced by zeros of the same access, and goes with the region when that is unmapped.
+    let failed = unsafe {
+        let address = region.as_ptr().add(part.start).cast();
+        // Small pages: a large one would count as changed as a whole with its first byte.
+        libc::mmap(address, part.len(), access, flags, -1, 0) == libc::MAP_FAILED
+            || libc::madvise(address, part.len(), libc::MADV_NOHUGEPAGE) != 0
+                && io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL)
+    };
+    if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// RAM for a guest of a base with this memory, if it has any.
@@ -282,6 +325,42 @@ mod tests {
             read_chunk(&ram, index, &mut chunk).unwrap();
             assert_eq!(chunk, [index as u8 | 1; CHUNK_SIZE], "dropped is base again");
         }
+    }
+
+    /// What is zero in the base takes nothing of the page cache, and stays told from what is not.
+    #[test]
+    fn holes_of_base_memory_are_zeros_of_our_own() {
+        let file = base_file(MIN_MEMORY_BYTES);
+        let data = [0, 3, 1000, 4000];
+        for index in data {
+            file.write_all_at(&[7; CHUNK_SIZE], index * CHUNK_SIZE as u64).unwrap();
+        }
+        let found = holes(&FileOffset::new(file.try_clone().unwrap(), 0), MIN_MEMORY_BYTES);
+        if found.is_empty() {
+            return println!("skipped: this file system does not tell holes");
+        }
+        let page = |chunk: u64| chunk as usize * CHUNK_SIZE;
+        assert!(found.iter().all(|hole| hole.len() >= 1 << 20));
+        for index in data {
+            assert!(!found.iter().any(|hole| hole.contains(&page(index))));
+        }
+        let blocks =
+            |file: &File| std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        let before = blocks(&file);
+        let ram = map_base(&file, MIN_MEMORY_BYTES).unwrap();
+        let mut chunk = [1; CHUNK_SIZE];
+        for index in 0..chunk_count(&ram) {
+            read_chunk(&ram, index, &mut chunk).unwrap();
+            assert_eq!(chunk, [if data.contains(&index) { 7 } else { 0 }; CHUNK_SIZE]);
+        }
+        write_chunk(&ram, 2000, &[5; CHUNK_SIZE]).unwrap();
+        drop_chunk(&ram, 2000).unwrap();
+        read_chunk(&ram, 2000, &mut chunk).unwrap();
+        assert_eq!(chunk, [0; CHUNK_SIZE]);
+        drop_chunks(&ram, 0..chunk_count(&ram)).unwrap();
+        read_chunk(&ram, 1000, &mut chunk).unwrap();
+        assert_eq!(chunk, [7; CHUNK_SIZE]);
+        assert!(blocks(&file) <= before + 4 * (1 << 20) / 512, "holes were filled");
     }
 
     #[test]
