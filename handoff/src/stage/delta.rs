@@ -26,12 +26,14 @@ use crate::{
 /// the same in both is zero in them and falls to the codec.
 pub const MAX_DELTA_BYTES: usize = CHUNK_SIZE + 256;
 
-/// Automatic deltas are made where they are at most one such part of the bytes in the chunk that
-/// are not zero: what the codec leaves of ordinary memory and disk is between a quarter and a third.
-const AUTO_GAIN: usize = 4;
-
-/// Runs with less between them are one: a run's head takes two to four bytes.
+/// Runs with fewer words between them, or as many, are one.
 const MIN_GAP_WORDS: usize = 1;
+
+/// The longest run: what one byte can say.
+const MAX_RUN_BYTES: usize = 256;
+
+/// Bytes before a run.
+const RUN_HEAD_BYTES: usize = 3;
 
 const WORD: usize = size_of::<u64>();
 
@@ -63,7 +65,7 @@ impl DeltaCodec {
 /// Which deltas are made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeltaMode {
-    /// Runs of changed bytes, for each chunk where they pay.
+    /// Runs of changed bytes, for each chunk where they are shorter than what is not zero in it.
     #[default]
     Auto,
     /// None.
@@ -193,7 +195,8 @@ impl DeltaStage {
         };
         let made = match codec {
             DeltaCodec::Runs => {
-                put_runs(reference, chunk, nonzero_bytes(chunk) / AUTO_GAIN, &mut self.bytes)
+                // Runs compress about as well as the chunk would: to be shorter is enough.
+                put_runs(reference, chunk, nonzero_bytes(chunk), &mut self.bytes)
             }
             DeltaCodec::Xor => {
                 self.bytes.extend(reference.iter().zip(chunk).map(|(old, new)| old ^ new));
@@ -250,10 +253,11 @@ fn put_runs(old: &Chunk, new: &Chunk, budget: usize, out: &mut Vec<u8>) -> bool 
         while old[to - 1] == new[to - 1] {
             to -= 1;
         }
-        if out.len() - start + (to - from) > budget {
+        let heads = (to - from).div_ceil(MAX_RUN_BYTES);
+        if out.len() - start + heads * RUN_HEAD_BYTES + (to - from) > budget {
             return false;
         }
-        for run in new[from..to].chunks(usize::from(u8::MAX) + 1) {
+        for run in new[from..to].chunks(MAX_RUN_BYTES) {
             out.extend_from_slice(&((from - told) as u16).to_le_bytes());
             out.push((run.len() - 1) as u8);
             out.extend_from_slice(run);
@@ -262,8 +266,7 @@ fn put_runs(old: &Chunk, new: &Chunk, budget: usize, out: &mut Vec<u8>) -> bool 
         }
         word = last + 1;
     }
-    let len = out.len() - start;
-    (1..=budget).contains(&len)
+    out.len() > start
 }
 
 /// A delta that cannot be applied.
@@ -291,7 +294,7 @@ pub fn apply(codec: DeltaCodec, delta: &[u8], chunk: &mut Chunk) -> Result<(), D
 fn apply_runs(mut delta: &[u8], chunk: &mut Chunk) -> Option<()> {
     let mut at = 0;
     while !delta.is_empty() {
-        let ([low, high, len], rest) = delta.split_first_chunk::<3>()?;
+        let ([low, high, len], rest) = delta.split_first_chunk::<RUN_HEAD_BYTES>()?;
         let (run, rest) = rest.split_at_checked(usize::from(*len) + 1)?;
         at += usize::from(u16::from_le_bytes([*low, *high]));
         chunk.get_mut(at..at + run.len())?.copy_from_slice(run);
