@@ -205,6 +205,14 @@ impl Driver {
         self.ram.store(ring.next_available, index, std::sync::atomic::Ordering::Release).unwrap();
     }
 
+    /// Says that so many more chains are available, all at once.
+    pub(crate) fn claim(&mut self, queue: usize, chains: u16) {
+        let ring = &mut self.rings.0[queue];
+        ring.next_available = ring.next_available.wrapping_add(chains);
+        let index = GuestAddress(ring.available() + 2);
+        self.ram.store(ring.next_available, index, std::sync::atomic::Ordering::Release).unwrap();
+    }
+
     /// Offers a chain of (address, length) pieces and returns its head.
     pub(crate) fn offer(
         &mut self,
