@@ -319,6 +319,7 @@ proptest! {
     fn target_equals_source(
         (aborted, there, at_peer, back) in (rounds(), rounds(), rounds(), rounds()),
         (options, options_back) in (options(), options()),
+        kept_bytes in prop::sample::select(vec![0, 3 * CHUNK_SIZE, 1 << 20]),
     ) {
         let mut guest = MemVm::new(base());
         let gone = (&mut MemVm::new(base()), Resolver::new(bases(), GEOMETRY));
@@ -327,7 +328,7 @@ proptest! {
 
         let mut source = Source::new(options);
         let mut target = MemVm::new(base());
-        let resolver = Resolver::new(bases(), GEOMETRY);
+        let resolver = Resolver::new(bases(), GEOMETRY).keeping(kept_bytes);
         let changed = guest.changed();
         let mut resolver =
             hand_off(&mut guest, &there, changed, &mut source, (&mut target, resolver));
@@ -343,7 +344,8 @@ proptest! {
         at_peer.iter().for_each(|round| changed.union(&live(&mut target, round)));
         known.iter().for_each(|(id, _)| _ = changed.insert(id));
         let mut source = Source::new(options_back);
-        source.outbound = source.outbound.with_start(resolver.into_table());
+        let (table, received) = resolver.into_parts();
+        source.outbound = source.outbound.with_start(table).with_received(Arc::new(received));
         let resolver = Resolver::new(bases(), GEOMETRY).with_start(known);
         let mut resolver =
             hand_off(&mut target, &back, changed, &mut source, (&mut home, resolver));
@@ -496,7 +498,8 @@ fn every_way() -> (Vec<Round>, Vec<Round>) {
             (ram(650), Poke(2000, 9), 1), // delta against what was sent
         ],
     ];
-    let back = vec![vec![(ram(200), Write(150), 1)]];
+    // A chunk that never went, and one that came: delta against base and against what came.
+    let back = vec![vec![(ram(200), Write(150), 1), (ram(650), Poke(3000, 77), 1)]];
     (there, back)
 }
 
@@ -505,7 +508,7 @@ fn both_ways(options: StageOptions) -> (Stats, Stats) {
     let (there, back) = every_way();
     let (mut guest, mut target) = (MemVm::new(base()), MemVm::new(base()));
     let mut source = Source::new(options);
-    let resolver = Resolver::new(bases(), GEOMETRY);
+    let resolver = Resolver::new(bases(), GEOMETRY).keeping(1 << 20);
     let nothing = ChunkSet::new(GEOMETRY);
     let resolver = hand_off(&mut guest, &there, nothing, &mut source, (&mut target, resolver));
     assert!(target == guest);
@@ -514,7 +517,8 @@ fn both_ways(options: StageOptions) -> (Stats, Stats) {
     let mut changed = ChunkSet::new(GEOMETRY);
     known.iter().for_each(|(id, _)| _ = changed.insert(id));
     let mut source = Source::new(options);
-    source.outbound = source.outbound.with_start(resolver.into_table());
+    let (table, received) = resolver.into_parts();
+    source.outbound = source.outbound.with_start(table).with_received(Arc::new(received));
     let resolver = Resolver::new(bases(), GEOMETRY).with_start(known);
     hand_off(&mut target, &back, changed, &mut source, (&mut guest, resolver));
     assert!(target == guest);
@@ -535,7 +539,8 @@ fn every_optimisation_is_on() {
     assert_eq!(counts, [5, 0, 5, 5, 6, 5, 5, 7, 10, 1], "{there:?}");
     assert!(there[Class::Delta].bytes_out < 10 * 20, "{:?}", there[Class::Delta]);
     let counts = Class::ALL.map(|class| back[class].chunks);
-    assert_eq!(counts[Class::Known as usize], known_chunks(&there));
+    assert_eq!(counts[Class::Known as usize], known_chunks(&there) - 1);
+    assert_eq!((back[Class::Delta].chunks, back[Class::Data].chunks), (2, 0), "{back:?}");
     assert_eq!(back.chunks(), known_chunks(&there) + 1);
     assert!(bytes_out(&back) < 200, "{} bytes", bytes_out(&back));
 }
