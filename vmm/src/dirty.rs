@@ -1,7 +1,7 @@
 //! What has changed: KVM's dirty log, the VMM's own writes to guest RAM, and writes to the disk.
 //!
 //! Nothing is tracked until a handoff begins. What had changed until then is found by asking the
-//! kernel which pages of RAM are no longer what they began as ([`crate::pagemap`]), and the overlay
+//! kernel which pages of RAM are no longer what they began as (`pagemap`), and the overlay
 //! which chunks it holds. The log is turned on *before* that question: a page that changes in between
 //! is reported twice, never missed.
 //!

@@ -3,9 +3,9 @@
 //! Stale content of free pages must not be sent, and needs no memory. Two ways lead there:
 //!
 //! - **Reporting**: the driver takes free pages out of its allocator, names them and waits. The
-//!   device discards them ([`discard`]) and only then gives the buffers back, so a page that the
+//!   device discards them (`discard`) and only then gives the buffers back, so a page that the
 //!   guest has taken again is never touched: it cannot take one before the buffer is used.
-//! - **Hints** ([`hints`]): at the device's command the driver names free pages without waiting.
+//! - **Hints** (`hints`): at the device's command the driver names free pages without waiting.
 //!   Nothing is discarded here: only whoever knows what was written since may do that.
 //!
 //! The balloon's own purpose is not served: its target size is zero. Buffers of the inflate and
