@@ -3,7 +3,7 @@
 //! ```text
 //! boot --kernel FILE [--initramfs FILE] [--cmdline TEXT] [--memory-mib N] [--vcpus N]
 //!      [--base DIR] [--tap NAME] [--seconds N] [--cycle MS [--first MS] [--copy yes | --same yes]]
-//!      [--type TEXT] [--watch MS [--hints S,S]]
+//!      [--type TEXT] [--watch MS [--hints S,S]] [--base-memory FILE] [--keep yes]
 //! ```
 //!
 //! `--cycle MS` pauses the machine every MS milliseconds (the first time after `--first`), saves it, and goes on in a second machine
@@ -12,10 +12,12 @@
 //! a handoff that was aborted. `--type TEXT` types a line at the console before each cycle.
 //! `--watch MS` says every MS milliseconds how much memory the guest has made its own, and how much it
 //! has given back; `--hints FROM,TO` asks the guest at that second to name its free pages, and lets it
-//! have them back at the other.
+//! have them back at the other. With
+//! `--keep yes` nothing is given back. `--base-memory FILE` lets RAM begin as a private map of FILE.
 
 use std::{
     error::Error,
+    fs::File,
     io::Write,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
@@ -46,6 +48,8 @@ struct Options {
     line: Option<String>,
     watch_ms: Option<u64>,
     hints_s: Option<(f32, f32)>,
+    base_memory: Option<Arc<File>>,
+    keep: bool,
 }
 
 fn options() -> Result<Options, Box<dyn Error>> {
@@ -65,6 +69,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
         line: None,
         watch_ms: None,
         hints_s: None,
+        base_memory: None,
+        keep: false,
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
@@ -86,6 +92,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
                 let (from, to) = value.split_once(',').ok_or("--hints FROM,TO")?;
                 options.hints_s = Some((from.parse()?, to.parse()?));
             }
+            "--base-memory" => options.base_memory = Some(Arc::new(File::open(value)?)),
+            "--keep" => options.keep = value == "yes",
             "--same" => options.same = value == "yes",
             "--copy" => options.copy = value == "yes",
             _ => return Err(format!("unknown option {name}").into()),
@@ -132,10 +140,10 @@ fn config(
         kernel: options.kernel.clone(),
         initramfs: options.initramfs.clone(),
         cmdline: options.cmdline.clone(),
-        base_memory: None,
+        base_memory: options.base_memory.clone(),
         disk,
         net: options.tap.clone().map(|tap| NetConfig { tap, mac: [0x02, 0, 0, 0, 0, 1] }),
-        keep_free_pages: false,
+        keep_free_pages: options.keep,
         console: Box::new(Console),
         events,
     }
