@@ -22,8 +22,8 @@ pub(crate) struct Comparison {
     pub(crate) ratio: Option<f64>,
     /// The most that the ratio, or without one the value, may be; absent where it is only stated.
     pub(crate) at_most: Option<f64>,
-    /// Whether the figure had to be like the other one but for noise.
-    pub(crate) within_noise: bool,
+    /// Whether the figure, a rate, must not be less than the other one beyond noise.
+    pub(crate) no_slower: bool,
     /// Least and most of what was measured, of both figures.
     pub(crate) ranges: Option<[[f64; 2]; 2]>,
     /// Whether it holds; true where nothing had to.
@@ -33,7 +33,7 @@ pub(crate) struct Comparison {
 impl Comparison {
     /// Whether anything had to hold.
     pub(crate) fn is_bound(&self) -> bool {
-        self.at_most.is_some() || self.within_noise
+        self.at_most.is_some() || self.no_slower
     }
 
     /// In words.
@@ -47,9 +47,9 @@ impl Comparison {
             let [a, b, c, d] = [least, most, to_least, to_most].map(short);
             text += &format!("; measured {a} to {b} and {c} to {d}");
         }
-        match (self.at_most, self.within_noise) {
+        match (self.at_most, self.no_slower) {
             (Some(most), _) => text += &format!("; {} allowed", short(most)),
-            (None, true) => text += "; the ranges must meet",
+            (None, true) => text += "; the best must reach the other's worst",
             (None, false) => {}
         }
         text
@@ -141,10 +141,9 @@ fn of_figure(outcome: &Outcome, limit: &FigureLimit, all: &[Outcome]) -> Compari
     };
     let mut compared = quotient(name, median(values), to, median(others), limit.at_most);
     compared.ranges = range(values).zip(range(others)).map(|(a, b)| [a, b]);
-    compared.within_noise = limit.within_noise;
-    if limit.within_noise {
-        let meet = compared.ranges.is_some_and(|[a, b]| a[0] <= b[1] && b[0] <= a[1]);
-        compared.holds &= meet;
+    compared.no_slower = limit.no_slower;
+    if limit.no_slower {
+        compared.holds &= compared.ranges.is_some_and(|[own, other]| own[1] >= other[0]);
     }
     compared
 }
@@ -157,7 +156,7 @@ fn bound(figure: String, value: Option<f64>, at_most: Option<f64>) -> Comparison
         to_value: None,
         ratio: None,
         at_most,
-        within_noise: false,
+        no_slower: false,
         ranges: None,
         holds: at_most.is_none_or(|most| value.is_some_and(|value| value <= most)),
     }
@@ -320,10 +319,14 @@ mod tests {
     #[test]
     fn noise_is_the_range_of_what_was_measured() {
         let limits = "figures = [{ figure = 'before.w', to = 'plain.w', scenario = 'p', \
-                      within_noise = true }, { figure = 'during.w', to = 'before.w' }]";
+                      no_slower = true }, { figure = 'during.w', to = 'before.w' }]";
         let one = scenario("a", "", limits);
         let plain = scenario("p", "", "");
-        for (before, holds) in [([90.0, 101.0, 95.0], true), ([90.0, 91.0, 92.0], false)] {
+        for (before, holds) in [
+            ([90.0, 101.0, 95.0], true),
+            ([90.0, 91.0, 92.0], false),
+            ([190.0, 191.0, 192.0], true),
+        ] {
             let mut measured = outcome("a", vec![]);
             measured.figures.insert("before.w".into(), before.to_vec());
             measured.figures.insert("during.w".into(), vec![45.0]);

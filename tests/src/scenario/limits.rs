@@ -88,9 +88,10 @@ pub(crate) struct FigureLimit {
     pub(crate) to: Option<String>,
     /// The scenario of the other figure; this one when absent.
     pub(crate) scenario: Option<String>,
-    /// Whether the ranges of both must meet: then they do not differ beyond noise.
+    /// For a rate: whether its best must reach the other's worst. Then it is not slower beyond
+    /// noise; that it is faster is no harm.
     #[serde(default)]
-    pub(crate) within_noise: bool,
+    pub(crate) no_slower: bool,
 }
 
 impl Limits {
@@ -101,7 +102,7 @@ impl Limits {
             if limit.at_most.is_none() && limit.to.is_none() {
                 bail!("limits: {figure} is held against nothing: give at_most or to");
             }
-            if limit.to.is_none() && (limit.within_noise || limit.scenario.is_some()) {
+            if limit.to.is_none() && (limit.no_slower || limit.scenario.is_some()) {
                 bail!("limits: {figure} is compared with no figure: give to");
             }
         }
