@@ -17,6 +17,9 @@ use crate::machine::{
     root::{Root, lock},
 };
 
+/// CPUs of a lab host unless said otherwise: one for the guest, one for what moves it.
+pub(crate) const DEFAULT_CPUS: u8 = 2;
+
 /// Least memory in which a lab host boots.
 const MIN_MEMORY_MIB: u32 = 256;
 
@@ -44,6 +47,11 @@ pub(crate) struct ExecArgs {
           value_parser = clap::value_parser!(u32).range(i64::from(MIN_MEMORY_MIB)..))]
     memory_mib: u32,
 
+    /// CPUs of the lab host
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CPUS,
+          value_parser = clap::value_parser!(u8).range(1..=64))]
+    cpus: u8,
+
     /// End the lab host after this time, whatever it does
     #[arg(long, value_name = "N", default_value_t = 600)]
     timeout_s: u64,
@@ -66,6 +74,7 @@ pub(crate) fn exec(args: &ExecArgs) -> Result<i32> {
             None => root.lab_dir()?.join("out"),
         },
         memory_mib: args.memory_mib,
+        cpus: args.cpus,
         timeout: Duration::from_secs(args.timeout_s),
     };
     for path in &args.add {
@@ -101,6 +110,8 @@ pub(crate) struct Request {
     pub(crate) out: PathBuf,
     /// Memory of the lab host.
     pub(crate) memory_mib: u32,
+    /// Its CPUs.
+    pub(crate) cpus: u8,
     /// The time after which it is ended.
     pub(crate) timeout: Duration,
 }
@@ -159,6 +170,7 @@ impl Request {
             kernel: &kernel,
             initramfs: &initramfs,
             memory_mib: self.memory_mib,
+            cpus: self.cpus,
             timeout: self.timeout,
             shares: &shares,
             out: &self.out,

@@ -12,7 +12,7 @@ use clap::Args;
 
 use crate::{
     compare,
-    exec::Request,
+    exec::{DEFAULT_CPUS, Request},
     inside::{IMAGES, OUTCOMES},
     machine::{host::Accelerator, image::Extra, qemu::HostLost, root::Root},
     results::Outcome,
@@ -57,6 +57,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 5120)]
     memory_mib: u32,
 
+    /// CPUs of the lab host
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CPUS,
+          value_parser = clap::value_parser!(u8).range(1..=64))]
+    cpus: u8,
+
     /// End the lab host when a scenario takes longer than this
     #[arg(long, value_name = "N", default_value_t = 300)]
     timeout_s: u64,
@@ -80,7 +85,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<i32> {
         if args.isolate { loaded.chunks(1).collect() } else { vec![&loaded] };
     let mut outcomes = Vec::new();
     for boot in boots {
-        outcomes.extend(run_boot(args, &root, boot)?);
+        outcomes.extend(run_boot(args, &root, boot, args.cpus)?);
     }
     repeat_after_host_faults(args, &root, &loaded, &mut outcomes)?;
     hold_against_limits(&loaded, &mut outcomes);
@@ -96,6 +101,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<i32> {
 /// twenty breaks that way (ADR 0006): with two repetitions the chance that all three do is one in
 /// some thousands, and what breaks every time is still a failure.
 const MAX_REPEATS: usize = 2;
+
+/// CPUs of the lab host in which a scenario is repeated: what breaks an emulated host needs two.
+const SAFE_CPUS: u8 = 1;
 
 /// Runs again, in a lab host of its own, each scenario under which the lab host broke.
 /// Only an emulated host is forgiven: on real hardware a host that breaks is a finding.
@@ -113,7 +121,7 @@ fn repeat_after_host_faults(
             let Some(fault) = outcome.host_fault.take() else { break };
             let name = &one.scenario.name;
             crate::say(&format!("again  {name}: the emulated lab host broke under it ({fault})"));
-            for mut next in run_boot(args, root, std::slice::from_ref(one))? {
+            for mut next in run_boot(args, root, std::slice::from_ref(one), SAFE_CPUS)? {
                 next.repeated_for = Some(fault.clone());
                 *outcome = next;
             }
@@ -157,7 +165,7 @@ fn load(files: &[PathBuf]) -> Result<Vec<Loaded>> {
 }
 
 /// Runs some scenarios in one lab host.
-fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded]) -> Result<Vec<Outcome>> {
+fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded], cpus: u8) -> Result<Vec<Outcome>> {
     let out = root.lab_dir()?;
     clear(&out, loaded)?;
     let mut request = Request {
@@ -167,6 +175,7 @@ fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded]) -> Result<Vec<Outcom
         shares: Vec::new(),
         out: out.clone(),
         memory_mib: args.memory_mib,
+        cpus,
         timeout: BASE_TIME + Duration::from_secs(args.timeout_s) * loaded.len() as u32,
     };
     if args.narrate {

@@ -42,6 +42,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) initramfs: &'a Path,
     /// Its RAM.
     pub(crate) memory_mib: u32,
+    /// Its CPUs.
+    pub(crate) cpus: u8,
     /// When it is ended whatever it does.
     pub(crate) timeout: Duration,
     /// Read-only directories by 9p tag.
@@ -182,7 +184,7 @@ impl Machine<'_> {
         let mut add = |values: &[&str]| args.extend(values.iter().map(OsString::from));
         add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", "lab"]);
         add(self.accelerator.qemu_args());
-        add(&["-smp", "2", "-m", &format!("{}M", self.memory_mib)]);
+        add(&["-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory_mib)]);
         add(&["-kernel", &self.kernel.image.to_string_lossy()]);
         add(&["-initrd", &self.initramfs.to_string_lossy()]);
         // No mitigations: they cost much in emulation and guard nothing here.
