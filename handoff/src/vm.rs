@@ -58,6 +58,17 @@ pub trait SourceVm {
     /// Copies one chunk's present content.
     fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError>;
 
+    /// Copies the present content of each of `ids` into the chunk with its number in `into`, which
+    /// is as long. What [`SourceVm::read_chunk`] promises holds for each by itself; they need not be
+    /// of one moment, nor copied in order. For VMs that read many chunks cheaper than one by one.
+    fn read_chunks(&mut self, ids: &[ChunkId], into: &mut [Chunk]) -> Result<(), VmError> {
+        debug_assert_eq!(ids.len(), into.len());
+        for (id, into) in ids.iter().zip(into) {
+            self.read_chunk(*id, into)?;
+        }
+        Ok(())
+    }
+
     /// Stops vCPUs, drains devices, discards what is still free by
     /// [`SourceVm::take_free_hints`]. Returns when nothing of the guest can change.
     fn pause(&mut self) -> Result<(), VmError>;
@@ -161,6 +172,15 @@ pub struct Prepared<Vm> {
 pub trait TargetVm {
     /// Writes one chunk.
     fn write_chunk(&mut self, id: ChunkId, chunk: &Chunk) -> Result<(), VmError>;
+
+    /// Writes these chunks, no two of which have the same number. After an error any of them may
+    /// have been written. For VMs that write many chunks cheaper than one by one.
+    fn write_chunks(&mut self, chunks: &[(ChunkId, &Chunk)]) -> Result<(), VmError> {
+        for (id, chunk) in chunks {
+            self.write_chunk(*id, chunk)?;
+        }
+        Ok(())
+    }
 
     /// Makes one chunk equal to the base again: the base's memory in RAM (zero without one), the
     /// base disk's content on disk.

@@ -36,6 +36,11 @@ impl<Vm: TargetVm> TargetVm for Landing<Vm> {
         self.vm.write_chunk(id, chunk)
     }
 
+    fn write_chunks(&mut self, chunks: &[(ChunkId, &Chunk)]) -> Result<(), VmError> {
+        chunks.iter().for_each(|(id, _)| self.touch(*id));
+        self.vm.write_chunks(chunks)
+    }
+
     fn reset_chunk(&mut self, id: ChunkId) -> Result<(), VmError> {
         self.touch(id);
         self.vm.reset_chunk(id)

@@ -186,9 +186,9 @@ impl<'a> Meter<'a> {
         self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(chunks);
     }
 
-    pub(super) fn chunk_done(&mut self) {
-        self.looked_at += 1;
-        self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(1);
+    pub(super) fn chunks_done(&mut self, chunks: u64) {
+        self.looked_at += chunks;
+        self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(chunks);
     }
 
     /// The engine waited so long for the pipeline.

@@ -16,8 +16,8 @@ use crate::{
     wire::Agreed,
 };
 
-/// After so many chunks of a round it is asked what the guest called free meanwhile.
-const HINTS_EVERY: u64 = 256;
+/// After so many groups of a round's chunks it is asked what the guest called free meanwhile.
+const HINTS_EVERY_GROUPS: u64 = 4;
 
 /// The guest, and what must be undone if the handoff fails.
 pub(super) struct HeldGuest<'a> {
@@ -116,16 +116,18 @@ impl Run<'_> {
         self.pipe.meter.round_begins(self.round, set.len());
         self.outbound.begin(self.round);
         let mut order = RoundOrder::shuffled(set, rand::random());
-        let mut looked_at = 0u64;
+        let mut groups = 0u64;
         loop {
-            if looked_at.is_multiple_of(HINTS_EVERY) {
+            if groups.is_multiple_of(HINTS_EVERY_GROUPS) {
                 self.leave_out_free(&mut order)?;
             }
-            looked_at += 1;
-            let Some(id) = order.next() else { break };
-            let slot = self.outbound.slot(id).map_err(unclassified)?;
-            self.guest.vm.read_chunk(id, slot).map_err(failed("reading the guest"))?;
-            self.pipe.meter.chunk_done();
+            groups += 1;
+            let (ids, slots) = self.outbound.slots(&mut order).map_err(unclassified)?;
+            if ids.is_empty() {
+                break;
+            }
+            self.guest.vm.read_chunks(ids, slots).map_err(failed("reading the guest"))?;
+            self.pipe.meter.chunks_done(ids.len() as u64);
             self.push_batches()?;
         }
         self.outbound.end().map_err(unclassified)?;

@@ -103,6 +103,21 @@ impl Outbound {
         Ok(&mut self.chunks[self.ids.len() - 1])
     }
 
+    /// Room for copies of the next chunks of `ids`, as many as the group under way can take: their
+    /// numbers, and a place for each, to be filled before the next call. None once `ids` has ended.
+    pub fn slots(
+        &mut self,
+        ids: &mut impl Iterator<Item = ChunkId>,
+    ) -> Result<(&[ChunkId], &mut [Chunk]), ClassifyError> {
+        if self.ids.len() == GROUP_CHUNKS {
+            self.work()?;
+        }
+        let first = self.ids.len();
+        self.ids.extend(ids.take(GROUP_CHUNKS - first));
+        let (taken, end) = (self.ids.get(first..).unwrap_or_default(), self.ids.len());
+        Ok((taken, self.chunks.get_mut(first..end).unwrap_or_default()))
+    }
+
     /// Works off what was given and closes the last batch of the generation.
     pub fn end(&mut self) -> Result<(), ClassifyError> {
         self.work()?;

@@ -214,9 +214,13 @@ fn pack_round(
     };
     outbound.begin(round);
     // In order: a disk reads it faster, and neighbours compress better together.
-    for id in RoundOrder::ascending(set) {
-        let slot = outbound.slot(id)?;
-        vm.read_chunk(id, slot).map_err(failed("reading the guest"))?;
+    let mut order = RoundOrder::ascending(set);
+    loop {
+        let (ids, slots) = outbound.slots(&mut order)?;
+        if ids.is_empty() {
+            break;
+        }
+        vm.read_chunks(ids, slots).map_err(failed("reading the guest"))?;
         if !give(outbound) {
             return Ok(false);
         }
