@@ -27,6 +27,7 @@ pub mod seal;
 pub mod stats;
 #[cfg(test)]
 mod tests;
+mod write_group;
 
 pub use classify::{Classifier, ClassifyError, Decision, Op};
 pub use compress::{Codec, Compressor, DecompressError, Decompressor, Packed};

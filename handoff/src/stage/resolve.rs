@@ -12,6 +12,7 @@ use super::{
     delta_cache::SentCache,
     pack::{Batch, BatchError, Step, What},
     stats::Class,
+    write_group::WriteGroup,
 };
 use crate::{
     base_view::{BasePlace, Bases, is_base_state},
@@ -86,6 +87,16 @@ pub enum ResolveError {
         /// What the VM said.
         source: VmError,
     },
+    /// The VM could not write chunks that it was given at once.
+    #[error("cannot write {chunks} chunks to the VM's disk, the first {first:?}: {source}")]
+    Group {
+        /// How many.
+        chunks: usize,
+        /// One of them.
+        first: ChunkId,
+        /// What the VM said.
+        source: VmError,
+    },
 }
 
 /// What a batch did.
@@ -131,6 +142,8 @@ pub struct Resolver {
     generations: Generations,
     zero: ChunkHash,
     received: SentCache,
+    /// Empty between batches.
+    group: WriteGroup,
 }
 
 impl Resolver {
@@ -142,6 +155,7 @@ impl Resolver {
             generations: Generations::default(),
             zero: ChunkHash::of(ZERO_CHUNK),
             received: SentCache::new(0),
+            group: WriteGroup::default(),
         }
     }
 
@@ -173,6 +187,7 @@ impl Resolver {
                 applied.stale += 1;
             }
         }
+        self.group.flush(vm)?;
         Ok(applied)
     }
 
@@ -202,7 +217,7 @@ impl Resolver {
         let mut copy = [0; CHUNK_SIZE];
         match step.what {
             What::Reset => {
-                vm.reset_chunk(id).map_err(|source| ResolveError::Vm { id, source })?;
+                self.group.reset(vm, id)?;
                 self.table.clear(id);
                 Ok(Class::Reset)
             }
@@ -223,7 +238,7 @@ impl Resolver {
                 self.write(vm, id, chunk, hash).map(|()| Class::Data)
             }
             What::Delta(codec, bytes) => {
-                vm.read_chunk(id, &mut copy).map_err(|source| ResolveError::Vm { id, source })?;
+                self.group.read(vm, id, &mut copy)?;
                 delta::apply(codec, bytes, &mut copy)
                     .map_err(|source| ResolveError::Delta { id, source })?;
                 let hash = ChunkHash::of(&copy);
@@ -249,8 +264,7 @@ impl Resolver {
     ) -> Result<ChunkHash, ResolveError> {
         let written =
             self.table.get(source_id).ok_or(ResolveError::NotReceived { id, source_id })?;
-        vm.read_chunk(source_id, into)
-            .map_err(|source| ResolveError::Vm { id: source_id, source })?;
+        self.group.read(vm, source_id, into)?;
         let found = ChunkHash::of(into);
         if found != written {
             return Err(ResolveError::Altered { source_id, written, found });
@@ -266,7 +280,7 @@ impl Resolver {
         chunk: &Chunk,
         hash: ChunkHash,
     ) -> Result<(), ResolveError> {
-        vm.write_chunk(id, chunk).map_err(|source| ResolveError::Vm { id, source })?;
+        self.group.write(vm, id, chunk)?;
         let is_base = is_base_state(self.bases.own(), id, chunk)
             .map_err(|source| ResolveError::Base { id, source })?;
         if is_base {
