@@ -167,6 +167,13 @@ pub struct Prepared<Vm> {
     pub start: Option<StateTable>,
 }
 
+/// Makes a disk durable while it is written.
+pub trait DiskFlusher: Send {
+    /// Makes durable at least all that was written before the call. Never called by two threads at
+    /// once, nor while [`TargetVm::make_disk_durable`] is, nor once the guest runs.
+    fn flush(&self) -> Result<(), VmError>;
+}
+
 /// A VM that is being received: in its base state, or in that of [`Prepared::start`], until chunks
 /// are written.
 pub trait TargetVm {
@@ -194,6 +201,13 @@ pub trait TargetVm {
 
     /// Makes everything written to the disk durable.
     fn make_disk_durable(&mut self) -> Result<(), VmError>;
+
+    /// Something that makes the disk durable from another thread, while chunks are written; asked
+    /// for once, before the first of them. Without one the disk is made durable only at the end,
+    /// while the guest waits.
+    fn disk_flusher(&mut self) -> Option<Box<dyn DiskFlusher>> {
+        None
+    }
 
     /// The hash of all RAM and disk, as [`SourceVm::full_hash`] has it.
     fn full_hash(&mut self) -> Result<[u8; 32], VmError>;

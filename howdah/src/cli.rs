@@ -312,6 +312,9 @@ pub(crate) struct ReceiveArgs {
     /// Disk space that must stay free after a VM was received
     #[arg(long, default_value_t = 64, value_name = "MIB")]
     pub(crate) min_free_mib: u64,
+    /// Threads that decode what comes, for each VM [default: one for each core, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=4))]
+    pub(crate) workers: Option<u8>,
 }
 
 #[derive(Debug, Args)]
@@ -431,6 +434,9 @@ pub(crate) struct ReceiveProcessArgs {
     /// Free disk space to keep
     #[arg(long)]
     pub(crate) min_free_mib: u64,
+    /// Threads that decode
+    #[arg(long)]
+    pub(crate) workers: Option<u8>,
 }
 
 /// Puts what clap says about a wrong command line into one line with a way out.

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use ::handoff::{ChunkId, ChunkSet, Geometry, SourceVm, Space, TargetVm, vm::VmError};
+use ::handoff::{
+    ChunkId, ChunkSet, Geometry, SourceVm, Space, TargetVm,
+    vm::{DiskFlusher, VmError},
+};
 use guest_images::{Chunk, overlay::Overlay};
 
 use crate::{
@@ -230,6 +233,16 @@ impl IncomingVm {
     }
 }
 
+/// Flushes the overlay, whose map names only writes that have completed: so one can go on while
+/// chunks are written.
+struct Flusher(Arc<Overlay>);
+
+impl DiskFlusher for Flusher {
+    fn flush(&self) -> Result<(), VmError> {
+        Ok(self.0.flush()?)
+    }
+}
+
 impl TargetVm for IncomingVm {
     fn write_chunk(&mut self, id: ChunkId, chunk: &Chunk) -> Result<(), VmError> {
         match id.space {
@@ -279,6 +292,10 @@ impl TargetVm for IncomingVm {
             disk.flush()?;
         }
         Ok(())
+    }
+
+    fn disk_flusher(&mut self) -> Option<Box<dyn DiskFlusher>> {
+        self.disk.clone().map(|disk| Box::new(Flusher(disk)) as Box<dyn DiskFlusher>)
     }
 
     fn resume(&mut self) -> Result<(), VmError> {

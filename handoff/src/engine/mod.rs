@@ -27,8 +27,8 @@ mod worker;
 
 pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
 pub use options::{
-    CONTENTS_BYTES, KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendError,
-    SendOptions, SendOutcome,
+    CONTENTS_BYTES, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions, Received,
+    SendError, SendOptions, SendOutcome,
 };
 pub use receive::receive;
 pub use saved::{inspect, restore, save};

@@ -220,7 +220,12 @@ pub struct ReceiveOptions {
     pub window_bytes: u64,
     /// Bytes of what comes that are kept in memory for the way back: [`Received::contents`].
     pub contents_bytes: usize,
+    /// Threads that decode segments, from 1 to [`MAX_DECODERS`]. One more applies what they decoded.
+    pub workers: usize,
 }
+
+/// The most threads that decode for one guest: each has the memory of a decoder.
+pub const MAX_DECODERS: usize = 4;
 
 impl ReceiveOptions {
     /// The defaults for a peer.
@@ -233,8 +238,14 @@ impl ReceiveOptions {
             limits: Limits::default(),
             window_bytes,
             contents_bytes: CONTENTS_BYTES,
+            workers: default_decoders(),
         }
     }
+}
+
+/// One decoder for each core, at most [`MAX_DECODERS`].
+fn default_decoders() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_DECODERS)
 }
 
 /// A guest that arrived and runs here.

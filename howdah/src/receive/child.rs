@@ -128,9 +128,11 @@ fn receive(
     let links = take_links(incoming.hello.id(), relink);
     let host_args = HostArgs { tap: args.tap.clone(), min_free_mib: args.min_free_mib };
     let host = Host::new(host_args, home, dir, console, events.clone());
+    let mut options = ReceiveOptions::new(peer);
+    options.workers = args.workers.map_or(options.workers, usize::from);
     let (tell, details) = bounded(1);
     std::thread::spawn(move || {
-        let work = || work(incoming, host, &relinks, peer, &tell);
+        let work = || work(incoming, host, &relinks, &options, &tell);
         let arrived = guarded("reception", work).and_then(|received| received);
         let _ = events.send(Event::Arrived(arrived));
     });
@@ -144,7 +146,7 @@ fn work(
     incoming: Incoming<Replayed>,
     mut host: Host,
     relinks: &Receiver<Incoming<Replayed>>,
-    peer: String,
+    options: &ReceiveOptions,
     details: &Sender<serde_json::Value>,
 ) -> Result<Box<dyn Machine>, Failure> {
     let what = format!("VM {}", host.name());
@@ -154,7 +156,7 @@ fn work(
         &mut host,
         &mut journal,
         relinks,
-        &ReceiveOptions::new(peer),
+        options,
         &MonotonicClock::default(),
     );
     let received = received.map_err(|e| {

@@ -197,6 +197,9 @@ impl Listener {
             words.extend(["--tap".into(), tap.into()]);
         }
         words.extend(["--min-free-mib".into(), self.args.min_free_mib.to_string().into()]);
+        if let Some(workers) = self.args.workers {
+            words.extend(["--workers".into(), workers.to_string().into()]);
+        }
         words
     }
 
