@@ -5,7 +5,7 @@ use std::hint::black_box;
 use anyhow::{Context, ensure};
 use guest_images::{CHUNK_SIZE, Chunk, ChunkHash, Part, Place};
 use handoff::stage::{
-    Class, Classifier, Compressor, DeltaMode, Outbound, Stage, StageOptions,
+    Class, Classifier, Compressor, DeltaMode, Mode, Outbound, Stage, StageOptions,
     outbound::SAMPLE_GROUPS, pack::MAX_BATCH_DATA_CHUNKS,
 };
 
@@ -74,7 +74,7 @@ pub(crate) fn delta_in_vain(world: &World, runs: usize) -> anyhow::Result<Outcom
     // Unlike its base and of a kind that compresses: noise would be waved through by the codec.
     let chunks: Vec<Chunk> =
         (0..world.same.len().min(8 * 1024)).map(|n| like_memory(n as u64)).collect();
-    let mut compressor = Compressor::new()?;
+    let mut compressor = Compressor::new();
     let batches: Vec<&[u8]> =
         chunks.chunks(MAX_BATCH_DATA_CHUNKS).map(<[Chunk]>::as_flattened).collect();
     let bench = Bench {
@@ -86,7 +86,7 @@ pub(crate) fn delta_in_vain(world: &World, runs: usize) -> anyhow::Result<Outcom
     };
     let compress = || {
         for batch in &batches {
-            black_box(compressor.compress(batch)?);
+            black_box(compressor.pack(Mode::DEFAULT, batch)?);
         }
         Ok(())
     };

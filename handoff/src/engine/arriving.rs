@@ -75,8 +75,6 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         clock: &'a dyn Clock,
     ) -> Result<Self, ReceiveError> {
         let handoff = session.handoff();
-        let decompressor =
-            Decompressor::new().map_err(|e| ReceiveError::Declined(format!("zstd: {e}")))?;
         let Prepared { vm, bases, start } = prepared;
         let mut resolver = Resolver::new(bases, geometry).keeping(options.contents_bytes);
         if let Some(table) = start {
@@ -87,7 +85,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             vm: Landing::new(vm),
             running: false,
             resolver,
-            decompressor,
+            decompressor: Decompressor::new(),
             state: Vec::new(),
             flushed_at: None,
             unhashed: true,

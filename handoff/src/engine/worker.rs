@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender};
 use super::courier::{Notice, Sealed};
 use crate::{
     root::StateRoot,
-    stage::{Compressor, CpuWatch, Sealer, SegmentKind, Share, SharedShare},
+    stage::{Compressor, CpuWatch, Mode, Sealer, SegmentKind, Share, SharedShare},
 };
 
 /// What the engine gives to the worker.
@@ -51,18 +51,15 @@ pub(super) fn work(
     notices: &Sender<Notice>,
     stats: &WorkerStats,
 ) {
-    let mut compressor = match Compressor::new() {
-        Ok(compressor) => compressor,
-        // Whoever waits for the notice may be gone already; then nobody needs it.
-        Err(e) => return drop(notices.send(Notice::Compressor(e.to_string()))),
-    };
+    let mut compressor = Compressor::new();
     for job in jobs {
         let out = match job {
             Job::Prepare(root, full_hash) => Sealed::Prepare(root, full_hash),
             Job::Body { round, kind, body, chunks } => {
                 let mut watch = CpuWatch::start();
-                let packed = match compressor.compress(&body) {
+                let packed = match compressor.pack(Mode::DEFAULT, &body) {
                     Ok(packed) => packed,
+                    // Whoever waits for the notice may be gone already; then nobody needs it.
                     Err(e) => return drop(notices.send(Notice::Compressor(e.to_string()))),
                 };
                 let (bytes_in, bytes_out) = (body.len() as u64, packed.payload.len() as u64);

@@ -2,43 +2,11 @@
 
 use std::io;
 
-use super::pack::MAX_BATCH_BYTES;
-
-/// The zstd level of every batch.
-///
-/// One fixed level has to suit every link. Memory of a freshly booted Debian guest without what is
-/// in its base, in batches of 1 MiB; bytes left, and CPU time against that of level 3:
-///
-/// | level | 1 | 3 | 5 | 6 | 9 | 12 |
-/// |---|---|---|---|---|---|---|
-/// | left | 29.7 % | 27.7 % | 26.9 % | 26.6 % | 26.3 % | 26.2 % |
-/// | time | 0.6 | 1 | 3 | 4 | 7 | 14 |
-///
-/// Level 6 sends 4.2 % less than level 3 and costs four times as much. On an idle core it would
-/// still keep 25 Mbps full, but a cloudlet's cores are not idle: they run the guest too, and where
-/// the level did not keep up the handoff took four times as long as the link needed.
-pub const ZSTD_LEVEL: i32 = 3;
-
-/// How a payload is encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum Codec {
-    /// As it is: chosen where compression does not shrink it.
-    Raw = 0,
-    /// One zstd frame.
-    Zstd = 1,
-}
-
-impl Codec {
-    /// The codec with this number on the wire.
-    pub fn from_u8(number: u8) -> Option<Self> {
-        match number {
-            0 => Some(Self::Raw),
-            1 => Some(Self::Zstd),
-            _ => None,
-        }
-    }
-}
+use super::{
+    codec::{bzip2, deflate, lz4, xz, zstd},
+    mode::{Codec, Mode},
+    pack::MAX_BATCH_BYTES,
+};
 
 /// A compressed body.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,8 +29,10 @@ pub enum CompressError {
         len: usize,
     },
     /// The codec failed.
-    #[error("zstd could not compress {len} bytes: {source}")]
+    #[error("{mode} could not compress {len} bytes: {source}")]
     Codec {
+        /// How.
+        mode: Mode,
         /// Bytes given to it.
         len: usize,
         /// What it said.
@@ -70,38 +40,73 @@ pub enum CompressError {
     },
 }
 
-/// Compresses batch after batch with one context.
+/// Compresses batch after batch, each in the mode asked for. What a codec works with is made when it
+/// is first asked for, and kept.
+#[derive(Default)]
 pub struct Compressor {
-    zstd: zstd::bulk::Compressor<'static>,
+    zstd: Option<zstd::Encoder>,
+    lz4: Option<lz4::Encoder>,
+    deflate: Option<deflate::Encoder>,
 }
 
 impl Compressor {
-    /// A compressor at [`ZSTD_LEVEL`].
-    pub fn new() -> io::Result<Self> {
-        Self::with_level(ZSTD_LEVEL)
+    /// A compressor.
+    pub fn new() -> Self {
+        Self::default()
     }
 
-    /// A compressor at another level: to measure, and for a policy to come.
-    pub fn with_level(level: i32) -> io::Result<Self> {
-        let mut zstd = zstd::bulk::Compressor::new(level)?;
-        // The segment carries length and hash of what is in the frame.
-        zstd.include_contentsize(false)?;
-        zstd.include_checksum(false)?;
-        Ok(Self { zstd })
-    }
-
-    /// Compresses a body, or keeps it as it is where that is shorter.
-    pub fn compress(&mut self, body: &[u8]) -> Result<Packed, CompressError> {
+    /// Puts the payload for a body into a buffer, whatever that held, and says how it is encoded:
+    /// as it is, where the mode does not make it shorter.
+    pub fn compress(
+        &mut self,
+        mode: Mode,
+        body: &[u8],
+        into: &mut Vec<u8>,
+    ) -> Result<Codec, CompressError> {
         let len = body.len();
-        let raw_len = u32::try_from(len).ok().filter(|_| len <= MAX_BATCH_BYTES);
-        let raw_len = raw_len.ok_or(CompressError::TooLarge { len })?;
-        let payload =
-            self.zstd.compress(body).map_err(|source| CompressError::Codec { len, source })?;
-        Ok(if payload.len() < len {
-            Packed { codec: Codec::Zstd, raw_len, payload }
-        } else {
-            Packed { codec: Codec::Raw, raw_len, payload: body.to_vec() }
-        })
+        if len > MAX_BATCH_BYTES {
+            return Err(CompressError::TooLarge { len });
+        }
+        let shorter = self.encode(mode, body, into).map_err(|source| CompressError::Codec {
+            mode,
+            len,
+            source,
+        })?;
+        if shorter {
+            return Ok(mode.codec());
+        }
+        into.clear();
+        into.extend_from_slice(body);
+        Ok(Codec::Raw)
+    }
+
+    /// The same with a buffer of its own.
+    pub fn pack(&mut self, mode: Mode, body: &[u8]) -> Result<Packed, CompressError> {
+        let mut payload = Vec::new();
+        let codec = self.compress(mode, body, &mut payload)?;
+        // No longer than a batch: fits.
+        Ok(Packed { codec, raw_len: body.len() as u32, payload })
+    }
+
+    fn encode(&mut self, mode: Mode, body: &[u8], into: &mut Vec<u8>) -> io::Result<bool> {
+        let level = mode.level();
+        match mode.codec() {
+            Codec::Raw => Ok(false),
+            Codec::Zstd => {
+                let encoder = match &mut self.zstd {
+                    Some(encoder) => encoder,
+                    none => none.insert(zstd::Encoder::new(level)?),
+                };
+                encoder.encode(level, body, into)
+            }
+            Codec::Lz4 => self.lz4.get_or_insert_with(lz4::Encoder::new).encode(body, into),
+            Codec::Xz => xz::encode(level, body, into),
+            Codec::Gzip => self
+                .deflate
+                .get_or_insert_with(|| deflate::Encoder::new(level))
+                .encode(level, body, into),
+            Codec::Bzip2 => bzip2::encode(level, body, into),
+        }
     }
 }
 
@@ -119,12 +124,16 @@ pub enum DecompressError {
     Length {
         /// The length claimed.
         raw_len: u32,
-        /// The length found.
+        /// The length found, or as much of it as was looked at.
         actual: usize,
     },
-    /// Not a zstd frame, or one that holds more than it claims.
-    #[error("zstd could not decompress {payload_len} bytes into the {raw_len} claimed: {source}")]
+    /// Not what this codec writes, or more than it claims.
+    #[error(
+        "{codec} could not decompress {payload_len} bytes into the {raw_len} claimed: {source}"
+    )]
     Codec {
+        /// The codec.
+        codec: Codec,
         /// Bytes of payload.
         payload_len: usize,
         /// The length claimed.
@@ -134,16 +143,18 @@ pub enum DecompressError {
     },
 }
 
-/// Decompresses payload after payload with one context and one buffer of bounded size.
+/// Decompresses payload after payload, whatever the codec, in bounded memory.
+#[derive(Default)]
 pub struct Decompressor {
-    zstd: zstd::bulk::Decompressor<'static>,
+    zstd: Option<zstd::Decoder>,
+    deflate: Option<deflate::Decoder>,
     body: Vec<u8>,
 }
 
 impl Decompressor {
     /// A decompressor.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { zstd: zstd::bulk::Decompressor::new()?, body: Vec::new() })
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// The body that a payload holds: exactly `raw_len` bytes, at most [`MAX_BATCH_BYTES`].
@@ -153,25 +164,77 @@ impl Decompressor {
         raw_len: u32,
         payload: &'a [u8],
     ) -> Result<&'a [u8], DecompressError> {
+        let mut body = std::mem::take(&mut self.body);
+        let result = match codec {
+            Codec::Raw => check_len(raw_len, payload.len()),
+            _ => self.decompress_into(codec, raw_len, payload, &mut body),
+        };
+        self.body = body;
+        result?;
+        Ok(if codec == Codec::Raw { payload } else { &self.body })
+    }
+
+    /// Puts the body that a payload holds into a buffer, whatever that held: exactly `raw_len` bytes,
+    /// at most [`MAX_BATCH_BYTES`]. After an error the buffer holds nothing of use.
+    pub fn decompress_into(
+        &mut self,
+        codec: Codec,
+        raw_len: u32,
+        payload: &[u8],
+        into: &mut Vec<u8>,
+    ) -> Result<(), DecompressError> {
         let len = raw_len as usize;
         if len > MAX_BATCH_BYTES {
             return Err(DecompressError::TooLarge { raw_len });
         }
-        let body = match codec {
-            Codec::Raw => payload,
-            Codec::Zstd => {
-                self.body.resize(len, 0);
-                let into = self.body.as_mut_slice();
-                let actual = self.zstd.decompress_to_buffer(payload, into).map_err(|source| {
-                    DecompressError::Codec { payload_len: payload.len(), raw_len, source }
-                })?;
-                self.body.get(..actual).unwrap_or_default()
-            }
-        };
-        if body.len() != len {
-            return Err(DecompressError::Length { raw_len, actual: body.len() });
+        if codec == Codec::Raw {
+            check_len(raw_len, payload.len())?;
         }
-        Ok(body)
+        self.decode(codec, len, payload, into).map_err(|source| DecompressError::Codec {
+            codec,
+            payload_len: payload.len(),
+            raw_len,
+            source,
+        })?;
+        check_len(raw_len, into.len())
+    }
+
+    fn decode(
+        &mut self,
+        codec: Codec,
+        len: usize,
+        payload: &[u8],
+        into: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        match codec {
+            Codec::Raw => {
+                into.clear();
+                into.extend_from_slice(payload);
+                Ok(())
+            }
+            Codec::Zstd => {
+                let decoder = match &mut self.zstd {
+                    Some(decoder) => decoder,
+                    none => none.insert(zstd::Decoder::new()?),
+                };
+                decoder.decode(payload, len, into)
+            }
+            Codec::Lz4 => lz4::decode(payload, len, into),
+            Codec::Xz => xz::decode(payload, len, into),
+            Codec::Gzip => {
+                self.deflate.get_or_insert_with(deflate::Decoder::new).decode(payload, len, into)
+            }
+            Codec::Bzip2 => bzip2::decode(payload, len, into),
+        }
+    }
+}
+
+fn check_len(raw_len: u32, actual: usize) -> Result<(), DecompressError> {
+    let len = raw_len as usize;
+    match len {
+        _ if len > MAX_BATCH_BYTES => Err(DecompressError::TooLarge { raw_len }),
+        _ if len != actual => Err(DecompressError::Length { raw_len, actual }),
+        _ => Ok(()),
     }
 }
 
@@ -181,13 +244,13 @@ mod tests {
 
     use super::*;
 
-    fn round_trip(body: &[u8]) -> Codec {
-        let packed = Compressor::new().unwrap().compress(body).unwrap();
+    fn round_trip(mode: Mode, body: &[u8]) -> Codec {
+        let packed = Compressor::new().pack(mode, body).unwrap();
         assert_eq!(packed.raw_len as usize, body.len());
         assert!(packed.payload.len() <= body.len());
-        let mut decompressor = Decompressor::new().unwrap();
+        let mut decompressor = Decompressor::new();
         let out = decompressor.decompress(packed.codec, packed.raw_len, &packed.payload).unwrap();
-        assert_eq!(out, body);
+        assert_eq!(out, body, "{mode}");
         packed.codec
     }
 
@@ -197,31 +260,61 @@ mod tests {
         out
     }
 
+    /// The usual mode of each codec that compresses.
+    fn codecs() -> impl Iterator<Item = Mode> {
+        Codec::ALL.into_iter().skip(1).map(|codec| codec.name().parse().unwrap())
+    }
+
     #[test]
     fn raw_where_it_does_not_shrink() {
-        assert_eq!(round_trip(b""), Codec::Raw);
-        assert_eq!(round_trip(b"x"), Codec::Raw);
-        assert_eq!(round_trip(&noise(MAX_BATCH_BYTES)), Codec::Raw);
-        assert_eq!(round_trip(&vec![7; MAX_BATCH_BYTES]), Codec::Zstd);
-        let too_much = vec![0; MAX_BATCH_BYTES + 1];
-        let error = Compressor::new().unwrap().compress(&too_much).unwrap_err();
-        assert!(matches!(error, CompressError::TooLarge { .. }), "{error}");
+        for mode in codecs() {
+            assert_eq!(round_trip(mode, b""), Codec::Raw);
+            assert_eq!(round_trip(mode, b"x"), Codec::Raw);
+            assert_eq!(round_trip(mode, &noise(MAX_BATCH_BYTES)), Codec::Raw);
+            assert_eq!(round_trip(mode, &vec![7; MAX_BATCH_BYTES]), mode.codec());
+            let too_much = vec![0; MAX_BATCH_BYTES + 1];
+            let error = Compressor::new().pack(mode, &too_much).unwrap_err();
+            assert!(matches!(error, CompressError::TooLarge { .. }), "{error}");
+        }
+        assert_eq!(round_trip(Mode::NONE, &[7; 5000]), Codec::Raw);
+    }
+
+    #[test]
+    fn every_mode_and_back() {
+        // Words of few kinds, so that every level has something to find.
+        let body: Vec<u8> = noise(30_000).iter().flat_map(|b| [b & 15, 0, 0, b >> 7]).collect();
+        let (mut compressor, mut payload) = (Compressor::new(), Vec::new());
+        let (mut decompressor, mut back) = (Decompressor::new(), Vec::new());
+        for mode in Mode::STATIC.iter().chain(Mode::LADDER).chain(Mode::STATIC) {
+            let codec = compressor.compress(*mode, &body, &mut payload).unwrap();
+            assert_eq!(codec, mode.codec(), "{mode}");
+            let raw_len = body.len() as u32;
+            decompressor.decompress_into(codec, raw_len, &payload, &mut back).unwrap();
+            assert!(back == body, "{mode}");
+        }
     }
 
     #[test]
     fn the_length_must_be_the_length() {
-        let packed = Compressor::new().unwrap().compress(&[7; 5000]).unwrap();
-        let mut decompressor = Decompressor::new().unwrap();
-        let mut with = |codec, raw_len| {
-            let result = decompressor.decompress(codec, raw_len, &packed.payload);
-            result.map(<[u8]>::len).map_err(|e| e.to_string())
-        };
-        assert_eq!(with(Codec::Zstd, 5000), Ok(5000));
-        assert!(with(Codec::Zstd, 4999).unwrap_err().contains("could not decompress"));
-        assert!(with(Codec::Zstd, 5001).unwrap_err().contains("holds 5000"));
-        assert!(with(Codec::Raw, 5000).unwrap_err().contains("holds"));
-        assert!(with(Codec::Zstd, u32::MAX).unwrap_err().contains("larger than"));
-        assert_eq!(with(Codec::Zstd, 5000), Ok(5000), "an error leaves the context usable");
+        for mode in codecs() {
+            let packed = Compressor::new().pack(mode, &[7; 5000]).unwrap();
+            let mut decompressor = Decompressor::new();
+            let mut with = |codec, raw_len, payload: &[u8]| {
+                let result = decompressor.decompress(codec, raw_len, payload);
+                result.map(<[u8]>::len).map_err(|e| e.to_string())
+            };
+            let (codec, payload) = (packed.codec, &packed.payload[..]);
+            assert_eq!(with(codec, 5000, payload), Ok(5000));
+            with(codec, 4999, payload).unwrap_err();
+            with(codec, 5001, payload).unwrap_err();
+            with(codec, 0, payload).unwrap_err();
+            assert!(with(Codec::Raw, 5000, payload).unwrap_err().contains("holds"));
+            assert!(with(codec, u32::MAX, payload).unwrap_err().contains("larger than"));
+            assert!(with(Codec::Raw, u32::MAX, payload).unwrap_err().contains("larger than"));
+            with(codec, 5000, &payload[..payload.len() - 1]).unwrap_err();
+            with(codec, 5000, &[payload, &[0]].concat()).unwrap_err();
+            assert_eq!(with(codec, 5000, payload), Ok(5000), "an error leaves it usable");
+        }
     }
 
     proptest! {
@@ -233,15 +326,17 @@ mod tests {
         ) {
             let magic = [0x28, 0xb5, 0x2f, 0xfd];
             let payload = if frame { [&magic[..], &payload].concat() } else { payload };
-            let mut decompressor = Decompressor::new().unwrap();
-            if let Ok(body) = decompressor.decompress(Codec::Zstd, raw_len, &payload) {
-                prop_assert_eq!(body.len(), raw_len as usize);
+            let mut decompressor = Decompressor::new();
+            for codec in Codec::ALL {
+                if let Ok(body) = decompressor.decompress(codec, raw_len, &payload) {
+                    prop_assert_eq!(body.len(), raw_len as usize);
+                }
             }
         }
 
         #[test]
         fn any_body(body in prop::collection::vec(0u8..8, 0..3000)) {
-            round_trip(&body);
+            codecs().for_each(|mode| _ = round_trip(mode, &body));
         }
     }
 }

@@ -14,9 +14,11 @@
 //! none has a thread of its own, nor a clock but that of the CPU time it uses.
 
 pub mod classify;
+mod codec;
 pub mod compress;
 pub mod delta;
 mod delta_cache;
+pub mod mode;
 pub mod options;
 pub mod outbound;
 pub mod pack;
@@ -30,9 +32,10 @@ mod tests;
 mod write_group;
 
 pub use classify::{Classifier, ClassifyError, Decision, Op};
-pub use compress::{Codec, Compressor, DecompressError, Decompressor, Packed};
+pub use compress::{CompressError, Compressor, DecompressError, Decompressor, Packed};
 pub use delta::{DeltaCodec, DeltaError, DeltaMode, UnknownDeltaMode};
 pub use delta_cache::SentCache;
+pub use mode::{Codec, Mode, UnknownMode};
 pub use options::{StageOptions, UnknownSwitch};
 pub use outbound::Outbound;
 pub use pack::{Batch, BatchBuilder, BatchError, BatchFull, BatchLimits, RawBatch, Step, What};

@@ -12,10 +12,7 @@
 //! repeated, reordered, altered, or of another handoff. It holds no secret: whoever can write to
 //! the link can forge it, and keeping such a one out is the link's work.
 
-use super::{
-    compress::{Codec, Packed},
-    pack::MAX_BATCH_BYTES,
-};
+use super::{compress::Packed, mode::Codec, pack::MAX_BATCH_BYTES};
 
 const START_CONTEXT: &str = "howdah 2026 segment-chain start v1";
 const LINK_CONTEXT: &str = "howdah 2026 segment-chain link v1";

@@ -241,7 +241,7 @@ impl Source {
         Self {
             outbound: Outbound::new(bases(), GEOMETRY, options)
                 .with_limits(BatchLimits { data_chunks: 5, chunks: 40 }),
-            compressor: Compressor::new().unwrap(),
+            compressor: Compressor::new(),
             sealer: Sealer::new(b"handoff"),
         }
     }
@@ -258,7 +258,7 @@ impl Source {
 
     fn send(&mut self, round: u32, wire: &mut Vec<Vec<u8>>) {
         while let Some(batch) = self.outbound.poll() {
-            let packed = self.compressor.compress(&batch.body).unwrap();
+            let packed = self.compressor.pack(Mode::DEFAULT, &batch.body).unwrap();
             let mut bytes = Vec::new();
             self.sealer.seal(round, SegmentKind::Chunks, packed).encode_into(&mut bytes);
             wire.push(bytes);
@@ -268,7 +268,7 @@ impl Source {
 
 fn deliver(wire: &[Vec<u8>], vm: &mut MemVm, mut resolver: Resolver) -> Resolver {
     let mut opener = Opener::new(b"handoff");
-    let mut decompressor = Decompressor::new().unwrap();
+    let mut decompressor = Decompressor::new();
     for bytes in wire {
         let segment = Segment::decode(bytes).unwrap();
         opener.open(&segment).unwrap();

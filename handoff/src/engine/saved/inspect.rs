@@ -60,7 +60,7 @@ pub struct Tally {
 /// machine can be built.
 pub fn inspect(from: impl Read) -> Result<Inspection, SavedError> {
     let mut reader = Reader::new(from)?;
-    let mut decompressor = Decompressor::new().map_err(SavedError::Io)?;
+    let mut decompressor = Decompressor::new();
     let mut tallies: BTreeMap<(Class, Space), (u64, u64)> = BTreeMap::new();
     let (mut batch_bytes, mut state_bytes, mut segments) = ((0, 0), (0, 0), 0);
     let mut state = Vec::new();

@@ -52,9 +52,6 @@ pub enum RestoreError {
         /// What the VM said.
         source: VmError,
     },
-    /// The decompressor could not be made.
-    #[error("zstd: {0}")]
-    Zstd(std::io::Error),
 }
 
 /// Makes a VM of what [`super::save`] wrote and the bases it speaks of. The bytes may be anything:
@@ -96,7 +93,7 @@ fn fill<Vm: TargetVm>(
     vm: &mut Vm,
     mut resolver: Resolver,
 ) -> Result<StateTable, RestoreError> {
-    let mut decompressor = Decompressor::new().map_err(RestoreError::Zstd)?;
+    let mut decompressor = Decompressor::new();
     let mut state = Vec::new();
     let said = loop {
         let segment = match reader.next()? {
