@@ -5,9 +5,54 @@
 //! round goes out shuffled, but in words of 64 neighbours: within one, pages of a file stay
 //! together, which keeps reads and the encoded references cheap.
 
+use std::{fmt, str::FromStr};
+
 use rand::{SeedableRng, rngs::SmallRng, seq::SliceRandom};
 
 use crate::chunks::{ChunkId, ChunkSet, Space};
+
+/// How a round is ordered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sequence {
+    /// At random, in words of neighbours.
+    #[default]
+    Random,
+    /// As the chunks are numbered: to measure what chance is worth.
+    Ascending,
+}
+
+impl Sequence {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Random, Self::Ascending];
+
+    /// Its name, for people and flags.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random",
+            Self::Ascending => "ascending",
+        }
+    }
+}
+
+impl fmt::Display for Sequence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Sequence {
+    type Err = UnknownSequence;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let found = Self::ALL.into_iter().find(|one| one.name() == name);
+        found.ok_or_else(|| UnknownSequence(name.to_owned()))
+    }
+}
+
+/// No order has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no order {0}: there are random and ascending")]
+pub struct UnknownSequence(pub String);
 
 /// The chunks of one round in the order in which they are to be sent.
 ///

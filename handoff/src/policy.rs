@@ -8,7 +8,9 @@
 //!
 //! No I/O and no clock in here; what the driver measured comes in [`Measurements`].
 
-use std::{fmt, time::Duration};
+use std::{fmt, str::FromStr, time::Duration};
+
+use serde::{Deserialize, Serialize};
 
 /// What the driver knows when it is about to start a round. Chunks are those that the stages have
 /// to look at, bytes are those on the link.
@@ -70,6 +72,52 @@ pub enum Decision {
     },
 }
 
+/// What a handoff is to be good at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Objective {
+    /// The least total time, with a downtime that nobody minds where that costs little.
+    #[default]
+    Total,
+    /// A downtime of this at most, however long it takes, as long as rounds bring it closer.
+    Downtime(Duration),
+    /// To be over after this, with the least downtime that this allows.
+    Deadline(Duration),
+}
+
+impl fmt::Display for Objective {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Total => f.write_str("total"),
+            Self::Downtime(limit) => write!(f, "downtime={}", limit.as_millis()),
+            Self::Deadline(limit) => write!(f, "deadline={}", limit.as_secs_f64()),
+        }
+    }
+}
+
+impl FromStr for Objective {
+    type Err = UnknownObjective;
+
+    /// `total`, `downtime=MS` or `deadline=S`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let unknown = || UnknownObjective(text.to_owned());
+        if text == "total" {
+            return Ok(Self::Total);
+        }
+        let (name, value) = text.split_once('=').ok_or_else(unknown)?;
+        match name {
+            "downtime" => value.parse().map(Duration::from_millis).map(Self::Downtime).ok(),
+            "deadline" => value.parse().ok().and_then(duration).map(Self::Deadline),
+            _ => None,
+        }
+        .ok_or_else(unknown)
+    }
+}
+
+/// No objective is written so.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no objective is written {0}: it is total, downtime=MS or deadline=S")]
+pub struct UnknownObjective(pub String);
+
 /// Why the policy cuts over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CutOverReason {
@@ -100,7 +148,11 @@ impl fmt::Display for CutOverReason {
 /// Rounds until downtime is low enough or they no longer pay.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CutOverPolicy {
-    /// A predicted downtime at or below this is good enough.
+    /// What the handoff is to be good at.
+    pub objective: Objective,
+    /// Whether a guest that outruns the link is slowed down until it does not.
+    pub throttle: bool,
+    /// A predicted downtime at or below this is good enough: no round is sent to shorten it.
     pub downtime_objective: Duration,
     /// Nor does a round pay that can save no more than this of the downtime, ...
     pub least_saving: Duration,
@@ -122,6 +174,8 @@ pub struct CutOverPolicy {
 impl Default for CutOverPolicy {
     fn default() -> Self {
         Self {
+            objective: Objective::Total,
+            throttle: false,
             // A wide-area cutover has 1.5 round trips and three durable records in it, about 100 ms;
             // what a prediction misses comes on top. Beyond 300 ms a user notices. A round that
             // brings it down from there to here takes about as long as it saves.
@@ -139,8 +193,12 @@ impl Default for CutOverPolicy {
 
 impl CutOverPolicy {
     /// The default with another objective.
-    pub fn with_downtime(objective: Duration) -> Self {
-        Self { downtime_objective: objective, ..Self::default() }
+    pub fn new(objective: Objective) -> Self {
+        let standard = Self { objective, ..Self::default() };
+        match objective {
+            Objective::Downtime(limit) => Self { downtime_objective: limit, ..standard },
+            Objective::Total | Objective::Deadline(_) => standard,
+        }
     }
 
     /// Decides whether another round is sent.
@@ -282,6 +340,26 @@ mod tests {
     }
 
     const MBPS_10: f64 = 1.25e6;
+
+    #[test]
+    fn objectives_are_read_as_they_are_written() {
+        for text in ["total", "downtime=0", "downtime=1500", "deadline=20", "deadline=0.5"] {
+            assert_eq!(text.parse::<Objective>().unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "Total",
+            "downtime",
+            "downtime=",
+            "downtime=1.5",
+            "deadline=-1",
+            "deadline=inf",
+            "x=1",
+        ] {
+            let error = text.parse::<Objective>().unwrap_err().to_string();
+            assert!(error.contains("downtime=MS"), "{error}");
+        }
+    }
 
     #[test]
     fn idle_guest_meets_the_objective_fast() {

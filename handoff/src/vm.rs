@@ -13,6 +13,10 @@ use crate::{
 /// (abort the handoff, keep the guest where it is), so it carries what, where and the way out.
 pub type VmError = Box<dyn std::error::Error + Send + Sync>;
 
+/// The least share of the time for which [`SourceVm::throttle`] lets vCPUs run: the guest goes on,
+/// and its network does not time out.
+pub const LEAST_RUN_SHARE: f64 = 0.1;
+
 /// A running VM that can be sent away.
 ///
 /// Contract of the whole: until [`SourceVm::pause`] the guest runs; after it nothing of the guest
@@ -33,7 +37,8 @@ pub trait SourceVm {
 
     /// Chunks changed since the last harvest: KVM's dirty log, the VMM's own writes to guest
     /// memory, and disk writes. Clears what it returns. A chunk that was returned before and has not
-    /// been read since need not be returned again: read every chunk that you are given. After
+    /// been read since need not be returned again, unless [`SourceVm::peek_dirty`] has named it
+    /// meanwhile: read every other chunk that you are given. After
     /// [`SourceVm::pause`] devices have drained, so that one more harvest is complete.
     fn harvest(&mut self) -> Result<ChunkSet, VmError>;
 
@@ -53,6 +58,24 @@ pub trait SourceVm {
     /// discarded: after an abort the guest finds its memory as it left it.
     fn take_free_hints(&mut self) -> Result<ChunkSet, VmError> {
         Ok(ChunkSet::new(self.geometry()))
+    }
+
+    /// What has become dirty since the last harvest (or the start of tracking), without taking it: a
+    /// later harvest returns all of it, also what has not been read since it was last returned. The
+    /// engine asks while the guest runs, some ten times a second, and leaves what is in the answer out
+    /// of the round under way: it would only be sent again.
+    ///
+    /// It may name less than there is; a VM that cannot tell names nothing.
+    fn peek_dirty(&mut self) -> Result<ChunkSet, VmError> {
+        Ok(ChunkSet::new(self.geometry()))
+    }
+
+    /// From now on lets the vCPUs run for this share of the time: 1.0 is full speed, and shares below
+    /// [`LEAST_RUN_SHARE`] are taken for that. Returns whether the VM can do that at all; it may be
+    /// asked at any time. [`SourceVm::pause`], [`SourceVm::resume`] and [`SourceVm::stop_tracking`]
+    /// give full speed back by themselves.
+    fn throttle(&mut self, _run_share: f64) -> Result<bool, VmError> {
+        Ok(false)
     }
 
     /// Copies one chunk's present content.

@@ -6,7 +6,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-use handoff::stage::DeltaMode;
+use handoff::{order::Sequence, policy::Objective, stage::DeltaMode};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -327,9 +327,8 @@ pub(crate) struct HandoffArgs {
     /// Compare hashes of all of RAM and disk at cutover (adds to the downtime)
     #[arg(long)]
     pub(crate) audit: bool,
-    /// Aim for this downtime [default: for the least total time]
-    #[arg(long, value_name = "MS")]
-    pub(crate) downtime_ms: Option<u64>,
+    #[command(flatten)]
+    pub(crate) pace: PaceArgs,
     /// What may be kept here of memory and disk after the VM moved, so that its way back is short;
     /// 0 keeps nothing
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
@@ -337,8 +336,26 @@ pub(crate) struct HandoffArgs {
     #[command(flatten)]
     pub(crate) encode: EncodeArgs,
     /// Give up the handoff of this VM that is under way
-    #[arg(long, conflicts_with_all = ["peer", "audit", "downtime_ms", "keep_mib", "without", "delta"])]
+    #[arg(long, conflicts_with_all = ["peer", "audit", "objective", "throttle", "order", "keep_mib", "without", "delta"])]
     pub(crate) cancel: bool,
+}
+
+/// What a handoff is to be good at.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PaceArgs {
+    /// What the handoff is to be good at: total, downtime=MS or deadline=S
+    ///
+    /// `total` is the least total time; `downtime=MS` goes on sending what the guest changes until
+    /// the pause will be that short, if it can be; `deadline=S` is over after S seconds, if the link
+    /// allows it at all, with the least downtime that leaves.
+    #[arg(long, default_value_t, value_name = "OBJECTIVE")]
+    pub(crate) objective: Objective,
+    /// Slow the guest down if it changes its memory faster than the link can send
+    #[arg(long)]
+    pub(crate) throttle: bool,
+    /// In which order chunks are sent: random or ascending (for measuring what it is worth)
+    #[arg(long, default_value_t, value_name = "ORDER")]
+    pub(crate) order: Sequence,
 }
 
 /// How what is sent is made small: for measuring what each means is worth.

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     Refusal,
+    order::Sequence,
     ownership::{JournalError, OwnershipError, Record},
     policy::CutOverPolicy,
     report::Report,
@@ -82,6 +83,8 @@ pub struct SendOptions {
     pub stages: StageOptions,
     /// When to cut over.
     pub policy: CutOverPolicy,
+    /// How the chunks of a round are ordered.
+    pub order: Sequence,
     /// States of this VM that were left at this peer, the likeliest first; those beyond
     /// [`MAX_KNOWN`](crate::vm::MAX_KNOWN) are not offered. If the peer still holds one, only what
     /// changed since is sent.
@@ -101,6 +104,7 @@ impl SendOptions {
             audit: false,
             stages: StageOptions::default(),
             policy: CutOverPolicy::default(),
+            order: Sequence::default(),
             known: Vec::new(),
             contents: None,
             limits: Limits::default(),

@@ -34,7 +34,7 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
     let request = HandoffRequest {
         peer,
         audit: args.audit,
-        downtime_ms: args.downtime_ms,
+        pace: args.pace.into(),
         keep_mib: args.keep_mib,
         encode: args.encode.into(),
     };

@@ -15,11 +15,15 @@ pub(crate) mod channel;
 pub(crate) mod client;
 pub(crate) mod server;
 
-use handoff::stage::{DeltaMode, StageOptions};
+use handoff::{
+    order::Sequence,
+    policy::Objective,
+    stage::{DeltaMode, StageOptions},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cli::{EncodeArgs, Means},
+    cli::{EncodeArgs, Means, PaceArgs},
     failure::Failure,
 };
 
@@ -80,12 +84,31 @@ pub(crate) struct HandoffRequest {
     pub(crate) peer: String,
     /// Hash all of RAM and disk on both sides at cutover and compare.
     pub(crate) audit: bool,
-    /// The downtime to aim for, instead of the least total time.
-    pub(crate) downtime_ms: Option<u64>,
+    /// When the guest is paused, and how rounds go until then.
+    pub(crate) pace: Pace,
     /// What may be kept of the VM when it moved.
     pub(crate) keep_mib: u64,
     /// How it is made small.
     pub(crate) encode: Encode,
+}
+
+/// What a handoff is to be good at.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pace {
+    /// The objective.
+    #[serde(with = "by_name")]
+    pub(crate) objective: Objective,
+    /// Whether the guest may be slowed down.
+    pub(crate) throttle: bool,
+    /// The order of chunks.
+    #[serde(with = "by_name")]
+    pub(crate) order: Sequence,
+}
+
+impl From<PaceArgs> for Pace {
+    fn from(PaceArgs { objective, throttle, order }: PaceArgs) -> Self {
+        Self { objective, throttle, order }
+    }
 }
 
 /// How to save a VM.
@@ -105,20 +128,25 @@ pub(crate) struct Encode {
     /// Those that are not used.
     pub(crate) without: Vec<Means>,
     /// How deltas are made.
-    #[serde(with = "delta_name")]
+    #[serde(with = "by_name")]
     pub(crate) delta: DeltaMode,
 }
 
-/// A mode of deltas by its name.
-mod delta_name {
-    use handoff::stage::DeltaMode;
+/// What has a name, by that name.
+mod by_name {
+    use std::{fmt::Display, str::FromStr};
+
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<S: Serializer>(mode: &DeltaMode, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(mode.name())
+    pub(super) fn serialize<T: Display, S: Serializer>(it: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(it)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<DeltaMode, D::Error> {
+    pub(super) fn deserialize<'de, T, D>(from: D) -> Result<T, D::Error>
+    where
+        T: FromStr<Err: Display>,
+        D: Deserializer<'de>,
+    {
         String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
@@ -251,6 +279,8 @@ pub(crate) struct Progress {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::failure::Exit;
 
@@ -285,7 +315,11 @@ mod tests {
             Request::Handoff(HandoffRequest {
                 peer: "b:1".into(),
                 audit: true,
-                downtime_ms: None,
+                pace: Pace {
+                    objective: Objective::Deadline(Duration::from_secs(9)),
+                    throttle: true,
+                    order: Sequence::Ascending,
+                },
                 keep_mib: 7,
                 encode: Encode { without: vec![Means::BaseDisk], delta: DeltaMode::None },
             }),

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     commands::base,
-    control::HandoffRequest,
+    control::{HandoffRequest, Pace},
     failure::{Exit, Failure},
     home::Home,
     visit,
@@ -97,9 +97,9 @@ impl KvmMachine {
             options.contents = self.contents.clone();
             options.known = visit::known(&self.dir, self.base.id(), self.source.geometry());
         }
-        if let Some(downtime_ms) = request.downtime_ms {
-            options.policy = CutOverPolicy::with_downtime(Duration::from_millis(downtime_ms));
-        }
+        let Pace { objective, throttle, order } = request.pace;
+        options.policy = CutOverPolicy { throttle, ..CutOverPolicy::new(objective) };
+        options.order = order;
         Ok(options)
     }
 
