@@ -120,6 +120,19 @@ pub struct BatchLimits {
     pub chunks: usize,
 }
 
+impl BatchLimits {
+    /// The least that [`BatchLimits::of_bytes`] takes.
+    pub const MIN_BYTES: usize = 256 << 10;
+    /// The most that [`BatchLimits::of_bytes`] takes.
+    pub const MAX_BYTES: usize = MAX_BATCH_DATA_CHUNKS * CHUNK_SIZE;
+
+    /// Batches of so much data, from [`BatchLimits::MIN_BYTES`] to [`BatchLimits::MAX_BYTES`].
+    pub fn of_bytes(bytes: usize) -> Self {
+        let bytes = bytes.clamp(Self::MIN_BYTES, Self::MAX_BYTES);
+        Self { data_chunks: bytes / CHUNK_SIZE, chunks: MAX_BATCH_CHUNKS }
+    }
+}
+
 impl Default for BatchLimits {
     fn default() -> Self {
         Self { data_chunks: MAX_BATCH_DATA_CHUNKS, chunks: MAX_BATCH_CHUNKS }
@@ -536,6 +549,8 @@ mod tests {
 
     #[test]
     fn full_is_full() {
+        let of = |kib: usize| BatchLimits::of_bytes(kib << 10).data_chunks;
+        assert_eq!([0, 256, 600, 1024, 9999].map(of), [64, 64, 150, 256, 256]);
         let limits = BatchLimits { data_chunks: 2, chunks: 3 };
         let mut batch = BatchBuilder::with_limits(1, limits);
         batch.push(id(false, 1), What::Reset).unwrap();

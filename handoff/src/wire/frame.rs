@@ -11,9 +11,9 @@ use crate::{
 };
 
 /// The oldest protocol version that this program speaks.
-pub const VERSION_MIN: u32 = 2;
+pub const VERSION_MIN: u32 = 3;
 /// The newest protocol version that this program speaks.
-pub const VERSION_MAX: u32 = 2;
+pub const VERSION_MAX: u32 = 3;
 
 /// A range of protocol versions, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -38,7 +38,7 @@ fn frames() -> Vec<Frame> {
         hello(Intent::Resume),
         hello(Intent::Settle),
         Frame::Welcome(Welcome {
-            version: 2,
+            version: 3,
             applied_up_to: 7,
             window_bytes: 8 << 20,
             agreed: Agreed { bases: 0b10, known: Some(0) },

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! magic    [8]     "howdah/s"
-//! version  u32     1
+//! version  u32     2; 1 is the same with only raw and zstd segments
 //! length   u32     of the head
 //! head             an Offer, as in a Hello; it offers no known states
 //! id       [32]    H("howdah 2026 saved-vm head v1", all before)
@@ -29,7 +29,8 @@ use crate::{
 };
 
 const MAGIC: [u8; 8] = *b"howdah/s";
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
+const OLDEST_VERSION: u32 = 1;
 const HEAD_CONTEXT: &str = "howdah 2026 saved-vm head v1";
 const END_CONTEXT: &str = "howdah 2026 saved-vm end v1";
 const SEGMENT: u8 = 1;
@@ -131,7 +132,9 @@ impl<R: Read> Reader<R> {
     pub(super) fn new(mut from: R) -> Result<Self, SavedError> {
         let at = "in its head";
         let begin: [u8; 12] = take(&mut from, at)?;
-        if begin[..8] != MAGIC || begin[8..] != VERSION.to_le_bytes() {
+        let version = begin.strip_prefix(&MAGIC).and_then(|version| version.try_into().ok());
+        let version = version.map(u32::from_le_bytes);
+        if version.is_none_or(|version| !(OLDEST_VERSION..=VERSION).contains(&version)) {
             return Err(SavedError::Magic(begin));
         }
         let length: [u8; 4] = take(&mut from, at)?;

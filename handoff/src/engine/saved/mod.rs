@@ -30,7 +30,7 @@ pub enum SavedError {
     #[error("the saved VM ends {0}: it was cut off")]
     CutOff(&'static str),
     /// They are something else, or of a version that this program does not know.
-    #[error("not a saved VM of version {version}: it begins with {0:02x?}", version = format::VERSION)]
+    #[error("not a saved VM of a version up to {version}: it begins with {0:02x?}", version = format::VERSION)]
     Magic([u8; 12]),
     /// The head cannot be what was written.
     #[error("the head of the saved VM was altered: {0}")]
