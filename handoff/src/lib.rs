@@ -7,6 +7,7 @@
 //! Goals: nothing runs unverified, one owner at any instant, cost follows change, every queue and
 //! wait bounded. Non-goals: KVM, files of a VM, sockets (a [`Transport`] is given).
 
+pub mod adapt;
 pub mod base_view;
 pub mod chunks;
 pub mod engine;
