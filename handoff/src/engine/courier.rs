@@ -8,10 +8,11 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
 
 use super::{
     Limits,
+    pipeline::Outlet,
     reader::{Heard, read_link, weight},
     worker::micros,
 };
@@ -35,7 +36,7 @@ const MAX_LINKS: u32 = 256;
 /// Bytes of the target's frames that may wait to be handled.
 const MAX_QUEUED_BYTES: u64 = 1 << 20;
 
-/// What comes out of the compressor, in order.
+/// What comes out of the sequencer, in order.
 pub(super) enum Sealed {
     /// A segment.
     Segment(Segment),
@@ -56,7 +57,7 @@ pub(super) enum Order {
     Leave,
 }
 
-/// What the courier and the compressor tell the engine.
+/// What the courier and the workers tell the engine.
 #[derive(Debug)]
 pub(super) enum Notice {
     /// What the target said, and when it came.
@@ -65,7 +66,7 @@ pub(super) enum Notice {
     Lost(String),
     /// There will be none.
     Gone(String),
-    /// The compressor cannot go on.
+    /// A worker cannot go on.
     Compressor(String),
 }
 
@@ -95,7 +96,7 @@ pub(super) struct LinkStatus {
 pub(super) struct Courier<'a, C: Connect> {
     pub(super) session: SourceSession,
     pub(super) connect: &'a mut C,
-    pub(super) sealed: Receiver<Sealed>,
+    pub(super) outlet: Outlet,
     pub(super) orders: Receiver<Order>,
     pub(super) notices: Sender<Notice>,
     pub(super) status: &'a LinkStatus,
@@ -151,7 +152,9 @@ impl<C: Connect> Courier<'_, C> {
         while !self.over {
             match self.orders.recv_timeout(IDLE) {
                 Ok(order) => self.obey(order),
-                Err(RecvTimeoutError::Timeout) => self.sealed.try_iter().for_each(drop),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.outlet.sealed.try_iter().for_each(|_| self.outlet.taken());
+                }
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
@@ -338,7 +341,7 @@ impl<C: Connect> Courier<'_, C> {
             return busy;
         }
         while self.session.has_room() {
-            match self.sealed.try_recv() {
+            match self.outlet.sealed.try_recv() {
                 Ok(Sealed::Segment(segment)) => {
                     self.submitted_bytes += segment.encoded_len() as u64;
                     self.session.submit(segment);
@@ -350,6 +353,7 @@ impl<C: Connect> Courier<'_, C> {
             self.status.unapplied_bytes.store(self.session.unapplied_bytes(), Relaxed);
             self.status.in_flight_bytes.store(self.in_flight_bytes(), Relaxed);
             self.status.queued_jobs.fetch_sub(1, Release);
+            self.outlet.taken();
             busy = true;
         }
         busy
@@ -397,15 +401,9 @@ impl<C: Connect> Courier<'_, C> {
         select.recv(heard);
         select.recv(&self.orders);
         if !self.over && self.session.has_room() {
-            select.recv(&self.sealed);
+            select.recv(&self.outlet.sealed);
         }
         // Ready or not, the loop looks at everything again.
         let _ = select.ready_timeout(IDLE);
     }
-}
-
-/// The queue between two threads of the pipeline: small, because what waits in it is old when it
-/// is sent.
-pub(super) fn pipeline_queue<T>() -> (Sender<T>, Receiver<T>) {
-    bounded(2)
 }

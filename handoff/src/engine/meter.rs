@@ -323,6 +323,7 @@ impl<'a> Meter<'a> {
 
     pub(super) fn pausing(&mut self) {
         self.cutover.pausing = Some(self.clock.now());
+        self.worker.guest_waits.store(true, Relaxed);
         self.enter(Phase::Cutover);
     }
 

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! source                                                            target
-//! engine thread ─► compress, seal ─► courier ══ link ══► reader ─► engine thread
-//! harvest, read,     one worker       owns the session    answers   open, decompress,
-//! classify, batch                     and reconnects      pings     apply, acknowledge
+//! engine thread ─► compress ─► seal ─► courier ══ link ══► reader ─► engine thread
+//! harvest, read,   N workers   in      owns the session    answers   open, decompress,
+//! classify, batch              order   and reconnects      pings     apply, acknowledge
 //! ```
 //!
 //! The contract of [`send()`] in one line: the guest is **paused on success, resumed on failure**.
@@ -17,11 +17,13 @@ mod meter;
 mod options;
 mod pace;
 mod pipe;
+mod pipeline;
 mod reader;
 mod receive;
 mod run;
 pub mod saved;
 mod send;
+mod sequence;
 mod settle;
 mod worker;
 
@@ -30,10 +32,12 @@ pub use options::{
     CONTENTS_BYTES, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions, Received,
     SendError, SendOptions, SendOutcome,
 };
+pub use pipeline::{MAX_WORKERS, PipelineOptions};
 pub use receive::receive;
 pub use saved::{inspect, restore, save};
 pub use send::send;
 pub use settle::{Recovery, SettleError, recover, send_resume, takeover};
+pub use worker::LEAST_CPU_SHARE;
 
 /// The most that a machine's state may have besides RAM and disk.
 pub const MAX_MACHINE_STATE_BYTES: usize = 64 << 20;

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use super::PipelineOptions;
 use crate::{
     Refusal,
     order::Sequence,
@@ -81,6 +82,8 @@ pub struct SendOptions {
     pub contents: Option<Arc<SentCache>>,
     /// Which optimisations are used.
     pub stages: StageOptions,
+    /// How the stages work together.
+    pub pipeline: PipelineOptions,
     /// When to cut over.
     pub policy: CutOverPolicy,
     /// How the chunks of a round are ordered.
@@ -103,6 +106,7 @@ impl SendOptions {
             versions: Versions::OURS,
             audit: false,
             stages: StageOptions::default(),
+            pipeline: PipelineOptions::default(),
             policy: CutOverPolicy::default(),
             order: Sequence::default(),
             known: Vec::new(),

@@ -9,12 +9,13 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::{
     KeptReason, Limits,
     courier::{LinkStatus, Notice, Order},
     meter::Meter,
+    pipeline::{Feed, PipelineEnded},
     worker::Job,
 };
 use crate::{
@@ -42,7 +43,9 @@ pub(super) enum Word {
 }
 
 pub(super) struct Pipe<'a> {
-    pub(super) jobs: Sender<Job>,
+    pub(super) feed: Feed,
+    /// One job after the other, and the next only when the link has room.
+    pub(super) serial: bool,
     pub(super) orders: Sender<Order>,
     pub(super) notices: Receiver<Notice>,
     pub(super) status: &'a LinkStatus,
@@ -57,20 +60,22 @@ pub(super) struct Pipe<'a> {
 impl Pipe<'_> {
     /// Gives a job to the pipeline, waiting while it is full.
     pub(super) fn push(&mut self, job: Job) -> Result<(), KeptReason> {
-        self.status.queued_jobs.fetch_add(1, Relaxed);
-        let mut job = job;
         let began = self.clock.now();
         loop {
             self.check()?;
-            match self.jobs.send_timeout(job, TICK) {
-                Ok(()) => {
-                    self.meter.waited(self.clock.now().saturating_sub(began));
-                    return Ok(());
-                }
-                Err(SendTimeoutError::Timeout(back)) => job = back,
-                Err(SendTimeoutError::Disconnected(_)) => return Err(self.pipeline_ended()),
+            match self.feed.ticket(TICK) {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(PipelineEnded) => return Err(self.pipeline_ended()),
             }
         }
+        self.meter.waited(self.clock.now().saturating_sub(began));
+        self.status.queued_jobs.fetch_add(1, Relaxed);
+        self.feed.give(job).map_err(|PipelineEnded| self.pipeline_ended())?;
+        if self.serial {
+            self.drain(Duration::ZERO)?;
+        }
+        Ok(())
     }
 
     /// Waits until the link will run dry within its round trip and `ahead`.

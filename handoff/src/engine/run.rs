@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use super::{KeptReason, SendError, SendOptions, SendOutcome, pipe::Pipe, worker::Job};
 use crate::{
-    Bases, ChunkSet, SourceVm,
+    Bases, ChunkSet, Geometry, SourceVm,
     order::RoundOrder,
     ownership::{
         Guest, Journal, Question,
         source::{self, Event},
     },
     report::{Outcome, Report},
-    stage::{ClassifyError, Outbound, SegmentKind},
+    stage::{Buffers, ClassifyError, Outbound, SegmentKind},
     vm::VmError,
     wire::Agreed,
 };
@@ -55,11 +55,24 @@ fn unclassified(source: ClassifyError) -> KeptReason {
     KeptReason::Vm { doing: "comparing with the base", source: source.into() }
 }
 
+/// The stages that work on chunks, for a target that holds nothing.
+pub(super) fn outbound(
+    bases: &Bases,
+    geometry: Geometry,
+    options: &SendOptions,
+    buffers: &Buffers,
+) -> Outbound {
+    Outbound::new(bases.clone(), geometry, options.stages)
+        .with_limits(options.pipeline.batch_limits())
+        .with_buffers(buffers.clone())
+}
+
 /// One handoff from the source's side.
 pub(super) struct Run<'a> {
     pub(super) guest: HeldGuest<'a>,
     pub(super) pipe: Pipe<'a>,
     pub(super) outbound: Outbound,
+    pub(super) buffers: Buffers,
     pub(super) journal: &'a mut Journal,
     pub(super) options: &'a SendOptions,
     /// The VM's own base, and those that the target holds too.
@@ -80,7 +93,7 @@ impl Run<'_> {
         let known = agreed.known.and_then(|n| self.options.known.get(usize::from(n)));
         self.bases = self.bases.only(|n| agreed.holds(n));
         let geometry = self.guest.vm.geometry();
-        let mut outbound = Outbound::new(self.bases.clone(), geometry, self.options.stages);
+        let mut outbound = outbound(&self.bases, geometry, self.options, &self.buffers);
         if let Some(table) = known {
             outbound = outbound.with_start(table.clone());
             if let Some(contents) = &self.options.contents {
@@ -115,7 +128,10 @@ impl Run<'_> {
         self.round += 1;
         self.pipe.meter.round_begins(self.round, set.len());
         self.outbound.begin(self.round);
-        let mut order = RoundOrder::shuffled(set, rand::random());
+        let mut order = match self.options.pipeline.shuffle {
+            true => RoundOrder::shuffled(set, rand::random()),
+            false => RoundOrder::ascending(set),
+        };
         let mut groups = 0u64;
         loop {
             if groups.is_multiple_of(HINTS_EVERY_GROUPS) {

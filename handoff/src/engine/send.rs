@@ -6,11 +6,12 @@ use crossbeam_channel::unbounded;
 
 use super::{
     KeptReason, Limits, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
-    courier::{Courier, LinkStatus, Order, pipeline_queue},
+    courier::{Courier, LinkStatus, Order},
     meter::Meter,
     pipe::{Pipe, Word},
-    run::{HeldGuest, Run, failed},
-    worker::{Job, WorkerStats, work},
+    pipeline::Pipeline,
+    run::{HeldGuest, Run, failed, outbound},
+    worker::{Job, WorkerStats},
 };
 use crate::{
     Bases, ChunkSet, Clock, Connect, Offer, SourceVm,
@@ -21,7 +22,7 @@ use crate::{
     report::{Outcome, Progress, Report},
     root::{StateRoot, StateTable},
     source::SourceSession,
-    stage::{BatchLimits, Outbound, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
+    stage::{BatchLimits, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
     vm::{MAX_ALSO, MAX_KNOWN},
     wire::{Hello, Intent, Resumed},
 };
@@ -74,19 +75,18 @@ pub fn send<C: Connect + Send>(
         }
     };
     thread::scope(|scope| {
-        let (jobs, jobs_rx) = pipeline_queue();
-        let (sealed, sealed_rx) = pipeline_queue();
+        let buffers = options.pipeline.buffers();
+        let sealer = Sealer::new(&handoff.handoff.0);
+        let (feed, pipeline, outlet) = Pipeline::new(&options.pipeline, sealer, buffers.clone());
         let (orders, orders_rx) = unbounded();
         let (notices, notices_rx) = unbounded();
         let (status, worker, limits) = (&status, &worker, &options.limits);
-        let from_worker = notices.clone();
-        let sealer = Sealer::new(&handoff.handoff.0);
-        scope.spawn(move || work(sealer, &jobs_rx, &sealed, &from_worker, worker));
+        pipeline.start(scope, &notices, worker);
         let session = SourceSession::new(hello, limits.silence, limits.ping_every);
         let mut courier = Courier {
             session,
             connect,
-            sealed: sealed_rx,
+            outlet,
             orders: orders_rx,
             notices,
             status,
@@ -100,9 +100,12 @@ pub fn send<C: Connect + Send>(
         scope.spawn(move || courier.run());
         let applied = (clock.now(), 0);
         let notices = notices_rx;
-        let pipe = Pipe { jobs, orders, notices, status, limits, clock, cancel, applied, meter };
-        let outbound = Outbound::new(bases.clone(), guest.vm.geometry(), options.stages);
-        let mut run = Run { guest, pipe, outbound, journal, options, bases, handoff, round: 0 };
+        let serial = options.pipeline.serial;
+        let pipe =
+            Pipe { feed, serial, orders, notices, status, limits, clock, cancel, applied, meter };
+        let outbound = outbound(&bases, guest.vm.geometry(), options, &buffers);
+        let mut run =
+            Run { guest, pipe, outbound, buffers, journal, options, bases, handoff, round: 0 };
         match walk(&mut run) {
             Ok(settled) => settle(&mut run, settled),
             Err(reason) => {
@@ -289,7 +292,7 @@ impl<'r, 'a> Paused<'r, 'a> {
     fn last_round(self) -> Result<Sent<'r, 'a>, KeptReason> {
         let Self { run, left } = self;
         let mut chunks = left.len();
-        run.outbound.set_limits(pieces_of(chunks));
+        run.outbound.set_limits(pieces_of(chunks, run.options.pipeline.batch_limits()));
         run.send_round(left)?;
         run.pipe.meter.final_round_packed(chunks);
         let state = run.guest.vm.save_state().map_err(failed("saving the machine's state"))?;
@@ -323,10 +326,9 @@ impl<'r, 'a> Paused<'r, 'a> {
 /// Limits that cut a last round of so many chunks into a few batches, if it is small: while one is
 /// classified, another is compressed, a third is on the link and a fourth is applied. Of a large
 /// round there are enough batches anyway.
-fn pieces_of(chunks: u64) -> BatchLimits {
+fn pieces_of(chunks: u64, full: BatchLimits) -> BatchLimits {
     let piece = usize::try_from(chunks.div_ceil(LAST_ROUND_PIECES)).unwrap_or(usize::MAX);
     let piece = piece.max(LEAST_PIECE_CHUNKS);
-    let full = BatchLimits::default();
     BatchLimits { data_chunks: full.data_chunks.min(piece), chunks: full.chunks.min(piece) }
 }
 

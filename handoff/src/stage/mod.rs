@@ -13,6 +13,7 @@
 //! place; [`Outbound`] is the first three of the source as one. None does I/O but to read the base;
 //! none has a thread of its own, nor a clock but that of the CPU time it uses.
 
+mod buffers;
 pub mod classify;
 mod codec;
 pub mod compress;
@@ -31,6 +32,7 @@ pub mod stats;
 mod tests;
 mod write_group;
 
+pub use buffers::Buffers;
 pub use classify::{Classifier, ClassifyError, Decision, Op};
 pub use compress::{CompressError, Compressor, DecompressError, Decompressor, Packed};
 pub use delta::{DeltaCodec, DeltaError, DeltaMode, UnknownDeltaMode};

@@ -9,6 +9,7 @@ use std::{collections::VecDeque, sync::Arc};
 use guest_images::{CHUNK_SIZE, Chunk, chunk::ZERO_CHUNK};
 
 use super::{
+    buffers::Buffers,
     classify::{Classifier, ClassifyError, Decision, Op},
     delta::DeltaStage,
     delta_cache::SentCache,
@@ -43,6 +44,7 @@ pub struct Outbound {
     limits: BatchLimits,
     batch: BatchBuilder,
     ready: VecDeque<RawBatch>,
+    buffers: Buffers,
     stats: Stats,
     times: ClassTimes,
 }
@@ -62,6 +64,7 @@ impl Outbound {
             limits,
             batch: BatchBuilder::with_limits(0, limits),
             ready: VecDeque::new(),
+            buffers: Buffers::default(),
             stats: Stats::default(),
             times: ClassTimes::default(),
         }
@@ -82,6 +85,11 @@ impl Outbound {
         Self { limits, batch: BatchBuilder::with_limits(0, limits), ..self }
     }
 
+    /// The same with bodies in buffers of `buffers`: give them back there.
+    pub fn with_buffers(self, buffers: Buffers) -> Self {
+        Self { buffers, ..self }
+    }
+
     /// From the next generation on, batches are full at other limits.
     pub fn set_limits(&mut self, limits: BatchLimits) {
         self.limits = limits;
@@ -91,7 +99,7 @@ impl Outbound {
     /// [`Outbound::end`] for each further generation.
     pub fn begin(&mut self, generation: u32) {
         debug_assert!(self.ids.is_empty() && self.batch.is_empty());
-        self.batch = BatchBuilder::with_limits(generation, self.limits);
+        self.batch.begin(generation, self.limits);
     }
 
     /// Room for a copy of chunk `id`, to be filled before the next call.
@@ -123,8 +131,7 @@ impl Outbound {
         self.work()?;
         if !self.batch.is_empty() {
             let mut watch = CpuWatch::start();
-            let next = BatchBuilder::with_limits(self.batch.generation(), self.limits);
-            let last = std::mem::replace(&mut self.batch, next).finish();
+            let last = self.batch.finish_into(&self.buffers);
             count_batch(&mut self.stats, &last);
             self.ready.push_back(last);
             self.stats[Stage::Pack].cpu_ns += watch.lap_ns();
@@ -175,8 +182,7 @@ impl Outbound {
             let pushed = self.batch.push(*id, what);
             debug_assert!(pushed.is_ok());
             if self.batch.is_full() {
-                let next = BatchBuilder::with_limits(self.batch.generation(), self.limits);
-                let full = std::mem::replace(&mut self.batch, next).finish();
+                let full = self.batch.finish_into(&self.buffers);
                 count_batch(&mut self.stats, &full);
                 self.ready.push_back(full);
             }

@@ -24,6 +24,7 @@
 use guest_images::{CHUNK_SIZE, Chunk};
 
 use super::{
+    buffers::Buffers,
     delta::{DeltaCodec, MAX_DELTA_BYTES},
     pack_codec::{Cursor, MAX_VARINT_BYTES, put_varint},
     pack_run::{Ends, Run, RunKind},
@@ -139,6 +140,16 @@ impl Default for BatchLimits {
     }
 }
 
+impl BatchLimits {
+    /// No larger than the largest batch, no smaller than one chunk.
+    fn cut(self) -> Self {
+        Self {
+            data_chunks: self.data_chunks.clamp(1, MAX_BATCH_DATA_CHUNKS),
+            chunks: self.chunks.clamp(1, MAX_BATCH_CHUNKS),
+        }
+    }
+}
+
 /// A batch that has no room for one more chunk: finish it first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the batch is full: finish it before the next chunk is pushed")]
@@ -181,12 +192,8 @@ impl BatchBuilder {
     /// An empty batch that is full earlier. Limits beyond the largest batch are cut to it, those
     /// of 0 raised to 1.
     pub fn with_limits(generation: u32, limits: BatchLimits) -> Self {
-        let limits = BatchLimits {
-            data_chunks: limits.data_chunks.clamp(1, MAX_BATCH_DATA_CHUNKS),
-            chunks: limits.chunks.clamp(1, MAX_BATCH_CHUNKS),
-        };
         Self {
-            limits,
+            limits: limits.cut(),
             generation,
             ends: Ends::default(),
             open: None,
@@ -198,6 +205,12 @@ impl BatchBuilder {
             chunks: 0,
             class_bytes: [0; Class::ALL.len()],
         }
+    }
+
+    /// Begins the next batch, if this one was finished, with the buffers that it has.
+    pub fn begin(&mut self, generation: u32, limits: BatchLimits) {
+        debug_assert!(self.is_empty() && self.open.is_none());
+        (self.generation, self.limits) = (generation, limits.cut());
     }
 
     /// Whether it must be finished before the next chunk: it has no room for any that might come.
@@ -272,17 +285,26 @@ impl BatchBuilder {
         self.class_bytes[class as usize] += (self.table.len() - before) as u64 + data;
     }
 
-    /// The batch.
-    pub fn finish(mut self) -> RawBatch {
+    /// The batch, in a buffer of `buffers`. What is left is an empty batch of the same generation
+    /// and limits.
+    pub fn finish_into(&mut self, buffers: &Buffers) -> RawBatch {
         self.close_run();
         let size = 4 + MAX_VARINT_BYTES + self.table.len() + self.data_bytes();
-        let mut body = Vec::with_capacity(size);
+        let mut body = buffers.take(size);
         body.extend_from_slice(&self.generation.to_le_bytes());
         put_varint(&mut body, self.runs);
         body.append(&mut self.table);
         body.append(&mut self.data);
         body.append(&mut self.deltas);
-        RawBatch { body, chunks: self.chunks, class_bytes: self.class_bytes }
+        self.ends = Ends::default();
+        self.runs = 0;
+        let chunks = std::mem::take(&mut self.chunks);
+        RawBatch { body, chunks, class_bytes: std::mem::take(&mut self.class_bytes) }
+    }
+
+    /// The batch, for good.
+    pub fn finish(mut self) -> RawBatch {
+        self.finish_into(&Buffers::default())
     }
 }
 

@@ -5,13 +5,12 @@ use std::{
     thread,
 };
 
-use crossbeam_channel::{Receiver, Sender};
-
 use super::{
     super::{
-        MAX_MACHINE_STATE_BYTES,
-        courier::{Notice, Sealed, pipeline_queue},
-        worker::{Job, WorkerStats, work},
+        MAX_MACHINE_STATE_BYTES, PipelineOptions,
+        courier::{Notice, Sealed},
+        pipeline::{Feed, Outlet, Pipeline},
+        worker::{Job, WorkerStats},
     },
     format::{Head, Writer},
 };
@@ -19,7 +18,9 @@ use crate::{
     Bases, ChunkSet, Clock, Offer, SourceVm, Space, StateTable,
     order::RoundOrder,
     report::{StageShare, class_shares, millis, stage_shares},
-    stage::{ClassifyError, Outbound, SegmentKind, Stage, StageOptions, pack::MAX_BATCH_BYTES},
+    stage::{
+        Buffers, ClassifyError, Outbound, SegmentKind, Stage, StageOptions, pack::MAX_BATCH_BYTES,
+    },
     vm::VmError,
 };
 
@@ -125,17 +126,18 @@ fn save_changed(
     let head = Head::new(&offer)?;
     let writer = Writer::new(out, &head)?;
     let stats = WorkerStats::default();
-    let (jobs, jobs_rx) = pipeline_queue();
-    let (sealed, sealed_rx) = pipeline_queue();
+    let options = PipelineOptions::default();
+    let buffers = options.buffers();
+    let (mut feed, pipeline, outlet) = Pipeline::new(&options, head.sealer(), buffers.clone());
     let (notices, notices_rx) = crossbeam_channel::unbounded();
-    let mut outbound = Outbound::new(bases, vm.geometry(), stages);
+    let outbound = Outbound::new(bases, vm.geometry(), stages);
+    let mut outbound = outbound.with_buffers(buffers.clone());
     let (packed, written) = thread::scope(|scope| {
-        let (sealer, stats) = (head.sealer(), &stats);
-        scope.spawn(move || work(sealer, &jobs_rx, &sealed, &notices, stats));
-        let written = scope.spawn(move || write(writer, &sealed_rx));
-        let packed = pack(vm, &mut outbound, changed, &jobs);
-        // The worker and then the writer end with what they take from.
-        drop(jobs);
+        pipeline.start(scope, &notices, &stats);
+        let written = scope.spawn(move || write(writer, &outlet, &buffers));
+        let packed = pack(vm, &mut outbound, changed, &mut feed);
+        // The workers and then the writer end with what they take from.
+        drop(feed);
         (packed, written.join())
     });
     // Whoever stopped first knows why: those before it only see that nobody takes their work.
@@ -166,9 +168,9 @@ fn pack(
     vm: &mut dyn SourceVm,
     outbound: &mut Outbound,
     changed: &ChunkSet,
-    jobs: &Sender<Job>,
+    feed: &mut Feed,
 ) -> Result<Option<u64>, SaveError> {
-    if !pack_round(vm, outbound, 1, changed.clone(), jobs)? {
+    if !pack_round(vm, outbound, 1, changed.clone(), feed)? {
         return Ok(None);
     }
     let state = vm.save_state().map_err(failed("saving the machine's state"))?;
@@ -178,7 +180,7 @@ fn pack(
     }
     // Saving may have written to guest memory.
     let touched = vm.harvest().map_err(failed("asking for changed memory"))?;
-    if !pack_round(vm, outbound, 2, touched, jobs)? {
+    if !pack_round(vm, outbound, 2, touched, feed)? {
         return Ok(None);
     }
     // At least one piece: a file without any segment is none.
@@ -186,11 +188,11 @@ fn pack(
     let pieces = pieces.chain(state.is_empty().then(Vec::new));
     for body in pieces {
         let kind = SegmentKind::MachineState;
-        if jobs.send(Job::Body { round: 2, kind, body, chunks: 0 }).is_err() {
+        if feed.push(Job::Body { round: 2, kind, body, chunks: 0 }).is_err() {
             return Ok(None);
         }
     }
-    let told = jobs.send(Job::Prepare(outbound.root(), None)).is_ok();
+    let told = feed.push(Job::Prepare(outbound.root(), None)).is_ok();
     Ok(told.then_some(state.len() as u64))
 }
 
@@ -200,13 +202,13 @@ fn pack_round(
     outbound: &mut Outbound,
     round: u32,
     set: ChunkSet,
-    jobs: &Sender<Job>,
+    feed: &mut Feed,
 ) -> Result<bool, SaveError> {
-    let give = |outbound: &mut Outbound| {
+    let mut give = |outbound: &mut Outbound| {
         while let Some(batch) = outbound.poll() {
             let kind = SegmentKind::Chunks;
             let job = Job::Body { round, kind, body: batch.body, chunks: batch.chunks };
-            if jobs.send(job).is_err() {
+            if feed.push(job).is_err() {
                 return false;
             }
         }
@@ -230,10 +232,14 @@ fn pack_round(
 }
 
 /// Writes what comes, to the end; returns the file's length.
-fn write(mut writer: Writer<impl Write>, sealed: &Receiver<Sealed>) -> io::Result<u64> {
-    for sealed in sealed {
+fn write(mut writer: Writer<impl Write>, outlet: &Outlet, buffers: &Buffers) -> io::Result<u64> {
+    for sealed in &outlet.sealed {
+        outlet.taken();
         match sealed {
-            Sealed::Segment(segment) => writer.segment(&segment)?,
+            Sealed::Segment(segment) => {
+                writer.segment(&segment)?;
+                buffers.give(segment.payload);
+            }
             Sealed::Prepare(root, _) => return writer.end(root),
         }
     }
