@@ -8,6 +8,7 @@
 //! wait bounded. Non-goals: KVM, files of a VM, sockets (a [`Transport`] is given).
 
 pub mod adapt;
+pub mod audit;
 pub mod base_view;
 pub mod chunks;
 pub mod engine;
@@ -18,10 +19,12 @@ pub mod ownership;
 pub mod policy;
 pub mod report;
 pub mod root;
+pub mod sim;
 pub mod source;
 pub mod stage;
 pub mod target;
 pub mod tcp;
+pub mod trace;
 pub mod vm;
 pub mod wire;
 
