@@ -8,7 +8,9 @@ use std::{io, os::fd::AsRawFd, sync::Arc};
 
 use guest_images::overlay::{DirtyMap, Overlay, OverlayError};
 
-use super::ring::{Action, Operation, Ring, Token};
+use uring::Action;
+
+use super::ring::{Operation, Ring, Token};
 
 enum Step {
     SyncData,
@@ -83,7 +85,10 @@ impl Flusher {
                 let mut left = 0;
                 for page in running.map.pages() {
                     let bytes = page.bytes.clone().into_boxed_slice();
-                    ring.push(Operation::write_owned(Token::Flush, file, page.file_offset, bytes));
+                    let write = Operation::write_owned(Token::Flush, file, page.file_offset, bytes);
+                    // SAFETY: the memory is the operation's own, and the device keeps the overlay
+                    // with its files for as long as its ring.
+                    unsafe { ring.push(write) };
                     left += 1;
                 }
                 running.step = Step::WriteMap { left };
@@ -129,7 +134,9 @@ impl Running {
 }
 
 fn sync(ring: &mut Ring, file: i32) {
-    ring.push(Operation::plain(Token::Flush, file, Action::Sync));
+    // SAFETY: there is no memory, and the device keeps the overlay with its files for as long as its
+    // ring.
+    unsafe { ring.push(Operation::plain(Token::Flush, file, Action::Sync)) };
 }
 
 fn report(result: Result<(), OverlayError>) -> bool {

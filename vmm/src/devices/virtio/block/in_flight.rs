@@ -6,13 +6,14 @@ use guest_images::{
     CHUNK_SIZE,
     overlay::{ChunkState, Overlay, OverlayError},
 };
+use uring::{Action, FileEnd};
 use vm_memory::GuestMemoryError;
 
 use super::{
     Block, DiskDirty,
     plan::{self, Span, WritePiece},
     request::{ByteRange, Operation, Request},
-    ring::{self, Action, Token},
+    ring::{self, Token},
 };
 use crate::{
     devices::virtio::{buffers::Buffers, device::DeviceError},
@@ -216,7 +217,10 @@ impl Block {
     }
 
     fn push(&mut self, index: usize, operation: ring::Operation) {
-        self.ring.push(operation);
+        // SAFETY: what is not the operation's own is guest RAM, which has no Rust references to it and
+        // which `self.ram` keeps from activation on; `self.overlay` keeps the files. Both are dropped
+        // after the ring, and before RAM is replaced, a reset has abandoned the ring.
+        unsafe { self.ring.push(operation) };
         if let Some(entry) = self.entries.get_mut(index) {
             entry.pending += 1;
         }
@@ -241,18 +245,18 @@ impl Block {
         for piece in plan::read(&self.overlay, range) {
             let (offset, end) = (piece.range.start, piece.range.end);
             let buffers = data.slice(offset - range.start, end - offset);
-            let (file, zero_tail) = match piece.state {
+            let (file, end_of_file) = match piece.state {
                 ChunkState::Zero => {
                     buffers.fill_zero(ram)?;
                     continue;
                 }
-                ChunkState::Data => (self.overlay.data_fd(), false),
-                ChunkState::Base => (self.overlay.base_fd(), true),
+                ChunkState::Data => (self.overlay.data_fd(), FileEnd::Fails),
+                ChunkState::Base => (self.overlay.base_fd(), FileEnd::Zeros),
             };
             let (token, file) = (Token::Request(index), file.as_raw_fd());
-            let action = Action::Read { offset, zero_tail };
+            let action = Action::Read { offset, end: end_of_file };
             let iovecs = buffers.iovecs(ram)?;
-            self.push(index, ring::Operation::on_guest(token, file, action, iovecs));
+            self.push(index, ring::Operation::on(token, file, action, iovecs));
         }
         Ok(())
     }
@@ -272,7 +276,7 @@ impl Block {
             let operation = match piece {
                 WritePiece::Direct(_) => {
                     let action = Action::Write { offset: part.start };
-                    ring::Operation::on_guest(token, file, action, buffers.iovecs(ram)?)
+                    ring::Operation::on(token, file, action, buffers.iovecs(ram)?)
                 }
                 WritePiece::Fill { chunk, .. } => {
                     let mut content = [0; CHUNK_SIZE];

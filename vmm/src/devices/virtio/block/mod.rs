@@ -15,7 +15,6 @@ mod in_flight;
 mod plan;
 mod request;
 mod ring;
-mod slab;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +26,7 @@ use std::{
 };
 
 use guest_images::overlay::Overlay;
+use uring::Slab;
 use virtio_bindings::{
     virtio_blk::{
         VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX,
@@ -36,13 +36,14 @@ use virtio_bindings::{
     virtio_ids::VIRTIO_ID_BLOCK,
 };
 
-pub use self::{dirty::DiskDirty, ring::RingError};
+pub use uring::RingError;
+
+pub use self::dirty::DiskDirty;
 use self::{
     flush::{Ended, Flusher},
     in_flight::InFlight,
     request::Request,
     ring::{Ring, Token},
-    slab::Slab,
 };
 use super::device::{DeviceContext, DeviceError, Progress, VirtioBackend};
 use crate::memory::GuestRam;
@@ -97,7 +98,7 @@ impl Block {
         let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
         padded.iter_mut().zip(id.bytes()).for_each(|(to, from)| *to = from);
         Ok(Self {
-            ring: Ring::new()?,
+            ring: ring::new()?,
             entries: Slab::default(),
             waiting: VecDeque::new(),
             flusher: Flusher::default(),
@@ -288,7 +289,7 @@ impl VirtioBackend for Block {
         }
         self.pump(ctx)?;
         self.starved = progress == Progress::Waiting;
-        if self.starved && self.ring.len() == 0 {
+        if self.starved && self.ring.is_empty() {
             // Everything ended at once: there is no event to wait for.
             progress = Progress::Yield;
         }
@@ -296,7 +297,7 @@ impl VirtioBackend for Block {
     }
 
     fn event_fds(&self) -> Vec<RawFd> {
-        vec![self.ring.event_fd()]
+        self.ring.event_fd().into_iter().collect()
     }
 
     fn handle_event(

@@ -572,7 +572,7 @@ fn flushing() -> (Disk, Ring, Flusher) {
     let mut disk = disk(FLUSH);
     disk.ask(0, &Ask::Write { sector: 0, sectors: 8, seed: 1 });
     disk.run(1);
-    let (mut ring, mut flusher) = (Ring::new().unwrap(), Flusher::default());
+    let (mut ring, mut flusher) = (ring::new().unwrap(), Flusher::default());
     flusher.join(7);
     assert!(flusher.start(&disk.overlay, &mut ring).is_none());
     flusher.join(8);

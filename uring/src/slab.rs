@@ -2,7 +2,7 @@
 
 /// Values by number.
 #[derive(Debug)]
-pub(super) struct Slab<T> {
+pub struct Slab<T> {
     slots: Vec<Option<T>>,
     free: Vec<usize>,
 }
@@ -14,7 +14,8 @@ impl<T> Default for Slab<T> {
 }
 
 impl<T> Slab<T> {
-    pub(super) fn insert(&mut self, value: T) -> usize {
+    /// Takes a value and gives it a number.
+    pub fn insert(&mut self, value: T) -> usize {
         match self.free.pop() {
             Some(index) => {
                 self.slots[index] = Some(value);
@@ -27,29 +28,40 @@ impl<T> Slab<T> {
         }
     }
 
-    pub(super) fn get(&self, index: usize) -> Option<&T> {
+    /// The value with this number.
+    pub fn get(&self, index: usize) -> Option<&T> {
         self.slots.get(index)?.as_ref()
     }
 
-    pub(super) fn get_mut(&mut self, index: usize) -> Option<&mut T> {
+    /// The same, to be changed.
+    pub fn get_mut(&mut self, index: usize) -> Option<&mut T> {
         self.slots.get_mut(index)?.as_mut()
     }
 
-    pub(super) fn remove(&mut self, index: usize) -> Option<T> {
+    /// Takes the value with this number out; another may have the number next.
+    pub fn remove(&mut self, index: usize) -> Option<T> {
         let value = self.slots.get_mut(index)?.take()?;
         self.free.push(index);
         Some(value)
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// How many values there are.
+    pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    pub(super) fn into_values(self) -> impl Iterator<Item = T> {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All values, in the order of their numbers.
+    pub fn into_values(self) -> impl Iterator<Item = T> {
         self.slots.into_iter().flatten()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+    /// The same, left in place.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.slots.iter().flatten()
     }
 }
