@@ -21,10 +21,11 @@ use handoff::{
         SendOutcome, accept, receive, recover, send, send_resume,
     },
     ownership::{Journal, Record, State, Tenure, VmId},
+    sim::{Fault, LinkShape, Rate, Shape, SimConnect},
     tcp::{MonotonicClock, TcpConnect, accept_tcp},
     wire::{VERSION_MAX, Versions},
 };
-use sim::{Fault, Host, HostFaults, MemConnect, Runners, Source, Target, base};
+use sim::{Host, HostFaults, Runners, Source, Target, base};
 
 type Outcome = Result<Received<Target>, ReceiveError>;
 
@@ -45,9 +46,16 @@ fn limits() -> Limits {
     }
 }
 
+/// A slow link with little under way.
+fn mib_per_s(rate: u32) -> LinkShape {
+    let rate = Rate::bytes_per_s(f64::from(rate << 20));
+    let up = Shape { queue_bytes: 16 << 10, ..Shape::new(rate, Duration::ZERO) };
+    LinkShape { down: up.clone(), up, outages: Vec::new() }
+}
+
 struct Pair {
     source: Source,
-    connect: MemConnect,
+    connect: SimConnect,
     runners: Runners,
     base: Arc<handoff::base_view::testing::MemBase>,
     journals: tempfile::TempDir,
@@ -100,7 +108,8 @@ fn target_side<L: Transport + Send + 'static>(
 fn pair(faults: &[Fault], host_faults: HostFaults, writes_per_s: u64) -> Pair {
     let (base, runners) = (base(), Runners::default());
     let journals = tempfile::tempdir().unwrap();
-    let (to, links) = unbounded();
+    let (mut connect, links) = SimConnect::new(LinkShape::unlimited());
+    connect.faults.extend(faults);
     let host = Host { base: Arc::clone(&base), runners: runners.clone(), faults: host_faults };
     let target = target_side(links, journals.path().join("target"), host);
     let mut options = SendOptions::new("vm", "target", b"one vCPU".to_vec());
@@ -112,14 +121,7 @@ fn pair(faults: &[Fault], host_faults: HostFaults, writes_per_s: u64) -> Pair {
         .unwrap();
     Pair {
         source: Source::new(&base, &runners, writes_per_s),
-        connect: MemConnect {
-            to,
-            faults: faults.iter().copied().collect(),
-            reachable_after: true,
-            bytes_per_s: 0,
-            total: Arc::default(),
-            links: 0,
-        },
+        connect,
         runners,
         base,
         journals,
@@ -202,7 +204,7 @@ fn an_idle_guest_moves() {
 #[test]
 fn a_guest_that_writes_moves_whole() {
     let mut pair = pair(&[], HostFaults::default(), 2000);
-    pair.connect.bytes_per_s = 4 << 20;
+    pair.connect.shape = mib_per_s(4);
     assert_moved(pair);
 }
 
@@ -228,16 +230,16 @@ fn a_flipped_bit_costs_a_link_and_nothing_else() {
 fn what_was_applied_is_not_sent_again() {
     let mut whole = pair(&[], HostFaults::default(), 0);
     assert!(matches!(whole.send(), SendOutcome::Moved { .. }));
-    let needed = whole.connect.total.load(SeqCst);
+    let needed = whole.connect.carried_bytes();
     whole.finish();
 
     // The first segment carries most of it; the break comes in a later one.
     let cut = Fault { cut_up: Some(needed / 10 * 9), ..Fault::default() };
     let mut broken = pair(&[cut], HostFaults::default(), 0);
     // Slow, so that the target keeps up and little is on its way when the link breaks.
-    broken.connect.bytes_per_s = 4 << 20;
+    broken.connect.shape = mib_per_s(4);
     assert!(matches!(broken.send(), SendOutcome::Moved { .. }));
-    let took = broken.connect.total.load(SeqCst);
+    let took = broken.connect.carried_bytes();
     broken.finish();
     assert!(took < needed + needed / 4, "{took} bytes, {needed} without a break");
 }
@@ -340,7 +342,7 @@ fn nobody_there_is_an_error_at_once() {
 #[test]
 fn cancel_keeps_the_guest_and_a_second_try_moves_it() {
     let mut pair = pair(&[], HostFaults::default(), 500);
-    pair.connect.bytes_per_s = 1 << 20;
+    pair.connect.shape = mib_per_s(1);
     let cancel = Arc::new(AtomicBool::new(false));
     let soon = Arc::clone(&cancel);
     let waiter = thread::spawn(move || {
@@ -353,7 +355,7 @@ fn cancel_keeps_the_guest_and_a_second_try_moves_it() {
         panic!("{outcome:?}")
     };
     assert!(pair.source.guest.is_running());
-    pair.connect.bytes_per_s = 0;
+    pair.connect.shape = LinkShape::unlimited();
     // The target drops the first copy before it takes another offer: seen in its last link closing.
     thread::sleep(Duration::from_millis(1500));
     assert_moved(pair);
@@ -462,7 +464,7 @@ fn a_source_that_died_before_the_commit_may_run_again() {
     let state = State::HandingOff { handoff, peer: "target".into() };
     journal.write(Record { state, ..record }).unwrap();
     let clock = MonotonicClock::default();
-    let none: Option<&mut MemConnect> = None;
+    let none: Option<&mut SimConnect> = None;
     assert_eq!(recover(&mut journal, "vm", none, &limits(), &clock).unwrap(), Recovery::MayRun);
     assert_eq!(journal.record().unwrap().state, State::Owner(Tenure::Settled));
 }
@@ -476,7 +478,7 @@ fn a_target_that_died_prepared_declines() {
     let state = State::Prepared { handoff, peer: "source".into(), root };
     journal.write(Record { state, ..Record::created(VmId::random()) }).unwrap();
     let clock = MonotonicClock::default();
-    let none: Option<&mut MemConnect> = None;
+    let none: Option<&mut SimConnect> = None;
     let recovery = recover(&mut journal, "vm", none, &limits(), &clock).unwrap();
     assert!(matches!(recovery, Recovery::NeverHere { .. }));
     assert!(matches!(journal.record().unwrap().state, State::Declined { .. }));

@@ -3,13 +3,12 @@
 #![allow(clippy::unwrap_used)]
 
 mod model;
-mod sim;
 
 use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, Ordering::SeqCst},
     },
     thread,
     time::Duration,
@@ -25,12 +24,12 @@ use handoff::{
     },
     ownership::{Journal, Record, VmId},
     report::Report,
+    sim::{Fault, LinkShape, SimConnect, SimLink},
     stage::SentCache,
     tcp::MonotonicClock,
 };
 use model::{Act, Host, Incoming, Memory, Vm, acts, all, base, chunk, disk, ram};
 use proptest::prelude::*;
-use sim::{Fault, MemConnect, MemLink};
 
 fn limits() -> Limits {
     let ms = Duration::from_millis;
@@ -78,7 +77,7 @@ impl Site {
 type Arrived = Result<Received<Incoming>, ReceiveError>;
 
 /// Receives until no link comes any more.
-fn target(host: &mut Host, journal: &Path, links: &Receiver<MemLink>) -> Vec<Arrived> {
+fn target(host: &mut Host, journal: &Path, links: &Receiver<SimLink>) -> Vec<Arrived> {
     let (clock, limits) = (MonotonicClock::default(), limits());
     let options = ReceiveOptions { limits: limits.clone(), ..ReceiveOptions::new("source") };
     let mut arrived = Vec::new();
@@ -109,17 +108,6 @@ fn target(host: &mut Host, journal: &Path, links: &Receiver<MemLink>) -> Vec<Arr
     arrived
 }
 
-fn connect(to: crossbeam_channel::Sender<MemLink>, faults: &[Fault]) -> MemConnect {
-    MemConnect {
-        to,
-        faults: faults.iter().copied().collect(),
-        reachable_after: true,
-        bytes_per_s: 0,
-        total: Arc::new(AtomicU64::new(0)),
-        links: 0,
-    }
-}
-
 /// Hands the guest off once. Afterwards it runs at exactly one of the sites, and finds all that it
 /// wrote there.
 fn hand_off(from: &mut Site, to: &mut Site, faults: &[Fault], without: &[&str]) -> Option<Report> {
@@ -132,8 +120,8 @@ fn hand_off(from: &mut Site, to: &mut Site, faults: &[Fault], without: &[&str]) 
     options.known = from.known.clone();
     options.contents = from.contents.clone();
     without.iter().for_each(|name| options.stages.switch_off(name).unwrap());
-    let (tx, links) = unbounded();
-    let mut connect = connect(tx, faults);
+    let (mut connect, links) = SimConnect::new(LinkShape::unlimited());
+    connect.faults.extend(faults);
     let (outcome, mut arrived) = thread::scope(|scope| {
         let (host, path) = (&mut to.host, &to.journal);
         let target = scope.spawn(move || target(host, path, &links));

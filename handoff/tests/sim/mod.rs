@@ -1,24 +1,19 @@
-//! Two in-memory VMs and a link with faults, for the engine's tests.
+//! Two in-memory VMs with faults, for the engine's tests.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::{
-    collections::VecDeque,
-    io,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicI64, Ordering::SeqCst},
     },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use guest_images::{CHUNK_SIZE, Chunk};
 use handoff::{
-    BaseView, ChunkId, ChunkSet, Connect, Geometry, Offer, Refusal, SourceVm, Space, TargetHost,
-    TargetVm, Transport,
+    BaseView, ChunkId, ChunkSet, Geometry, Offer, Refusal, SourceVm, Space, TargetHost, TargetVm,
     base_view::{own_place, testing::MemBase},
-    link::READ_TICK,
     vm::{Prepared, VmError},
 };
 
@@ -362,147 +357,5 @@ impl TargetHost for Host {
         };
         let own: Arc<dyn BaseView> = self.base.clone();
         Ok(Prepared { vm, bases: own.into(), start: None })
-    }
-}
-
-/// What goes wrong on one link, counted in bytes from the source.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Fault {
-    /// It breaks after so many bytes, in the middle of a write.
-    pub cut_up: Option<u64>,
-    /// It breaks after so many bytes from the target.
-    pub cut_down: Option<u64>,
-    /// This byte from the source arrives with a bit turned over.
-    pub flip: Option<u64>,
-}
-
-pub struct MemLink {
-    tx: MemTx,
-    rx: MemRx,
-}
-
-pub struct MemTx {
-    to: Sender<Vec<u8>>,
-    broken: Arc<AtomicBool>,
-    cut: Option<u64>,
-    flip: Option<u64>,
-    sent: u64,
-    bytes_per_s: u64,
-    total: Arc<AtomicU64>,
-}
-
-pub struct MemRx {
-    from: Receiver<Vec<u8>>,
-    rest: VecDeque<u8>,
-    broken: Arc<AtomicBool>,
-}
-
-impl io::Write for MemTx {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.broken.load(SeqCst) {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        let mut bytes = bytes[..bytes.len().min(8192)].to_vec();
-        if let Some(cut) = self.cut {
-            bytes.truncate(cut.saturating_sub(self.sent) as usize);
-        }
-        if let Some(flip) = self.flip.filter(|f| *f >= self.sent)
-            && let Some(byte) = bytes.get_mut((flip - self.sent) as usize)
-        {
-            *byte ^= 4;
-        }
-        let n = bytes.len();
-        self.sent += n as u64;
-        self.total.fetch_add(n as u64, SeqCst);
-        if self.bytes_per_s > 0 {
-            thread::sleep(Duration::from_secs_f64(n as f64 / self.bytes_per_s as f64));
-        }
-        if n > 0 && self.to.send_timeout(bytes, Duration::from_secs(5)).is_err() {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        if self.cut.is_some_and(|cut| self.sent >= cut) {
-            self.broken.store(true, SeqCst);
-            return Err(io::ErrorKind::ConnectionReset.into());
-        }
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl io::Read for MemRx {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if self.rest.is_empty() {
-            match self.from.recv_timeout(READ_TICK) {
-                Ok(bytes) => self.rest.extend(bytes),
-                Err(RecvTimeoutError::Timeout) if self.broken.load(SeqCst) => return Ok(0),
-                Err(RecvTimeoutError::Timeout) => return Err(io::ErrorKind::TimedOut.into()),
-                Err(RecvTimeoutError::Disconnected) => return Ok(0),
-            }
-        }
-        let n = self.rest.len().min(into.len());
-        into.iter_mut().zip(self.rest.drain(..n)).for_each(|(to, from)| *to = from);
-        Ok(n)
-    }
-}
-
-impl Drop for MemTx {
-    fn drop(&mut self) {
-        // What was written before can still be read.
-        self.broken.store(true, SeqCst);
-    }
-}
-
-impl Transport for MemLink {
-    type Tx = MemTx;
-    type Rx = MemRx;
-
-    fn split(self) -> io::Result<(MemTx, MemRx)> {
-        Ok((self.tx, self.rx))
-    }
-}
-
-/// Makes links to the target; each takes the next fault, and after the last `reachable` decides.
-pub struct MemConnect {
-    pub to: Sender<MemLink>,
-    pub faults: VecDeque<Fault>,
-    pub reachable_after: bool,
-    pub bytes_per_s: u64,
-    pub total: Arc<AtomicU64>,
-    pub links: u32,
-}
-
-impl Connect for MemConnect {
-    type Link = MemLink;
-
-    fn connect(&mut self, timeout: Duration) -> io::Result<MemLink> {
-        let fault = match self.faults.pop_front() {
-            Some(fault) => fault,
-            None if self.reachable_after => Fault::default(),
-            None => {
-                thread::sleep(timeout.min(Duration::from_millis(50)));
-                return Err(io::ErrorKind::ConnectionRefused.into());
-            }
-        };
-        self.links += 1;
-        let broken = Arc::new(AtomicBool::new(false));
-        let (up_tx, up_rx) = bounded(64);
-        let (down_tx, down_rx) = bounded(64);
-        let tx = |to, cut, flip| MemTx {
-            to,
-            broken: Arc::clone(&broken),
-            cut,
-            flip,
-            sent: 0,
-            bytes_per_s: self.bytes_per_s,
-            total: Arc::clone(&self.total),
-        };
-        let rx = |from| MemRx { from, rest: VecDeque::new(), broken: Arc::clone(&broken) };
-        let near = MemLink { tx: tx(up_tx, fault.cut_up, fault.flip), rx: rx(down_rx) };
-        let far = MemLink { tx: tx(down_tx, fault.cut_down, None), rx: rx(up_rx) };
-        self.to.send(far).map_err(|_| io::Error::from(io::ErrorKind::ConnectionRefused))?;
-        Ok(near)
     }
 }

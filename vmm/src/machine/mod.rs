@@ -379,7 +379,7 @@ impl Vm<Running> {
 /// would count as written in the next handoff. Chunks of zeros are told by their absence, so that an
 /// audit takes as long as the guest is full.
 pub(crate) fn full_hash(ram: &GuestRam, disk: Option<&Overlay>) -> Result<[u8; 32], MachineError> {
-    let mut audit = Audit(blake3::Hasher::new());
+    let mut audit = Audit::default();
     let mut chunk = [0; CHUNK_SIZE];
     contents::for_each(ram, &mut chunk, |index, chunk| {
         audit.chunk(index, chunk);
@@ -393,25 +393,7 @@ pub(crate) fn full_hash(ram: &GuestRam, disk: Option<&Overlay>) -> Result<[u8; 3
         }
         audit.end_of_space(disk.chunks());
     }
-    Ok(*audit.0.finalize().as_bytes())
-}
-
-/// What an audit hashes: for each space the number and content of each chunk that is not zero, in
-/// order, then `u64::MAX`, which is no chunk's number, and how many chunks the space has.
-struct Audit(blake3::Hasher);
-
-impl Audit {
-    fn chunk(&mut self, index: u64, chunk: &Chunk) {
-        if !is_zero(chunk) {
-            self.0.update(&index.to_le_bytes());
-            self.0.update(chunk);
-        }
-    }
-
-    fn end_of_space(&mut self, chunks: u64) {
-        self.0.update(&u64::MAX.to_le_bytes());
-        self.0.update(&chunks.to_le_bytes());
-    }
+    Ok(audit.finish())
 }
 
 fn failed<S: std::fmt::Debug>(
