@@ -25,10 +25,9 @@ use std::{
     sync::{Arc, mpsc::Sender},
 };
 
-use ::handoff::{ChunkId, ChunkSet, Geometry, Space};
+use ::handoff::{ChunkId, ChunkSet, Geometry, Space, audit::Audit};
 use guest_images::{
     CHUNK_SIZE, Chunk,
-    chunk::is_zero,
     overlay::{Overlay, OverlayError},
 };
 use kvm_ioctls::VmFd;
