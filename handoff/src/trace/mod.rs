@@ -9,8 +9,11 @@
 mod base;
 mod build;
 mod contents;
+pub mod file;
 pub mod play;
 mod player;
+pub mod record;
+mod summary;
 pub mod synth;
 
 use std::{sync::Arc, time::Duration};
@@ -19,6 +22,7 @@ pub use base::TraceBase;
 pub use build::{BuildError, TraceBuilder};
 pub use contents::{ContentId, Contents};
 pub use player::{Play, TraceVm};
+pub use summary::{Summary, Window};
 
 use crate::{ChunkId, Geometry};
 

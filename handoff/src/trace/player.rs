@@ -6,8 +6,11 @@ use guest_images::{Chunk, chunk::ZERO_CHUNK};
 
 use super::{ContentId, Trace};
 use crate::{
-    BaseView, ChunkId, ChunkSet, Clock, Geometry, SourceVm, Space, audit::Audit,
-    base_view::own_place, tcp::MonotonicClock, vm::VmError,
+    BaseView, ChunkId, ChunkSet, Clock, Geometry, SourceVm, Space,
+    audit::Audit,
+    base_view::own_place,
+    tcp::MonotonicClock,
+    vm::{LEAST_RUN_SHARE, VmError},
 };
 
 /// What stands in for a machine's state: no two bytes alike to a compressor, as saved registers of a
@@ -198,7 +201,19 @@ impl<C: Clock> SourceVm for TraceVm<C> {
         Ok(std::mem::replace(&mut self.dirty, ChunkSet::new(self.trace.geometry)))
     }
 
+    fn peek_dirty(&mut self) -> Result<ChunkSet, VmError> {
+        self.catch_up();
+        Ok(self.dirty.clone())
+    }
+
+    fn throttle(&mut self, run_share: f64) -> Result<bool, VmError> {
+        self.catch_up();
+        self.throttle = run_share.clamp(LEAST_RUN_SHARE, 1.0);
+        Ok(true)
+    }
+
     fn stop_tracking(&mut self) -> Result<(), VmError> {
+        self.throttle(1.0)?;
         self.tracking = false;
         Ok(())
     }
@@ -210,7 +225,7 @@ impl<C: Clock> SourceVm for TraceVm<C> {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        self.catch_up();
+        self.throttle(1.0)?;
         self.since = None;
         self.paused = true;
         Ok(())
@@ -339,6 +354,22 @@ mod tests {
         assert_eq!((harvested(&mut vm), vm.full_hash().unwrap()), (vec![], hash));
         clock.at(1200);
         assert_eq!(harvested(&mut vm), [2]);
+    }
+
+    #[test]
+    fn a_throttled_guest_does_less() {
+        let clock = Hand::default();
+        let mut vm = TraceVm::new(trace(), Play::default(), clock.clone());
+        vm.start_tracking().unwrap();
+        assert!(vm.throttle(0.5).unwrap());
+        clock.at(199);
+        assert!(vm.peek_dirty().unwrap().is_empty());
+        clock.at(200);
+        assert_eq!(vm.peek_dirty().unwrap().len(), 1, "looked at, not taken");
+        assert_eq!(harvested(&mut vm), [1]);
+        vm.stop_tracking().unwrap();
+        clock.at(300);
+        assert_eq!(vm.position(), Duration::from_millis(200), "full speed again");
     }
 
     #[test]
