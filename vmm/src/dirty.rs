@@ -5,9 +5,9 @@
 //! which chunks it holds. The log is turned on *before* that question: a page that changes in between
 //! is reported twice, never missed.
 //!
-//! Where KVM leaves it to us when a page is watched again (manual protect), that is not when the page
-//! is found dirty but right before it is copied. What the guest writes between the two is in the
-//! copy, so it costs neither a fault nor a second transfer.
+//! A page is watched again when it is handed out, before anybody can copy it: what the guest writes
+//! from then on is seen, and a look at the log tells it without taking it, so that the engine need not
+//! copy now what it would have to copy again.
 
 mod free;
 mod kvm;
@@ -90,6 +90,11 @@ impl DiskLog for Disk {
     }
 }
 
+/// How many words of 64 chunks a region has.
+fn words_of(region: &impl GuestMemoryRegion) -> usize {
+    (region.len() / CHUNK_SIZE as u64).div_ceil(64) as usize
+}
+
 /// Adds a bitmap whose first bit is chunk `first`, a multiple of 64.
 fn add_words(set: &mut ChunkSet, space: Space, first: u64, words: &[u64]) {
     debug_assert_eq!(first % 64, 0, "regions begin on whole words: the layout says so");
@@ -106,9 +111,6 @@ pub(crate) struct Tracker<L, D> {
     disk: Option<D>,
     /// Taken from the sources, not yet handed out: a harvest that failed half way loses nothing.
     pending: ChunkSet,
-    /// Chunks of RAM that were handed out and not read since, by words, where the log is manual.
-    /// The log goes on showing them and does not watch them; that begins when they are read.
-    unread: Vec<u64>,
     on: bool,
     /// While the guest is asked for its free pages.
     free: Option<Free>,
@@ -120,9 +122,8 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
             ram_chunks: memory::chunk_count(&ram),
             disk_chunks: disk.as_ref().map_or(0, DiskLog::chunks),
         };
-        let unread = vec![0; geometry.ram_chunks.div_ceil(64) as usize];
         let pending = ChunkSet::new(geometry);
-        Self { log, ram, disk, pending, unread, on: false, free: None }
+        Self { log, ram, disk, pending, on: false, free: None }
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
@@ -139,19 +140,12 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
             // What the VMM has written until now shows in the page tables. What it has dropped is
             // base again, and there is nothing to say of it.
             region.get_mmap().bitmap().reset();
-            let mut changed = pagemap::changed(region)?;
             if self.log.is_manual() {
-                // What has not changed is watched from now on; the rest from when it is read. A page
-                // that changed before it was watched shows in the second look.
-                let unchanged: Vec<u64> = changed.iter().map(|bits| !bits).collect();
-                self.log.clear(at, 0, &unchanged)?;
-                changed = pagemap::changed(region)?;
+                // Nothing is watched when the log is turned on. From here on all is.
+                self.log.clear(at, 0, &vec![u64::MAX; words_of(region)])?;
             }
-            add_words(&mut self.pending, Space::Ram, first, &changed);
+            add_words(&mut self.pending, Space::Ram, first, &pagemap::changed(region)?);
             first += region.len() / CHUNK_SIZE as u64;
-        }
-        if self.log.is_manual() {
-            self.defer();
         }
         if let Some(disk) = &self.disk {
             disk.add_changed(&mut self.pending);
@@ -159,15 +153,25 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
         self.harvest()
     }
 
-    /// Takes everything that changed since the last call, but for what has not even been read since
-    /// it was last taken: reading it brings the newest content anyway.
+    /// Takes everything that changed since the last call, and watches it: a copy that is made
+    /// afterwards is the newest content, or a later harvest returns the chunk again.
     pub(crate) fn harvest(&mut self) -> Result<ChunkSet, DirtyError> {
         self.collect()?;
         if self.log.is_manual() {
-            self.defer();
+            self.watch_pending()?;
         }
         let empty = ChunkSet::new(self.geometry());
         Ok(std::mem::replace(&mut self.pending, empty))
+    }
+
+    /// What the next harvest would return if it came now. Nothing is taken, and nothing watched anew
+    /// where the log is manual.
+    pub(crate) fn peek(&mut self) -> Result<ChunkSet, DirtyError> {
+        if !self.on {
+            return Ok(ChunkSet::new(self.geometry()));
+        }
+        self.collect()?;
+        Ok(self.pending.clone())
     }
 
     /// Brings `pending` up to date.
@@ -178,11 +182,6 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
             // Word by word and atomic: a mark made meanwhile is either in this harvest or in the
             // next one.
             let own = region.get_mmap().bitmap().get_and_reset();
-            let unread = self.unread.get((first / 64) as usize..).unwrap_or_default();
-            let fresh = |words: &[u64]| -> Vec<u64> {
-                words.iter().zip(unread).map(|(bits, unread)| bits & !unread).collect()
-            };
-            let (log, own) = (fresh(&log), fresh(&own));
             add_words(&mut self.pending, Space::Ram, first, &log);
             add_words(&mut self.pending, Space::Ram, first, &own);
             first += region.len() / CHUNK_SIZE as u64;
@@ -196,55 +195,26 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
         Ok(())
     }
 
-    /// What is about to be handed out need not be watched before it is read.
-    fn defer(&mut self) {
-        for (word, unread) in (0..).zip(&mut self.unread) {
-            *unread |= self.pending.word(Space::Ram, word);
-        }
-    }
-
-    /// To be called before a chunk of RAM that was handed out is copied: whatever is written to it
-    /// from now on makes a later harvest return it again.
-    ///
-    /// Its unread neighbours come along, because they are about to be read and one call costs as
-    /// much as another. The copy must be made after the call: what was written before it is seen by
-    /// nobody but the copy.
-    pub(crate) fn before_read(&mut self, index: u64) -> Result<(), DirtyError> {
-        let Some(unread) = self.unread.get_mut((index / 64) as usize) else { return Ok(()) };
-        if *unread >> (index % 64) & 1 == 0 {
-            return Ok(());
-        }
+    /// Clears the log's bits of what is about to be handed out, and of nothing else: a bit that was set
+    /// after the log was read stays.
+    fn watch_pending(&self) -> Result<(), DirtyError> {
         let mut first = 0;
         for (at, region) in self.ram.iter().enumerate() {
-            let next = first + region.len() / CHUNK_SIZE as u64;
-            if index < next {
-                self.log.clear(at, (index - first) / 64, &[*unread])?;
-                break;
-            }
-            first = next;
+            let words = first / 64..first / 64 + words_of(region) as u64;
+            let bits: Vec<u64> = words.map(|at| self.pending.word(Space::Ram, at)).collect();
+            self.log.clear(at, 0, &bits)?;
+            first += region.len() / CHUNK_SIZE as u64;
         }
-        *unread = 0;
         Ok(())
     }
 
-    /// Watches every page, so that from now on it is known which are written; then the guest may be
-    /// asked for its free pages. `false` if nothing is tracked.
-    pub(crate) fn begin_free(&mut self) -> Result<bool, DirtyError> {
-        if !self.on {
-            return Ok(false);
+    /// From now on it is noted which pages are written, so that the guest may be asked for its free
+    /// ones. `false` if nothing is tracked. What was written and not yet taken counts as written.
+    pub(crate) fn begin_free(&mut self) -> bool {
+        if self.on {
+            self.free = Some(Free::new(self.geometry()));
         }
-        let mut first = 0;
-        for (at, region) in self.ram.iter().enumerate() {
-            let words = (region.len() / CHUNK_SIZE as u64).div_ceil(64) as usize;
-            let unread = self.unread.iter_mut().skip((first / 64) as usize).take(words);
-            let bits: Vec<u64> = unread.map(std::mem::take).collect();
-            if self.log.is_manual() {
-                self.log.clear(at, 0, &bits)?;
-            }
-            first += region.len() / CHUNK_SIZE as u64;
-        }
-        self.free = Some(Free::new(self.geometry()));
-        Ok(true)
+        self.on
     }
 
     /// Whether the guest is being asked.
@@ -289,7 +259,6 @@ impl<L: DirtyLog, D: DiskLog> Tracker<L, D> {
 
     fn forget(&mut self) {
         self.pending = ChunkSet::new(self.geometry());
-        self.unread.fill(0);
         self.free = None;
     }
 }

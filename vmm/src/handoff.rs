@@ -116,6 +116,10 @@ impl SourceVm for VmSource {
         Ok(either!(self.get()?, vm => vm.take_free_hints())?)
     }
 
+    fn peek_dirty(&mut self) -> Result<ChunkSet, VmError> {
+        Ok(either!(self.get()?, vm => vm.peek_dirty())?)
+    }
+
     fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError> {
         Ok(either!(self.get()?, vm => vm.read_chunk(id, into))?)
     }

@@ -112,6 +112,10 @@ impl DirtyLog for KvmLog {
         for bits in bits.chunks(CLEAR_WORDS) {
             // KVM wants whole words, but for the end of the slot.
             let count = (bits.len() as u64 * 64).min(pages.saturating_sub(first_page));
+            if bits.iter().all(|bits| *bits == 0) {
+                first_page += count;
+                continue;
+            }
             let argument = kvm_clear_dirty_log {
                 slot: slot.slot,
                 num_pages: count as u32,

@@ -481,10 +481,7 @@ impl<S> Vm<S> {
     /// Copies one chunk's present content. If it is changed after that, a later harvest tells.
     pub fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), MachineError> {
         match (id.space, &self.core.disk) {
-            (Space::Ram, _) => {
-                self.core.tracker.before_read(id.index)?;
-                memory::read_chunk(&self.core.ram, id.index, into)?;
-            }
+            (Space::Ram, _) => memory::read_chunk(&self.core.ram, id.index, into)?,
             (Space::Disk, Some(disk)) => disk.read_chunk(id.index, into)?,
             (Space::Disk, None) => return Err(MachineError::NoDisk(id.index)),
         }
@@ -497,10 +494,14 @@ impl<S> Vm<S> {
         Ok(self.core.tracker.start()?)
     }
 
-    /// Takes everything that changed since it was last read with [`Vm::read_chunk`]. What was taken
-    /// before and not read since is not taken again.
+    /// Takes everything that changed since it was last taken. Copy it afterwards.
     pub fn harvest(&mut self) -> Result<ChunkSet, MachineError> {
         Ok(self.core.tracker.harvest()?)
+    }
+
+    /// What [`Vm::harvest`] would take now, without taking it.
+    pub fn peek_dirty(&mut self) -> Result<ChunkSet, MachineError> {
+        Ok(self.core.tracker.peek()?)
     }
 
     /// Ends dirty tracking, and a round of hinting with it: hints mean nothing without the log.
@@ -519,7 +520,7 @@ impl<S> Vm<S> {
             return Ok(self.core.tracker.add_free(&hints.take())?);
         }
         // In this order: what is written after the guest was asked must be seen.
-        if hints.worthwhile() && self.core.tracker.begin_free()? {
+        if hints.worthwhile() && self.core.tracker.begin_free() {
             hints.start();
         }
         Ok(ChunkSet::new(self.geometry()))
