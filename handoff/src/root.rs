@@ -129,12 +129,14 @@ pub struct StateTable {
     geometry: Geometry,
     groups: BTreeMap<GroupKey, Box<Group>>,
     len: u64,
+    /// Groups whose root is not known, each once; some may be gone.
+    stale: Vec<GroupKey>,
 }
 
 impl StateTable {
     /// The table of a guest that equals its base.
     pub fn new(base: BaseId, geometry: Geometry) -> Self {
-        Self { base, geometry, groups: BTreeMap::new(), len: 0 }
+        Self { base, geometry, groups: BTreeMap::new(), len: 0, stale: Vec::new() }
     }
 
     /// The base that this table is about.
@@ -164,9 +166,17 @@ impl StateTable {
             return None;
         }
         let (key, slot) = group_of(id);
-        let group = self.groups.entry(key).or_insert_with(Group::new);
+        let mut is_new = false;
+        let group = self.groups.entry(key).or_insert_with(|| {
+            is_new = true;
+            Group::new()
+        });
+        let was_known = is_new || group.root.is_some();
         let before = group.get(slot);
         group.set(slot, hash);
+        if was_known && group.root.is_none() {
+            self.stale.push(key);
+        }
         self.len += u64::from(before.is_none());
         before
     }
@@ -176,6 +186,9 @@ impl StateTable {
         let (key, slot) = group_of(id);
         let group = self.groups.get_mut(&key)?;
         let before = group.get(slot)?;
+        if group.root.is_some() {
+            self.stale.push(key);
+        }
         group.clear(slot);
         if group.is_empty() {
             self.groups.remove(&key);
@@ -202,10 +215,20 @@ impl StateTable {
 
     /// The state root now. Takes `&mut` to keep the group roots it works out.
     pub fn root(&mut self) -> StateRoot {
-        for group in self.groups.values_mut() {
-            group.root = Some(group.root());
-        }
+        while self.tidy(usize::MAX) {}
         self.current_root()
+    }
+
+    /// Does part of the work of [`StateTable::root`] beforehand: works out the roots of at most so
+    /// many groups, and says whether there are more.
+    pub fn tidy(&mut self, groups: usize) -> bool {
+        let rest = self.stale.len().saturating_sub(groups);
+        for key in self.stale.drain(rest..) {
+            if let Some(group) = self.groups.get_mut(&key) {
+                group.root = Some(group.root());
+            }
+        }
+        !self.stale.is_empty()
     }
 
     /// [`StateTable::root`] for a table that is only read: what changed since the last call of that
@@ -271,7 +294,7 @@ mod tests {
                 };
                 prop_assert_eq!(before, last.insert(id, content.map(hash)).flatten());
                 if ask {
-                    lived.root();
+                    lived.tidy(1);
                 }
             }
             let mut fresh = StateTable::new(BaseId([7; 32]), GEOMETRY);

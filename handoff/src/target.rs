@@ -1,7 +1,7 @@
 //! The target's half of the protocol, without I/O and without a clock.
 //!
-//! It checks that segments come whole, in order and of this handoff, says how far they are applied,
-//! and tells its driver what the source decided. What may be decided here is the work of
+//! It checks that segments come in order, leaves to its driver to check that they are whole and of
+//! this handoff, says how far they are applied, and tells its driver what the source decided. What may be decided here is the work of
 //! [`crate::ownership::target`].
 
 use std::{collections::VecDeque, time::Duration};
@@ -11,7 +11,7 @@ use crate::{
     ownership::{Question, Verdict, bounded_text},
     root::StateRoot,
     source::Violation,
-    stage::{OpenError, Opener, Segment},
+    stage::{Mark, OpenError, Opener, Unchecked},
     wire::{Ack, Agreed, Frame, Prepare, Resumed, Welcome},
 };
 
@@ -25,10 +25,10 @@ pub const ASK_AFTER: Duration = Duration::from_secs(2);
 /// What the source's frames mean to the target's driver.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TargetEvent {
-    /// The next segment, whole and of this handoff. To be applied, then
-    /// [`TargetSession::applied`].
-    Segment(Segment),
-    /// Everything was sent and applied: verify.
+    /// The next segment. To be checked, applied in order, then [`TargetSession::applied`]; if it is
+    /// not what it claims, the link is to be given up.
+    Segment(Unchecked),
+    /// Everything was sent: verify, once all segments before are applied.
     Prepare(Prepare),
     /// The source committed.
     Commit,
@@ -80,8 +80,10 @@ pub struct TargetSession {
     agreed: Agreed,
     window_bytes: u64,
     phase: Phase,
+    /// Up to what was taken.
     opener: Opener,
-    applied_up_to: u64,
+    /// Up to what was applied.
+    applied: Opener,
     unacked_bytes: u64,
     unacked_since: Option<Duration>,
     asked_at: Duration,
@@ -106,7 +108,7 @@ impl TargetSession {
             window_bytes,
             phase: Phase::Receiving,
             opener: Opener::new(&handoff.handoff.0),
-            applied_up_to: 0,
+            applied: Opener::new(&handoff.handoff.0),
             unacked_bytes: 0,
             unacked_since: None,
             asked_at: Duration::ZERO,
@@ -117,14 +119,21 @@ impl TargetSession {
         }
     }
 
-    /// A link whose Hello names this handoff; `version` is what both speak.
+    /// A link whose Hello names this handoff; `version` is what both speak. What was taken from the
+    /// link before and not applied comes again: the driver forgets it.
     pub fn link_up(&mut self, version: u32, now: Duration) {
         self.health.link_up(now);
         self.asked_at = now;
         self.outbox.clear();
         self.unacked_bytes = 0;
         self.unacked_since = None;
-        let Self { applied_up_to, window_bytes, agreed, .. } = *self;
+        self.opener = self.applied.clone();
+        self.events.retain(|e| !matches!(e, TargetEvent::Segment(_) | TargetEvent::Prepare(_)));
+        if self.phase == Phase::Verifying {
+            self.phase = Phase::Receiving;
+        }
+        let applied_up_to = self.applied.last_seq();
+        let Self { window_bytes, agreed, .. } = *self;
         let welcome = Welcome { version, applied_up_to, window_bytes, agreed };
         self.outbox.push_back(Frame::Welcome(welcome));
     }
@@ -152,10 +161,10 @@ impl TargetSession {
         matches!(self.phase, Phase::Prepared(..))
     }
 
-    /// A segment was applied.
-    pub fn applied(&mut self, segment: &Segment, now: Duration) {
-        self.applied_up_to = segment.seq;
-        self.unacked_bytes += segment.encoded_len() as u64;
+    /// The segment behind the last one applied was applied too.
+    pub fn applied(&mut self, mark: &Mark, now: Duration) {
+        self.applied.go_to(mark);
+        self.unacked_bytes += mark.bytes;
         self.unacked_since.get_or_insert(now);
         self.ack_if_due(now);
     }
@@ -163,7 +172,7 @@ impl TargetSession {
     fn ack_if_due(&mut self, now: Duration) {
         let late = self.unacked_since.is_some_and(|t| now.saturating_sub(t) >= ACK_AFTER);
         if late || self.unacked_bytes >= ACK_BYTES {
-            self.outbox.push_back(Frame::Ack(Ack { applied_up_to: self.applied_up_to }));
+            self.outbox.push_back(Frame::Ack(Ack { applied_up_to: self.applied.last_seq() }));
             self.unacked_bytes = 0;
             self.unacked_since = None;
         }
@@ -238,7 +247,7 @@ impl TargetSession {
                 if self.phase != Phase::Receiving {
                     return Err(unexpected("Segment", "after Prepare"));
                 }
-                self.opener.open(&segment)?;
+                let segment = self.opener.take(segment)?;
                 self.events.push_back(TargetEvent::Segment(segment));
             }
             Frame::Prepare(prepare) => {
@@ -284,7 +293,7 @@ impl TargetSession {
                 self.phase = Phase::Verifying;
                 self.events.push_back(TargetEvent::Prepare(prepare));
             }
-            // On a later link: the answer was lost, or is still to come.
+            // Said twice on this link: the answer is still to come.
             Phase::Verifying => {}
             Phase::Prepared(..) | Phase::Running(_) | Phase::Declined => self.say_again(),
         }

@@ -9,7 +9,7 @@ use handoff::{
     Geometry, Offer, StateRoot,
     ownership::{Epoch, HandoffId, Question, Verdict, VmId},
     source::{SourceEvent, SourceSession, Violation},
-    stage::{Codec, Packed, Sealer, Segment, SegmentKind},
+    stage::{Codec, OpenError, Packed, Sealer, Segment, SegmentKind},
     target::{TargetError, TargetEvent, TargetSession},
     wire::{Ack, Agreed, Frame, Hello, Intent, Resumed, VERSION_MAX, Versions, Welcome},
 };
@@ -163,8 +163,9 @@ impl Pair {
         while let Some(event) = self.target.poll_event() {
             match event {
                 TargetEvent::Segment(segment) => {
+                    let segment = segment.check().unwrap();
                     self.applied.push(segment.seq);
-                    self.target.applied(&segment, self.now);
+                    self.target.applied(&segment.mark(), self.now);
                 }
                 TargetEvent::Prepare(prepare) => {
                     assert_eq!(prepare.root, ROOT);
@@ -339,7 +340,13 @@ fn a_source_that_lies_is_found_out() {
 
     let mut damaged = all.pop_back().unwrap();
     damaged.payload[7] ^= 1;
-    assert!(matches!(fresh().handle(Frame::Segment(damaged), at), Err(TargetError::Open(_))));
+    let mut target = fresh();
+    target.handle(Frame::Segment(damaged), at).unwrap();
+    let Some(TargetEvent::Segment(taken)) = target.poll_event() else { panic!() };
+    assert_eq!(taken.check(), Err(OpenError::Chain { seq: 1 }));
+    // On the next link it is the first again.
+    target.link_up(VERSION_MAX, at);
+    target.handle(Frame::Segment(segments(1).pop_back().unwrap()), at).unwrap();
 
     let prepare =
         handoff::wire::Prepare { handoff: question(), last_seq: 3, root: ROOT, full_hash: None };

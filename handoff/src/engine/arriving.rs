@@ -1,9 +1,14 @@
 //! A guest on its way in: applies what came, and carries out what the ownership machine decides.
 
-use std::time::Duration;
+use std::{thread::Scope, time::Duration};
+
+use crossbeam_channel::Receiver;
 
 use super::{
-    Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions, landing::Landing, worker::micros,
+    Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions,
+    decode::{Decoded, Decoders, Undecodable},
+    landing::Landing,
+    worker::micros,
 };
 use crate::{
     Clock, Geometry, StateTable,
@@ -11,14 +16,15 @@ use crate::{
         Guest, Journal, Question, Record, Step, Verdict,
         target::{self, Event, Say},
     },
-    stage::{Decompressor, Resolver, Segment, SegmentKind, SentCache},
+    stage::{OpenError, Resolver, SegmentKind, SentCache},
     target::{TargetEvent, TargetSession},
     vm::{Prepared, TargetVm},
     wire::{Prepare, Resumed},
 };
 
-/// A disk that goes on being written is flushed no more often than this.
-const FLUSH_EVERY: Duration = Duration::from_millis(500);
+/// So many groups of chunks are hashed before it is looked again whether anything came: a fraction
+/// of a millisecond.
+const TIDY_GROUPS: usize = 64;
 
 /// How it ended.
 #[derive(Debug)]
@@ -45,12 +51,11 @@ pub(super) struct Arriving<'a, Vm> {
     pub(super) session: TargetSession,
     vm: Landing<Vm>,
     running: bool,
+    decoders: Decoders,
     resolver: Resolver,
-    decompressor: Decompressor,
     state: Vec<u8>,
-    flushed_at: Option<Duration>,
-    /// Something was applied since the root was last worked out.
-    unhashed: bool,
+    /// Everything was sent; what came is still to be applied.
+    all_sent: Option<Prepare>,
     journal: &'a mut Journal,
     handoff: Question,
     options: &'a ReceiveOptions,
@@ -65,7 +70,8 @@ pub(super) struct Arriving<'a, Vm> {
 
 impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     #[allow(clippy::too_many_arguments)]
-    pub(super) fn new(
+    pub(super) fn new<'scope>(
+        scope: &'scope Scope<'scope, '_>,
         prepared: Prepared<Vm>,
         geometry: Geometry,
         session: TargetSession,
@@ -73,22 +79,21 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         options: &'a ReceiveOptions,
         audit: bool,
         clock: &'a dyn Clock,
-    ) -> Result<Self, ReceiveError> {
+    ) -> Self {
         let handoff = session.handoff();
         let Prepared { vm, bases, start } = prepared;
         let mut resolver = Resolver::new(bases, geometry).keeping(options.contents_bytes);
         if let Some(table) = start {
             resolver = resolver.with_start(table);
         }
-        Ok(Self {
+        Self {
             session,
-            vm: Landing::new(vm),
+            vm: Landing::new(scope, vm),
             running: false,
+            decoders: Decoders::start(scope, options.workers, resolver.inspector()),
             resolver,
-            decompressor: Decompressor::new(),
             state: Vec::new(),
-            flushed_at: None,
-            unhashed: true,
+            all_sent: None,
             journal,
             handoff,
             options,
@@ -98,7 +103,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             prepare_us: 0,
             since: clock.now(),
             settled: None,
-        })
+        }
     }
 
     pub(super) fn handoff(&self) -> Question {
@@ -121,14 +126,12 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     pub(super) fn act(&mut self) {
         while let Some(event) = self.session.poll_event() {
             match event {
-                TargetEvent::Segment(segment) => {
-                    if let Err(why) = self.apply(&segment) {
-                        self.decline(why);
-                        return;
-                    }
-                    self.session.applied(&segment, self.clock.now());
+                TargetEvent::Segment(segment) => self.decoders.push(segment),
+                TargetEvent::Prepare(prepare) => {
+                    // What was written last is flushed while the rest is looked at.
+                    self.vm.hurry();
+                    self.all_sent = Some(prepare);
                 }
-                TargetEvent::Prepare(prepare) => self.prepare(&prepare),
                 // Said twice, or answered late: the guest runs already.
                 TargetEvent::Commit | TargetEvent::Answer(_) if self.running => {}
                 TargetEvent::Commit => self.commit(Event::Commit(self.handoff)),
@@ -156,28 +159,83 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         self.settled.get_or_insert(settled);
     }
 
-    fn apply(&mut self, segment: &Segment) -> Result<(), String> {
-        let Segment { codec, raw_len, .. } = *segment;
-        let body = self
-            .decompressor
-            .decompress(codec, raw_len, &segment.payload)
-            .map_err(|e| format!("segment {}: {e}", segment.seq))?;
-        match segment.kind {
+    /// Whether one more frame can be taken from the link.
+    pub(super) fn has_room(&self) -> bool {
+        self.decoders.has_room()
+    }
+
+    /// Becomes ready when there is something for [`Arriving::proceed`], perhaps.
+    pub(super) fn decoded(&self) -> &Receiver<(u64, Result<Decoded, Undecodable>)> {
+        self.decoders.done()
+    }
+
+    /// Applies the segment whose turn it is, if it is decoded, and goes on to the end once all were
+    /// applied. Returns the bytes of the segment; an error if the link is to be given up.
+    pub(super) fn proceed(&mut self) -> Result<Option<u64>, OpenError> {
+        let applied = match self.decoders.next() {
+            Some(outcome) => Some(self.take(outcome)?),
+            None => None,
+        };
+        if self.decoders.is_empty()
+            && !self.is_settled()
+            && let Some(prepare) = self.all_sent.take()
+        {
+            self.prepare(&prepare);
+        }
+        Ok(applied)
+    }
+
+    /// The link is gone. What came whole is applied, so that it need not come again.
+    pub(super) fn link_lost(&mut self) {
+        while !self.is_settled()
+            && let Some(outcome) = self.decoders.wait()
+        {
+            if self.take(outcome).is_err() {
+                break;
+            }
+        }
+        self.decoders.forget();
+        self.all_sent = None;
+    }
+
+    fn take(&mut self, outcome: Result<Decoded, Undecodable>) -> Result<u64, OpenError> {
+        let decoded = match outcome {
+            Ok(decoded) => decoded,
+            Err(Undecodable::Link(e)) => return Err(e),
+            Err(Undecodable::Content(why)) => {
+                self.decline(why);
+                return Ok(0);
+            }
+        };
+        let mark = decoded.mark;
+        match self.apply(decoded) {
+            Ok(()) => self.session.applied(&mark, self.clock.now()),
+            Err(why) => self.decline(why),
+        }
+        Ok(mark.bytes)
+    }
+
+    fn apply(&mut self, decoded: Decoded) -> Result<(), String> {
+        let Decoded { mark, kind, content } = decoded;
+        match kind {
             SegmentKind::Chunks => {
-                self.unhashed = true;
                 self.resolver
-                    .apply(&mut self.vm, body)
-                    .map_err(|e| format!("segment {}: {e}", segment.seq))?;
+                    .apply_inspected(&mut self.vm, &content)
+                    .map_err(|e| format!("segment {}: {e}", mark.seq))?;
             }
             SegmentKind::MachineState => {
-                if self.state.len() + body.len() > MAX_MACHINE_STATE_BYTES {
+                let piece = content.body();
+                if self.state.len() + piece.len() > MAX_MACHINE_STATE_BYTES {
                     return Err(format!(
                         "the machine's state is larger than {MAX_MACHINE_STATE_BYTES} bytes"
                     ));
                 }
-                self.state.extend_from_slice(body);
+                self.state.extend_from_slice(piece);
+                // The guest is paused: no chunk comes after this.
+                self.vm.hurry();
             }
         }
+        self.decoders.reuse(content);
         Ok(())
     }
 
@@ -209,9 +267,6 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
                 prepare.root
             ));
         }
-        self.vm
-            .make_disk_durable()
-            .map_err(|e| format!("the disk could not be made durable: {e}"))?;
         if self.audit {
             let hash = self.vm.full_hash().map_err(|e| format!("hashing the guest: {e}"))?;
             if prepare.full_hash != Some(hash) {
@@ -220,10 +275,12 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             self.full_hash = Some(hash);
         }
         // Before the source commits: a state that cannot be loaded must not cost it the guest.
+        // And before the flush under way is waited for: it needs nothing of this thread.
         let state = std::mem::take(&mut self.state);
         self.vm
             .load_state(&state)
-            .map_err(|e| format!("the machine's state cannot be loaded here: {e}"))
+            .map_err(|e| format!("the machine's state cannot be loaded here: {e}"))?;
+        self.vm.make_disk_durable().map_err(|e| format!("the disk could not be made durable: {e}"))
     }
 
     /// The source committed: the ownership on disk, then the guest, then the word.
@@ -314,28 +371,19 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         }
     }
 
-    /// Nothing comes in at the moment: what there is already is hashed and made durable, so that
-    /// little is left to do while the guest waits.
-    pub(super) fn idle(&mut self, now: Duration) {
-        if self.session.is_past_receiving() {
-            return;
-        }
-        // Of what did not change since, nothing is hashed again.
-        if std::mem::take(&mut self.unhashed) {
-            self.resolver.root();
-        }
-        let due = self.flushed_at.is_none_or(|at| now.saturating_sub(at) >= FLUSH_EVERY);
-        if !due || self.vm.is_durable() {
-            return;
-        }
-        self.flushed_at = Some(now);
-        if let Err(e) = self.vm.make_disk_durable() {
-            self.decline(format!("the disk could not be made durable: {e}"));
-        }
+    /// Nothing is to be applied at the moment: some of what was is hashed, so that little is left to
+    /// do while the guest waits. Whether there is more of it.
+    pub(super) fn tidy(&mut self) -> bool {
+        !self.session.is_past_receiving() && self.resolver.tidy(TIDY_GROUPS)
     }
 
     /// Waits that have a bound although the link works.
     pub(super) fn check_time(&mut self, now: Duration) {
+        if !self.session.is_past_receiving()
+            && let Some(e) = self.vm.take_failure()
+        {
+            return self.decline(format!("the disk could not be made durable: {e}"));
+        }
         let limits = self.limits();
         if self.running && now.saturating_sub(self.since) >= limits.release {
             self.settle(Settled::Runs { released: false });

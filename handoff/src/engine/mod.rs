@@ -12,6 +12,8 @@
 mod accept;
 mod arriving;
 mod courier;
+mod decode;
+mod flush;
 mod landing;
 mod meter;
 mod options;

@@ -21,11 +21,15 @@ const FRAME_WEIGHT_BYTES: u64 = 256;
 
 /// How much a frame weighs in a queue.
 pub(super) fn weight(frame: &Frame) -> u64 {
-    FRAME_WEIGHT_BYTES
-        + match frame {
-            Frame::Segment(segment) => segment.encoded_len() as u64,
-            _ => 0,
-        }
+    match frame {
+        Frame::Segment(segment) => segment_weight(segment.encoded_len() as u64),
+        _ => FRAME_WEIGHT_BYTES,
+    }
+}
+
+/// The same for a segment whose encoding has so many bytes.
+pub(super) fn segment_weight(bytes: u64) -> u64 {
+    FRAME_WEIGHT_BYTES + bytes
 }
 
 /// Reads frames until the link ends, `stop` is set or nobody takes them.

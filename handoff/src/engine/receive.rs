@@ -13,20 +13,22 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Select, TryRecvError, bounde
 use super::{
     Incoming, ReceiveError, ReceiveOptions, Received,
     arriving::{Arriving, Running, Settled},
-    reader::{Heard, read_link, weight},
+    reader::{Heard, read_link, segment_weight, weight},
 };
 use crate::{
     Clock, Geometry, Offer, Refusal, StateTable, TargetHost, Transport,
     ownership::{Journal, answer, target},
     target::TargetSession,
     vm::{Prepared, TargetVm},
-    wire::{Agreed, Frame, Hello, Intent, write_frame},
+    wire::{Agreed, Frame, Hello, Intent, MAX_SEGMENT_BYTES, write_frame},
 };
 
 /// How long the engine sleeps when nothing comes.
 const TICK: Duration = Duration::from_millis(10);
 /// How long a side that has said its last word waits for the other to close.
 const LINGER: Duration = Duration::from_secs(2);
+/// Frames that are taken from the link before anything else is looked at.
+const MOST_HEARD: usize = 64;
 /// How many links one handoff may use.
 const MAX_LINKS: u32 = 256;
 
@@ -65,27 +67,44 @@ pub fn receive<L: Transport, H: TargetHost>(
         limits.silence,
         limits.ping_every,
     );
-    let mut arriving = Arriving::new(prepared, geometry, session, journal, options, audit, clock)?;
+    std::thread::scope(|scope| {
+        let mut arriving =
+            Arriving::new(scope, prepared, geometry, session, journal, options, audit, clock);
+        serve_links(first, &mut arriving, relinks, options, clock, &counts);
+        arriving.finish(&counts)
+    })
+}
+
+/// Serves one link after the other, until it is settled what becomes of the guest.
+fn serve_links<L: Transport, Vm: TargetVm>(
+    mut link: Incoming<L>,
+    arriving: &mut Arriving<'_, Vm>,
+    relinks: &Receiver<Incoming<L>>,
+    options: &ReceiveOptions,
+    clock: &dyn Clock,
+    counts: &Counts,
+) {
     for _ in 0..MAX_LINKS {
-        let why = match serve(first, &mut arriving, relinks, options, clock, &counts) {
-            Served::Settled => return arriving.finish(&counts),
-            Served::Replaced(link) => {
-                first = *link;
+        let served = serve(link, arriving, relinks, options, clock, counts);
+        if !matches!(served, Served::Settled) {
+            arriving.link_lost();
+        }
+        let why = match served {
+            _ if arriving.is_settled() => return,
+            Served::Settled => return,
+            Served::Replaced(newer) => {
+                link = *newer;
                 continue;
             }
             Served::Broke(why) => why,
         };
         tracing::warn!(why, "link lost");
-        first = match next_link(&mut arriving, relinks, clock) {
+        link = match next_link(arriving, relinks, clock) {
             Some(link) => link,
-            None => {
-                arriving.give_up(why);
-                return arriving.finish(&counts);
-            }
+            None => return arriving.give_up(why),
         };
     }
     arriving.give_up(format!("{MAX_LINKS} links broke"));
-    arriving.finish(&counts)
 }
 
 /// Bytes on all links.
@@ -236,7 +255,8 @@ fn serve<L: Transport, Vm: TargetVm>(
         let (tx, stop, queued) = (&tx, &stop, &queued);
         scope.spawn(move || {
             let mut scratch = Vec::new();
-            let most = options.window_bytes.saturating_mul(2);
+            // A source that keeps to the window never fills this.
+            let most = options.window_bytes.saturating_add(MAX_SEGMENT_BYTES as u64);
             let pong = |frame| match frame {
                 Frame::Ping(nonce) => {
                     // A link that cannot be written is noticed by the engine's own next write.
@@ -278,7 +298,8 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
         let mut scratch = Vec::new();
         let mut received = 0;
         loop {
-            let broke = self.hear(arriving).err();
+            let heard = self.hear(arriving);
+            let broke = heard.and_then(|()| self.proceed(arriving)).err();
             while let Some(frame) = arriving.session.poll_transmit() {
                 match send_on(self.tx, &frame, &mut scratch) {
                     Ok(bytes) => self.counts.sent.fetch_add(bytes, Relaxed),
@@ -307,16 +328,47 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                 return Served::Broke("nothing heard for too long".into());
             }
             let mut select = Select::new();
-            select.recv(&self.heard);
+            select.recv(arriving.decoded());
+            if arriving.has_room() {
+                select.recv(&self.heard);
+            }
             // Ready or not, the loop looks at everything again.
-            if select.ready_timeout(TICK).is_err() {
-                arriving.idle(now);
+            if select.try_ready().is_ok() {
+                continue;
+            }
+            drop(select);
+            if !arriving.tidy() {
+                let mut select = Select::new();
+                select.recv(arriving.decoded());
+                if arriving.has_room() {
+                    select.recv(&self.heard);
+                }
+                let _ = select.ready_timeout(TICK);
             }
         }
     }
 
-    /// Handles what the source said, one frame after the other, acknowledging in between.
+    /// Applies what is decoded, one segment at a time: the loop says in between how far it is.
+    fn proceed<Vm: TargetVm>(&mut self, arriving: &mut Arriving<'_, Vm>) -> Result<(), String> {
+        if let Some(bytes) = arriving.proceed().map_err(|e| e.to_string())? {
+            self.queued.fetch_sub(segment_weight(bytes), Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Takes what the source said, as long as there is room for more: nothing that can be decoded
+    /// waits for what is applied meanwhile.
     fn hear<Vm: TargetVm>(&mut self, arriving: &mut Arriving<'_, Vm>) -> Result<(), String> {
+        for _ in 0..MOST_HEARD {
+            if !arriving.has_room() || self.heard.is_empty() {
+                break;
+            }
+            self.hear_one(arriving)?;
+        }
+        Ok(())
+    }
+
+    fn hear_one<Vm: TargetVm>(&mut self, arriving: &mut Arriving<'_, Vm>) -> Result<(), String> {
         match self.heard.try_recv() {
             Ok(Ok((Frame::Pong(_), at))) => {
                 // The reading thread answered a ping, or the source did.
@@ -325,7 +377,10 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                 Ok(())
             }
             Ok(Ok((frame, _))) => {
-                self.queued.fetch_sub(weight(&frame), Relaxed);
+                // A segment is in memory until it is applied.
+                if !matches!(frame, Frame::Segment(_)) {
+                    self.queued.fetch_sub(weight(&frame), Relaxed);
+                }
                 // Now and not when it came: a busy engine has not heard silence.
                 let now = self.clock.now();
                 arriving.session.handle(frame, now).map_err(|e| e.to_string())?;

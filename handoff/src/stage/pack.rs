@@ -21,6 +21,8 @@
 //! Chunks and deltas follow the table apart from each other, each in the order of the table: alike
 //! data compresses better side by side.
 
+use std::borrow::Cow;
+
 use guest_images::{CHUNK_SIZE, Chunk};
 
 use super::{
@@ -334,20 +336,25 @@ pub struct Step<'a> {
     pub what: What<'a>,
 }
 
-/// A batch that was received: well-formed, but its ids and places are not checked against a guest.
-#[derive(Clone, Debug)]
-pub struct Batch<'a> {
+/// What a body's table says: a batch but for its data.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layout {
     generation: u32,
     runs: Vec<Run>,
     chunks: u64,
-    data: &'a [Chunk],
     delta_lens: Vec<u16>,
-    deltas: &'a [u8],
+    /// Where the data begins, and where the deltas do.
+    data_at: usize,
+    deltas_at: usize,
 }
 
-impl<'a> Batch<'a> {
-    /// Reads a body. Takes memory in proportion to it, whatever it claims.
-    pub fn parse(body: &'a [u8]) -> Result<Self, BatchError> {
+impl Layout {
+    /// Reads a body's table in place of what it was. Takes memory in proportion to the body,
+    /// whatever that claims.
+    pub(super) fn read(&mut self, body: &[u8]) -> Result<(), BatchError> {
+        let Self { runs, delta_lens, .. } = self;
+        runs.clear();
+        delta_lens.clear();
         if body.len() > MAX_BATCH_BYTES {
             return Err(BatchError::TooLarge { len: body.len() });
         }
@@ -355,8 +362,6 @@ impl<'a> Batch<'a> {
         let generation = cursor.u32_le()?;
         let count = cursor.varint()?;
         let mut ends = Ends::default();
-        let mut runs = Vec::new();
-        let mut delta_lens = Vec::new();
         let (mut chunks, mut data_chunks, mut delta_bytes) = (0u64, 0u64, 0u64);
         for _ in 0..count {
             let run = ends.decode(&mut cursor)?;
@@ -391,25 +396,76 @@ impl<'a> Batch<'a> {
                 actual: rest.len(),
             });
         }
-        let (data, deltas) = rest.split_at(data_len);
+        let data_at = body.len() - rest.len();
+        (self.generation, self.chunks) = (generation, chunks);
+        (self.data_at, self.deltas_at) = (data_at, data_at + data_len);
+        Ok(())
+    }
+
+    /// The batch, of the body that was read.
+    pub(super) fn batch<'a>(&'a self, body: &'a [u8]) -> Batch<'a> {
+        Batch::of(Cow::Borrowed(self), body)
+    }
+
+    /// [`Batch::steps`] of it.
+    pub(super) fn steps_of<'a>(&'a self, body: &'a [u8]) -> impl Iterator<Item = Step<'a>> {
+        let Batch { data, deltas, .. } = self.batch(body);
+        self.steps(data, deltas)
+    }
+
+    pub(super) fn generation(&self) -> u32 {
+        self.generation
+    }
+}
+
+/// A batch that was received: well-formed, but its ids and places are not checked against a guest.
+#[derive(Clone, Debug)]
+pub struct Batch<'a> {
+    layout: Cow<'a, Layout>,
+    data: &'a [Chunk],
+    deltas: &'a [u8],
+}
+
+impl<'a> Batch<'a> {
+    /// Reads a body. Takes memory in proportion to it, whatever it claims.
+    pub fn parse(body: &'a [u8]) -> Result<Self, BatchError> {
+        let mut layout = Layout::default();
+        layout.read(body)?;
+        Ok(Self::of(Cow::Owned(layout), body))
+    }
+
+    fn of(layout: Cow<'a, Layout>, body: &'a [u8]) -> Self {
+        let Layout { data_at, deltas_at, .. } = *layout;
+        let data = body.get(data_at..deltas_at).unwrap_or_default();
         let (data, _) = data.as_chunks::<CHUNK_SIZE>();
-        Ok(Self { generation, runs, chunks, data, delta_lens, deltas })
+        let deltas = body.get(deltas_at..).unwrap_or_default();
+        Self { layout, data, deltas }
     }
 
     /// The generation of every chunk in it.
     pub fn generation(&self) -> u32 {
-        self.generation
+        self.layout.generation
     }
 
     /// How many chunks it speaks of.
     pub fn chunks(&self) -> u64 {
-        self.chunks
+        self.layout.chunks
     }
 
     /// Its steps, in the order in which they must be taken.
     pub fn steps(&self) -> impl Iterator<Item = Step<'a>> + '_ {
-        let mut data = self.data.iter();
-        let (mut delta_lens, mut deltas) = (self.delta_lens.iter(), self.deltas);
+        self.layout.steps(self.data, self.deltas)
+    }
+}
+
+impl Layout {
+    fn steps<'a, 'b>(
+        &'b self,
+        data: &'a [Chunk],
+        mut deltas: &'a [u8],
+    ) -> impl Iterator<Item = Step<'a>> + use<'a, 'b> {
+        let mut data = data.iter();
+        let mut delta_lens = self.delta_lens.iter();
         let ops = self
             .runs
             .iter()

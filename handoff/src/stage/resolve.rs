@@ -10,12 +10,13 @@ use guest_images::{CHUNK_SIZE, Chunk, ChunkHash, chunk::ZERO_CHUNK};
 use super::{
     delta::{self, DeltaError},
     delta_cache::SentCache,
-    pack::{Batch, BatchError, Step, What},
+    inspect::{Fact, Inspected, Inspector},
+    pack::{BatchError, Step, What},
     stats::Class,
     write_group::WriteGroup,
 };
 use crate::{
-    base_view::{BasePlace, Bases, is_base_state},
+    base_view::{BasePlace, Bases},
     chunks::{ChunkId, Geometry},
     root::{GROUP_CHUNKS, GroupKey, StateRoot, StateTable, group_of},
     vm::{TargetVm, VmError},
@@ -137,13 +138,14 @@ impl Generations {
 ///
 /// After an error the VM and the table no longer go together: the handoff must be aborted.
 pub struct Resolver {
-    bases: Bases,
+    inspector: Inspector,
     table: StateTable,
     generations: Generations,
-    zero: ChunkHash,
     received: SentCache,
     /// Empty between batches.
     group: WriteGroup,
+    /// For batches that nobody else inspects.
+    scratch: Inspected,
 }
 
 impl Resolver {
@@ -151,11 +153,11 @@ impl Resolver {
     pub fn new(bases: Bases, geometry: Geometry) -> Self {
         Self {
             table: StateTable::new(bases.own().id(), geometry),
-            bases,
+            inspector: Inspector::new(bases, geometry),
             generations: Generations::default(),
-            zero: ChunkHash::of(ZERO_CHUNK),
             received: SentCache::new(0),
             group: WriteGroup::default(),
+            scratch: Inspected::default(),
         }
     }
 
@@ -173,14 +175,25 @@ impl Resolver {
 
     /// Applies one batch. All of it is checked before any of it is written.
     pub fn apply(&mut self, vm: &mut dyn TargetVm, body: &[u8]) -> Result<Applied, ResolveError> {
-        let batch = Batch::parse(body)?;
-        for step in batch.steps() {
-            self.check(&step)?;
-        }
+        let mut inspected = std::mem::take(&mut self.scratch);
+        inspected.body_mut().clear();
+        inspected.body_mut().extend_from_slice(body);
+        let checked = self.inspector.inspect(&mut inspected);
+        let applied = checked.and_then(|()| self.apply_inspected(vm, &inspected));
+        self.scratch = inspected;
+        applied
+    }
+
+    /// Applies one batch that an [`Inspector`] of the same bases and geometry has looked at.
+    pub fn apply_inspected(
+        &mut self,
+        vm: &mut dyn TargetVm,
+        inspected: &Inspected,
+    ) -> Result<Applied, ResolveError> {
         let mut applied = Applied::default();
-        for step in batch.steps() {
-            if self.generations.advance(step.id, batch.generation()) {
-                let class = self.take(vm, &step)?;
+        for (step, fact) in inspected.steps() {
+            if self.generations.advance(step.id, inspected.generation()) {
+                let class = self.take(vm, &step, fact)?;
                 applied.chunks += 1;
                 applied.classes[class as usize] += 1;
             } else {
@@ -191,28 +204,17 @@ impl Resolver {
         Ok(applied)
     }
 
-    fn check(&self, step: &Step<'_>) -> Result<(), ResolveError> {
-        let geometry = self.table.geometry();
-        let source_id = match step.what {
-            What::FromSeen(source_id) => source_id,
-            _ => step.id,
-        };
-        for id in [step.id, source_id] {
-            if !geometry.contains(id) {
-                return Err(ResolveError::Outside { id, geometry });
-            }
-        }
-        match step.what {
-            What::FromBase(at) if !self.bases.holds(at) => Err(self.no_such_place(step.id, at)),
-            _ => Ok(()),
-        }
+    /// What inspects batches for it.
+    pub fn inspector(&self) -> &Inspector {
+        &self.inspector
     }
 
-    fn no_such_place(&self, id: ChunkId, at: BasePlace) -> ResolveError {
-        ResolveError::NoSuchPlace { id, at, chunks: self.bases.part_chunks(at) }
-    }
-
-    fn take(&mut self, vm: &mut dyn TargetVm, step: &Step<'_>) -> Result<Class, ResolveError> {
+    fn take(
+        &mut self,
+        vm: &mut dyn TargetVm,
+        step: &Step<'_>,
+        fact: Option<Fact>,
+    ) -> Result<Class, ResolveError> {
         let id = step.id;
         let mut copy = [0; CHUNK_SIZE];
         match step.what {
@@ -221,37 +223,27 @@ impl Resolver {
                 self.table.clear(id);
                 Ok(Class::Reset)
             }
-            What::Zero => self.write(vm, id, ZERO_CHUNK, self.zero).map(|()| Class::Zero),
+            What::Zero => self.write(vm, id, ZERO_CHUNK, fact).map(|_| Class::Zero),
             What::FromBase(at) => {
                 // Shared, so that the chunk borrowed from it leaves `self` to be written to.
-                let bases = self.bases.clone();
-                let chunk = bases.chunk(at).ok_or_else(|| self.no_such_place(id, at))?;
-                self.write(vm, id, chunk, ChunkHash::of(chunk)).map(|()| Class::of_place(at))
+                let bases = self.inspector.bases().clone();
+                let missing = || self.inspector.no_such_place(id, at);
+                let chunk = bases.chunk(at).ok_or_else(missing)?;
+                self.write(vm, id, chunk, fact).map(|_| Class::of_place(at))
             }
             What::FromSeen(source_id) => {
                 let hash = self.read_received(vm, id, source_id, &mut copy)?;
-                self.write(vm, id, &copy, hash).map(|()| Class::Seen)
+                let fact = self.inspector.fact(id, &copy, Some(hash))?;
+                self.write(vm, id, &copy, Some(fact)).map(|_| Class::Seen)
             }
-            What::Data(chunk) => {
-                let hash = ChunkHash::of(chunk);
-                self.keep(id, hash, chunk);
-                self.write(vm, id, chunk, hash).map(|()| Class::Data)
-            }
+            What::Data(chunk) => self.write_kept(vm, id, chunk, fact).map(|()| Class::Data),
             What::Delta(codec, bytes) => {
                 self.group.read(vm, id, &mut copy)?;
                 delta::apply(codec, bytes, &mut copy)
                     .map_err(|source| ResolveError::Delta { id, source })?;
-                let hash = ChunkHash::of(&copy);
-                self.keep(id, hash, &copy);
-                self.write(vm, id, &copy, hash).map(|()| Class::Delta)
+                self.write_kept(vm, id, &copy, None).map(|()| Class::Delta)
             }
         }
-    }
-
-    /// Asked before the table changes.
-    fn keep(&mut self, id: ChunkId, hash: ChunkHash, chunk: &Chunk) {
-        let again = self.table.get(id).is_some();
-        self.received.insert(id, hash, chunk, again);
     }
 
     /// Copies a chunk received before and checks that it is still what was written.
@@ -272,23 +264,40 @@ impl Resolver {
         Ok(found)
     }
 
-    /// Writes a chunk and enters it in the table by what it holds, not by how it came.
+    /// Writes a chunk and enters it in the table by what it holds, not by how it came. Returns its
+    /// hash and whether the table had another of it.
     fn write(
         &mut self,
         vm: &mut dyn TargetVm,
         id: ChunkId,
         chunk: &Chunk,
-        hash: ChunkHash,
-    ) -> Result<(), ResolveError> {
+        fact: Option<Fact>,
+    ) -> Result<(ChunkHash, bool), ResolveError> {
+        let Fact { hash, is_base } = match fact {
+            Some(fact) => fact,
+            None => self.inspector.fact(id, chunk, None)?,
+        };
         self.group.write(vm, id, chunk)?;
-        let is_base = is_base_state(self.bases.own(), id, chunk)
-            .map_err(|source| ResolveError::Base { id, source })?;
-        if is_base {
-            self.table.clear(id);
-        } else {
-            self.table.set(id, hash);
-        }
+        let before = if is_base { self.table.clear(id) } else { self.table.set(id, hash) };
+        Ok((hash, before.is_some()))
+    }
+
+    /// The same for content that came as itself.
+    fn write_kept(
+        &mut self,
+        vm: &mut dyn TargetVm,
+        id: ChunkId,
+        chunk: &Chunk,
+        fact: Option<Fact>,
+    ) -> Result<(), ResolveError> {
+        let (hash, again) = self.write(vm, id, chunk, fact)?;
+        self.received.insert(id, hash, chunk, again);
         Ok(())
+    }
+
+    /// Prepares [`Resolver::root`]: [`StateTable::tidy`].
+    pub fn tidy(&mut self, groups: usize) -> bool {
+        self.table.tidy(groups)
     }
 
     /// The root of what the VM holds.

@@ -12,6 +12,8 @@
 //! repeated, reordered, altered, or of another handoff. It holds no secret: whoever can write to
 //! the link can forge it, and keeping such a one out is the link's work.
 
+use std::cmp::Ordering;
+
 use super::{compress::Packed, mode::Codec, pack::MAX_BATCH_BYTES};
 
 const START_CONTEXT: &str = "howdah 2026 segment-chain start v1";
@@ -137,6 +139,11 @@ impl Segment {
         SEGMENT_OVERHEAD + self.payload.len()
     }
 
+    /// Where it stands.
+    pub fn mark(&self) -> Mark {
+        Mark { seq: self.seq, chain: self.chain, bytes: self.encoded_len() as u64 }
+    }
+
     /// Appends its encoding.
     pub fn encode_into(&self, out: &mut Vec<u8>) {
         out.reserve(self.encoded_len());
@@ -257,6 +264,48 @@ pub enum OpenError {
     },
 }
 
+/// Where a segment stands in its handoff, without what it carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Its number.
+    pub seq: u64,
+    /// The chain's value after it.
+    pub chain: [u8; 32],
+    /// Bytes of its encoding.
+    pub bytes: u64,
+}
+
+/// A segment whose number is the next one, and whose content nobody has checked. Checking takes
+/// time and needs nothing but what is in here, so that several can be checked at once: each by the
+/// value that the one before it *claims* for the chain. Only when that one is checked too does it
+/// mean anything: use them in order, up to the first that is not what it claims.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unchecked {
+    before: [u8; 32],
+    segment: Segment,
+}
+
+impl Unchecked {
+    /// Its number.
+    pub fn seq(&self) -> u64 {
+        self.segment.seq
+    }
+
+    /// Bytes of its encoding.
+    pub fn encoded_len(&self) -> usize {
+        self.segment.encoded_len()
+    }
+
+    /// The segment, if it continues the chain.
+    pub fn check(self) -> Result<Segment, OpenError> {
+        let Self { before, segment } = self;
+        if segment.chain_after(&before) != segment.chain {
+            return Err(OpenError::Chain { seq: segment.seq });
+        }
+        Ok(segment)
+    }
+}
+
 /// Checks at the target that segments continue the chain.
 #[derive(Clone, Debug)]
 pub struct Opener {
@@ -276,18 +325,35 @@ impl Opener {
 
     /// Takes the next segment; any other is refused and changes nothing.
     pub fn open(&mut self, segment: &Segment) -> Result<(), OpenError> {
-        let (seq, expected) = (segment.seq, self.last.seq + 1);
-        if seq < expected {
-            return Err(OpenError::Repeated { seq, expected });
-        }
-        if seq > expected {
-            return Err(OpenError::Gap { seq, expected });
-        }
+        self.check_number(segment)?;
         if segment.chain_after(&self.last.chain) != segment.chain {
-            return Err(OpenError::Chain { seq });
+            return Err(OpenError::Chain { seq: segment.seq });
         }
-        self.last = Link { seq, chain: segment.chain };
+        self.last = Link { seq: segment.seq, chain: segment.chain };
         Ok(())
+    }
+
+    /// Takes the next segment by its number alone; its content is to be [checked](Unchecked::check)
+    /// before it is used.
+    pub fn take(&mut self, segment: Segment) -> Result<Unchecked, OpenError> {
+        self.check_number(&segment)?;
+        let link = Link { seq: segment.seq, chain: segment.chain };
+        let before = std::mem::replace(&mut self.last, link).chain;
+        Ok(Unchecked { before, segment })
+    }
+
+    /// Goes on behind a segment that was checked: forward, or back to it.
+    pub fn go_to(&mut self, mark: &Mark) {
+        self.last = Link { seq: mark.seq, chain: mark.chain };
+    }
+
+    fn check_number(&self, segment: &Segment) -> Result<(), OpenError> {
+        let (seq, expected) = (segment.seq, self.last.seq + 1);
+        match seq.cmp(&expected) {
+            Ordering::Less => Err(OpenError::Repeated { seq, expected }),
+            Ordering::Greater => Err(OpenError::Gap { seq, expected }),
+            Ordering::Equal => Ok(()),
+        }
     }
 }
 
@@ -331,6 +397,21 @@ mod tests {
         altered.payload = b"B".to_vec();
         assert_eq!(opener.open(&altered), Err(OpenError::Chain { seq: 2 }));
         opener.open(&b).unwrap();
+    }
+
+    #[test]
+    fn checked_apart_from_each_other() {
+        let mut opener = Opener::new(b"one");
+        let [a, mut b, c] = three().try_into().unwrap();
+        b.payload = b"B".to_vec();
+        let taken = [&a, &b, &c].map(|segment| opener.take(segment.clone()).unwrap());
+        let [first, second, third] = taken.map(Unchecked::check);
+        // What follows a segment that is not what it claims may well fit its claim.
+        assert_eq!((&first, second), (&Ok(a.clone()), Err(OpenError::Chain { seq: 2 })));
+        assert!(third.is_ok());
+        opener.go_to(&a.mark());
+        assert_eq!(opener.take(c), Err(OpenError::Gap { seq: 3, expected: 2 }));
+        assert_eq!(opener.take(a), Err(OpenError::Repeated { seq: 1, expected: 2 }));
     }
 
     proptest! {
