@@ -1,11 +1,15 @@
 //! What can be typed: the grammar of the command line, and one line for what cannot.
 
+mod trace;
+
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
+
 use handoff::{order::Sequence, policy::Objective, stage::DeltaMode};
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +77,9 @@ pub(crate) enum Command {
     /// Look into files that `howdah save` wrote
     #[command(subcommand)]
     Overlay(OverlayCommand),
+    /// Record what a guest changes, and move it again without KVM
+    #[command(subcommand)]
+    Trace(TraceCommand),
     /// The process of a VM that is made of a file (started by `restore`)
     #[command(hide = true)]
     RestoreProcess(RestoreArgs),

@@ -33,6 +33,7 @@ mod logging;
 mod mac;
 mod offer;
 mod output;
+mod partial;
 mod receive;
 mod spawn;
 mod visit;
@@ -67,6 +68,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         Command::Overlay(OverlayCommand::Inspect { file }) => {
             commands::overlay::inspect(&file, output)
         }
+        Command::Trace(command) => commands::trace::run(command, &home, output),
         Command::RestoreProcess(args) => telling_the_starter(
             commands::restore::run_here(&args, &home, Front::Detached).map(drop),
         ),

@@ -3,7 +3,10 @@
 use std::{
     io,
     path::Path,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -92,31 +95,52 @@ pub fn play<C: Connect + Send, K: Clock>(
     progress: &mut dyn FnMut(&Progress),
     cancel: &AtomicBool,
 ) -> Result<Played, PlayError> {
-    let mut journal = new_journal(&scratch.join("source"))?;
-    journal.write(Record::created(VmId::random()))?;
-    let bases =
-        Bases::from(std::sync::Arc::clone(vm.trace().base()) as std::sync::Arc<dyn BaseView>);
+    let host = MemHost::new(bases_of(vm));
     let over = AtomicBool::new(false);
-    let (outcome, received) = std::thread::scope(|scope| {
-        let host = MemHost::new(bases.clone());
-        let target = scope.spawn(|| take(ends, host, scratch, receiving, clock, &over));
-        let outcome = send(vm, bases, connect, &mut journal, sending, clock, progress, cancel);
+    let (sent, received) = std::thread::scope(|scope| {
+        let target = scope.spawn(|| {
+            let first = first_link(ends, receiving, clock, &over)?;
+            take(first, ends, host, scratch, receiving, clock, &over)
+        });
+        let sent = send_trace(vm, connect, sending, scratch, clock, progress, cancel);
         // A target that holds a prepared copy asks for long; one that was never reached waits too.
-        if !matches!(outcome, Ok(SendOutcome::Moved { .. })) {
+        if sent.is_err() {
             over.store(true, Relaxed);
         }
-        (outcome, target.join())
+        (sent, target.join())
     });
-    let report = match outcome? {
-        SendOutcome::Moved { report, .. } => report,
-        SendOutcome::KeptHere { reason, report } => {
-            return Err(PlayError::Kept { reason, report: Box::new(report) });
-        }
-        SendOutcome::InDoubt { .. } => return Err(PlayError::InDoubt),
-    };
+    let report = sent?;
     let target = received.map_err(|_| PlayError::Panicked)??;
     compare(vm, &target)?;
     Ok(Played { report, target })
+}
+
+/// Hands the guest of a trace off to the other end of the links that `connect` makes, which holds the
+/// trace's base, and says what it took.
+pub fn send_trace<C: Connect + Send, K: Clock>(
+    vm: &mut TraceVm<K>,
+    connect: &mut C,
+    options: &SendOptions,
+    scratch: &Path,
+    clock: &dyn Clock,
+    progress: &mut dyn FnMut(&Progress),
+    cancel: &AtomicBool,
+) -> Result<Report, PlayError> {
+    let mut journal = new_journal(&scratch.join("source"))?;
+    journal.write(Record::created(VmId::random()))?;
+    let bases = bases_of(vm);
+    match send(vm, bases, connect, &mut journal, options, clock, progress, cancel)? {
+        SendOutcome::Moved { report, .. } => Ok(report),
+        SendOutcome::KeptHere { reason, report } => {
+            Err(PlayError::Kept { reason, report: Box::new(report) })
+        }
+        SendOutcome::InDoubt { .. } => Err(PlayError::InDoubt),
+    }
+}
+
+fn bases_of<K: Clock>(vm: &TraceVm<K>) -> Bases {
+    let base: Arc<dyn BaseView> = Arc::clone(vm.trace().base()) as _;
+    base.into()
 }
 
 fn new_journal(path: &Path) -> Result<Journal, PlayError> {
@@ -128,8 +152,29 @@ fn new_journal(path: &Path) -> Result<Journal, PlayError> {
     }
 }
 
-/// Receives one guest over links that come one after the other.
+/// Waits for the first link, as long as a source may take to make it.
+fn first_link<L: Transport>(
+    ends: &Receiver<L>,
+    options: &ReceiveOptions,
+    clock: &dyn Clock,
+    over: &AtomicBool,
+) -> Result<L, PlayError> {
+    let limit = options.limits.connect + options.limits.greeting;
+    let deadline = clock.now() + limit;
+    loop {
+        match ends.recv_timeout(TICK) {
+            Ok(link) => return Ok(link),
+            Err(_) if over.load(Relaxed) || clock.now() > deadline => {
+                return Err(PlayError::NoLink(limit));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// Receives one guest over links that come one after the other. `over` ends the wait for another.
 pub fn take<L: Transport>(
+    first: L,
     ends: &Receiver<L>,
     mut host: MemHost,
     scratch: &Path,
@@ -138,17 +183,7 @@ pub fn take<L: Transport>(
     over: &AtomicBool,
 ) -> Result<MemTarget, PlayError> {
     let mut journal = new_journal(&scratch.join("target"))?;
-    let limit = options.limits.connect + options.limits.greeting;
-    let deadline = clock.now() + limit;
-    let first = loop {
-        match ends.recv_timeout(TICK) {
-            Ok(link) => break accept(link, &options.limits, clock)?,
-            Err(_) if over.load(Relaxed) || clock.now() > deadline => {
-                return Err(PlayError::NoLink(limit));
-            }
-            Err(_) => {}
-        }
-    };
+    let first = accept(first, &options.limits, clock)?;
     let (relink, relinks) = unbounded();
     let done = AtomicBool::new(false);
     let received = std::thread::scope(|scope| {

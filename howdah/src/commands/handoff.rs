@@ -30,7 +30,7 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
         return super::vm::say(output, &args.vm, "handoff cancelled");
     };
     check_address(&peer)?;
-    cancel_on_interrupt(&dir)?;
+    on_interrupt(&dir, Request::CancelHandoff)?;
     let request = HandoffRequest {
         peer,
         audit: args.audit,
@@ -72,9 +72,9 @@ fn bad_address(peer: &str, why: impl std::fmt::Display) -> Failure {
     Failure::new(Exit::Usage, format!("peer {peer}"), why, way_out)
 }
 
-/// Ctrl-C cancels the handoff, and this command goes on to see how it ends; a second one leaves it
-/// to itself.
-fn cancel_on_interrupt(dir: &VmDir) -> anyhow::Result<()> {
+/// Ctrl-C asks the process to end what it does, and this command goes on to see how that ends; a
+/// second one leaves it to itself.
+pub(super) fn on_interrupt(dir: &VmDir, request: Request) -> anyhow::Result<()> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGINT);
     set.add(Signal::SIGTERM);
@@ -86,7 +86,7 @@ fn cancel_on_interrupt(dir: &VmDir) -> anyhow::Result<()> {
             if std::mem::replace(&mut asked, true) {
                 std::process::exit(Exit::Cancelled as i32);
             }
-            if let Err(e) = client::call(&dir, Request::CancelHandoff, Duration::from_secs(10)) {
+            if let Err(e) = client::call(&dir, request.clone(), Duration::from_secs(10)) {
                 tracing::warn!("not cancelled: {e}");
             }
         }
@@ -147,7 +147,12 @@ fn line(p: &Progress) -> String {
     parts.join(", ")
 }
 
-fn summary(vm: &crate::home::VmName, peer: &str, report: &serde_json::Value) -> String {
+/// What a report says in a few lines.
+pub(super) fn summary(
+    vm: &impl std::fmt::Display,
+    peer: &str,
+    report: &serde_json::Value,
+) -> String {
     let number = |key: &str| report.get(key).and_then(serde_json::Value::as_f64);
     let mut text = format!("VM {vm} runs at {peer}");
     if let (Some(total), Some(down)) = (number("total_ms"), number("downtime_ms")) {
@@ -191,7 +196,7 @@ mod tests {
             ],
         });
         assert_eq!(
-            summary(&"a".parse().unwrap(), "b:1", &report),
+            summary(&"a", "b:1", &report),
             "VM a runs at b:1: 2.5 s in all, 120 ms down, 2.0 KiB on the link\n\n\
              CLASS  CHUNKS  IN        OUT   CPU\nzero   12      48.0 KiB  24 B  10 ms"
         );

@@ -8,4 +8,5 @@ pub(crate) mod restore;
 pub(crate) mod run;
 pub(crate) mod save;
 pub(crate) mod takeover;
+pub(crate) mod trace;
 pub(crate) mod vm;

@@ -68,6 +68,10 @@ pub(crate) enum Request {
     },
     /// Write the VM to a file.
     Save(SaveRequest),
+    /// Record what the running guest changes.
+    Record(RecordRequest),
+    /// End a recording early, and write what there is of it.
+    EndRecording,
     /// A link of the handoff that this process receives; its socket comes along.
     AdoptLink {
         /// The handoff, in hex.
@@ -120,6 +124,19 @@ pub(crate) struct SaveRequest {
     pub(crate) stop: bool,
     /// How it is made small.
     pub(crate) encode: Encode,
+}
+
+/// How to record a VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RecordRequest {
+    /// An absolute path.
+    pub(crate) path: String,
+    /// For how long.
+    pub(crate) for_ms: u64,
+    /// How often it is looked at what changed.
+    pub(crate) every_ms: u64,
+    /// What may be held of contents.
+    pub(crate) most_mib: u64,
 }
 
 /// By which means less is sent.
@@ -194,6 +211,8 @@ pub(crate) enum Reply {
     Moved(serde_json::Value),
     /// The VM is saved; the report.
     Saved(serde_json::Value),
+    /// The guest was recorded; what is in the trace.
+    Recorded(serde_json::Value),
     /// Not done.
     Failed(Failure),
 }
@@ -216,6 +235,8 @@ pub(crate) enum Phase {
     Paused,
     /// The guest is paused while it is written to a file.
     Saving,
+    /// The guest runs, and what it changes is recorded.
+    Recording,
     /// The guest runs, or is about to move, and is being sent to a peer.
     HandingOff,
     /// Committed to a peer that has not confirmed: asked again until it does.
@@ -234,6 +255,7 @@ impl Phase {
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Saving => "saving",
+            Self::Recording => "recording",
             Self::HandingOff => "handing-off",
             Self::InDoubt => "in-doubt",
             Self::Receiving => "receiving",

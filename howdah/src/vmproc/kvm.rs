@@ -3,12 +3,20 @@
 use std::{
     fs::File,
     path::Path,
-    sync::{Arc, mpsc},
+    sync::{Arc, atomic::AtomicBool, mpsc},
+    time::Duration,
 };
 
 use crossbeam_channel::Sender;
 use guest_images::{Base, overlay::Overlay};
-use handoff::{SourceVm, ownership::Journal, stage::SentCache, vm::VmError};
+use handoff::{
+    SourceVm,
+    ownership::Journal,
+    stage::SentCache,
+    tcp::MonotonicClock,
+    trace::record::{RecordOptions, Recorded, record},
+    vm::VmError,
+};
 use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
@@ -21,7 +29,7 @@ use super::{
 use crate::{
     commands::base,
     console::{Console, Sink},
-    control::{HandoffRequest, SaveRequest},
+    control::{HandoffRequest, RecordRequest, SaveRequest},
     disk,
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir},
@@ -231,6 +239,22 @@ impl Machine for KvmMachine {
 
     fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure> {
         save::save(self, request)
+    }
+
+    fn record(
+        &mut self,
+        request: &RecordRequest,
+        cancel: &AtomicBool,
+    ) -> Result<Recorded, Failure> {
+        let options = RecordOptions {
+            duration: Duration::from_millis(request.for_ms),
+            every: Duration::from_millis(request.every_ms),
+            most_contents: usize::try_from(request.most_mib << 8).unwrap_or(usize::MAX),
+        };
+        let clock = MonotonicClock::default();
+        record(&mut self.source, &*self.base, options, &clock, cancel).map_err(|e| {
+            Failure::plain(Exit::Failed, format!("VM {} is not recorded", self.dir.name()), e)
+        })
     }
 
     fn hand_off(self: Box<Self>, request: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd {

@@ -9,8 +9,10 @@ use std::{
     },
 };
 
+use handoff::trace::record::Recorded;
+
 use crate::{
-    control::{HandoffRequest, Progress, SaveRequest},
+    control::{HandoffRequest, Progress, RecordRequest, SaveRequest},
     failure::Failure,
 };
 
@@ -31,6 +33,11 @@ pub(crate) trait Machine: Send {
     /// Writes the paused machine, as what differs from its base, to a new file. Called on a thread
     /// of its own, like [`Machine::hand_off`].
     fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure>;
+
+    /// Records what the running guest changes, until the time is over or `cancel` is set. Called on a
+    /// thread of its own.
+    fn record(&mut self, request: &RecordRequest, cancel: &AtomicBool)
+    -> Result<Recorded, Failure>;
 
     /// Hands the guest off: blocks until it is decided where the guest runs. Called on a thread of
     /// its own; while it works nothing else touches the machine.

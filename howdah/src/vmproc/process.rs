@@ -1,6 +1,7 @@
 //! The main loop: one event after another, so that no two commands ever meet in the machine.
 
 mod handing_off;
+mod recording;
 mod saving;
 #[cfg(test)]
 mod tests;
@@ -10,6 +11,7 @@ use std::{path::Path, time::Duration};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use handing_off::Handoff;
+use recording::Recording;
 pub(crate) use saving::SaveEnd;
 use saving::Saving;
 
@@ -46,6 +48,8 @@ pub(crate) enum Event {
     HandoffEnded(HandoffEnd),
     /// The guest is saved, or is not.
     SaveEnded(SaveEnd),
+    /// The guest is recorded, or is not, and the machine is here again.
+    RecordEnded(Option<Box<dyn Machine>>),
     /// The guest that was started or received runs here, or will not.
     Arrived(Result<Box<dyn Machine>, Failure>),
 }
@@ -67,6 +71,7 @@ enum State {
     Paused(Box<dyn Machine>),
     HandingOff(Handoff),
     Saving(Saving),
+    Recording(Recording),
     Coming(Coming),
     /// Between two states, and after the last.
     Gone,
@@ -122,6 +127,7 @@ impl Process {
                 Event::InDoubt(why) => self.in_doubt(why),
                 Event::HandoffEnded(end) => self.handoff_ended(end)?,
                 Event::SaveEnded(end) => self.save_ended(end)?,
+                Event::RecordEnded(machine) => self.record_ended(machine)?,
                 Event::Arrived(Ok(machine)) => self.arrived(machine)?,
                 Event::Arrived(Err(failure)) => return Err(failure.into()),
             };
@@ -135,6 +141,10 @@ impl Process {
         if let State::Coming(coming) = std::mem::replace(&mut self.state, State::Running(machine)) {
             (coming.ready)();
         }
+        self.go_through_waiting()
+    }
+
+    fn go_through_waiting(&mut self) -> anyhow::Result<Option<End>> {
         for asked in std::mem::take(&mut self.waiting) {
             if let Some(end) = self.asked(asked)? {
                 return Ok(Some(end));
@@ -161,9 +171,15 @@ impl Process {
                 | Request::Handoff(_)
                 | Request::Save(_)
         );
-        if can_wait && self.waiting.len() < MAX_WAITING && self.is_about_to_run() {
-            self.waiting.push(asked);
-            return Ok(None);
+        if can_wait && self.waiting.len() < MAX_WAITING {
+            // A recording is nothing to wait for: it ends with what it has.
+            if let State::Recording(recording) = &self.state {
+                recording.end_early();
+            }
+            if self.is_about_to_run() || matches!(self.state, State::Recording(_)) {
+                self.waiting.push(asked);
+                return Ok(None);
+            }
         }
         let Asked { request, answer, fd } = asked;
         match request {
@@ -174,6 +190,8 @@ impl Process {
             Request::Handoff(request) => self.hand_off(request, answer),
             Request::CancelHandoff => self.cancel(answer),
             Request::Save(request) => self.save(request, answer),
+            Request::Record(request) => self.record(request, answer),
+            Request::EndRecording => self.end_recording(answer),
             Request::ExportDisk { path } => self.export(Path::new(&path), answer),
             Request::AdoptLink { .. } => match &self.state {
                 State::Coming(Coming { links: Some(links), .. }) => {
@@ -193,6 +211,7 @@ impl Process {
             State::Running(_) => (Phase::Running, None),
             State::Paused(_) => (Phase::Paused, None),
             State::Saving(_) => (Phase::Saving, None),
+            State::Recording(_) => (Phase::Recording, None),
             State::HandingOff(h) if h.in_doubt.is_some() => (Phase::InDoubt, Some(&h.progress)),
             State::HandingOff(h) => (Phase::HandingOff, Some(&h.progress)),
             // The guest runs; only the source's last word is awaited.
@@ -227,6 +246,7 @@ impl Process {
             State::Running(_) => "it is running",
             State::Paused(_) => "it is paused",
             State::Saving(_) => "it is being saved",
+            State::Recording(_) => "it is being recorded",
             State::HandingOff(h) if h.in_doubt.is_some() => {
                 "its handoff is committed, not confirmed"
             }
@@ -335,6 +355,13 @@ impl Process {
                 saving.end.extend(answer);
                 saving.must_end = true;
                 self.state = State::Saving(saving);
+                Ok(None)
+            }
+            State::Recording(mut recording) if force => {
+                recording.end_early();
+                recording.end.extend(answer);
+                recording.must_end = true;
+                self.state = State::Recording(recording);
                 Ok(None)
             }
             State::Coming(_) if force => {

@@ -2,12 +2,17 @@
 
 use std::sync::{
     Arc, Mutex,
-    atomic::{AtomicU32, Ordering},
+    atomic::{AtomicBool, AtomicU32, Ordering},
+};
+
+use handoff::trace::{
+    TraceBuilder, file,
+    record::{Ended, Recorded},
 };
 
 use super::*;
 use crate::{
-    control::{HandoffRequest, SaveRequest},
+    control::{HandoffRequest, RecordRequest, SaveRequest},
     home::Home,
     vmproc::machine::{Keep, Watch},
 };
@@ -46,6 +51,22 @@ impl Machine for Fake {
             "/panic" => panic!("a defect, for this test"),
             _ => Ok(serde_json::json!({"bytes": 1})),
         }
+    }
+    fn record(
+        &mut self,
+        request: &RecordRequest,
+        cancel: &AtomicBool,
+    ) -> Result<Recorded, Failure> {
+        self.note("record").unwrap();
+        if request.for_ms == 0 {
+            panic!("a defect, for this test");
+        }
+        while !cancel.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let geometry = handoff::Geometry { ram_chunks: 4, disk_chunks: 0 };
+        let trace = TraceBuilder::new(geometry, [0; 4], 1).finish(Duration::from_secs(1));
+        Ok(Recorded { trace, ended: Ended::Cancelled })
     }
     fn hand_off(self: Box<Self>, _: &HandoffRequest, watch: &dyn Watch) -> HandoffEnd {
         let failure = Failure::new(Exit::NotMoved, "handoff", "no", "again");
@@ -158,6 +179,52 @@ fn a_guest_is_paused_while_it_is_saved_and_then_goes_on() {
 fn a_save_that_panics_is_an_error_of_the_process() {
     let bench = bench("kept");
     assert!(matches!(bench.call(save("/panic", false)), Reply::Failed(_)));
+    bench.thread.join().unwrap().unwrap_err();
+}
+
+fn record(path: &Path, for_ms: u64) -> Request {
+    let path = path.to_str().unwrap().to_owned();
+    Request::Record(RecordRequest { path, for_ms, every_ms: 1, most_mib: 1 })
+}
+
+/// What is asked of a guest that is recorded ends the recording, and is done then.
+#[test]
+fn a_recording_gives_way() {
+    let bench = bench("kept");
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let recorded = bench.send(record(&first, 1));
+    bench.await_phase(Phase::Recording);
+    assert!(refused(&bench.call(record(&second, 1))), "one at a time");
+    assert_eq!(bench.call(Request::EndRecording), Reply::Done);
+    let Some(Reply::Recorded(said)) = recorded.iter().last() else { panic!("not recorded") };
+    assert_eq!(said["ended"], "early");
+    let bytes = std::fs::read(&first).unwrap();
+    assert_eq!(file::read(&bytes[..]).unwrap().duration(), Duration::from_secs(1));
+    bench.await_phase(Phase::Running);
+    assert!(refused(&bench.call(Request::EndRecording)));
+    assert!(matches!(bench.call(record(&first, 1)), Reply::Failed(_)), "it exists");
+    let recorded = bench.send(record(&second, 1));
+    bench.await_phase(Phase::Recording);
+    assert_eq!(bench.call(Request::Pause), Reply::Done);
+    assert!(matches!(recorded.iter().last(), Some(Reply::Recorded(_))));
+    assert_eq!(bench.phase(), Phase::Paused);
+    assert!(refused(&bench.call(record(&second, 1))), "it does not run");
+    assert_eq!(bench.call(Request::Resume), Reply::Done);
+    let third = bench.send(record(&dir.path().join("third"), 1));
+    bench.await_phase(Phase::Recording);
+    assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
+    assert!(matches!(third.iter().last(), Some(Reply::Recorded(_))));
+    assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
+    let done = bench.done.lock().unwrap();
+    assert_eq!(*done, ["record", "record", "pause", "resume", "record", "stop"]);
+}
+
+#[test]
+fn a_recording_that_panics_is_an_error_of_the_process() {
+    let bench = bench("kept");
+    let dir = tempfile::tempdir().unwrap();
+    assert!(matches!(bench.call(record(&dir.path().join("a"), 0)), Reply::Failed(_)));
     bench.thread.join().unwrap().unwrap_err();
 }
 
