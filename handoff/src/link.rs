@@ -23,6 +23,10 @@ pub trait Transport: Send {
 pub trait LinkGauge: Send {
     /// A reading, or `None` once the link is gone.
     fn read(&self) -> Option<LinkReading>;
+
+    /// Asks the transport to take no more than about so many bytes that it does not send yet: what
+    /// waits there can no longer be changed. It may ignore that.
+    fn limit_unsent(&self, _bytes: u64) {}
 }
 
 /// What a transport knows of its link.

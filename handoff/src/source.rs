@@ -4,14 +4,14 @@
 //! means. It keeps segments until the target says they are applied, so that a link which broke
 //! goes on where it stopped and nothing applied is sent again.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use crate::{
     Refusal,
     health::{Health, Pulse},
     ownership::{Question, Verdict, bounded_text},
     root::StateRoot,
-    stage::Segment,
+    stage::{Buffers, Segment},
     wire::{Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, Versions, Welcome},
 };
 
@@ -105,6 +105,15 @@ enum Word {
     Over,
 }
 
+/// What is to be sent next.
+#[derive(Clone, Debug)]
+pub enum Outgoing {
+    /// A frame.
+    Frame(Frame),
+    /// A segment, which stays in the window until it is applied.
+    Segment(Arc<Segment>),
+}
+
 /// The source's session: one handoff, over any number of links.
 #[derive(Debug)]
 pub struct SourceSession {
@@ -114,9 +123,13 @@ pub struct SourceSession {
     welcomed: Option<Agreed>,
     progressed: bool,
     /// Segments not known to be applied, oldest first, numbered without gaps.
-    window: VecDeque<Segment>,
+    window: VecDeque<Arc<Segment>>,
     window_used: u64,
+    /// How much of it the target takes, and how much this side wants to keep.
     window_bytes: u64,
+    window_limit: u64,
+    /// Where payloads go that were applied.
+    buffers: Buffers,
     /// How many of `window` were sent on this link.
     sent: usize,
     /// Bytes of those.
@@ -143,6 +156,8 @@ impl SourceSession {
             window: VecDeque::new(),
             window_used: 0,
             window_bytes: DEFAULT_WINDOW_BYTES,
+            window_limit: DEFAULT_WINDOW_BYTES,
+            buffers: Buffers::default(),
             sent: 0,
             sent_bytes: 0,
             last_submitted: 0,
@@ -155,6 +170,11 @@ impl SourceSession {
             silence,
             linked_at: Duration::ZERO,
         }
+    }
+
+    /// The same, with payloads that are given to `buffers` once they are applied.
+    pub fn with_buffers(self, buffers: Buffers) -> Self {
+        Self { buffers, ..self }
     }
 
     /// The handoff.
@@ -185,7 +205,13 @@ impl SourceSession {
 
     /// Whether another segment may be submitted now.
     pub fn has_room(&self) -> bool {
-        self.window_used < self.window_bytes
+        self.window_used < self.window_bytes.min(self.window_limit)
+    }
+
+    /// From now on, no more bytes of segments than so many are unacknowledged. At least one segment
+    /// always may be.
+    pub fn limit_window(&mut self, bytes: u64) {
+        self.window_limit = bytes.max(1);
     }
 
     /// Takes the next segment to send. The window may be overrun by one segment, never by more:
@@ -194,7 +220,7 @@ impl SourceSession {
         debug_assert_eq!(segment.seq, self.last_submitted + 1);
         self.last_submitted = segment.seq;
         self.window_used += segment.encoded_len() as u64;
-        self.window.push_back(segment);
+        self.window.push_back(Arc::new(segment));
     }
 
     /// Says, right behind the last segment, that this was all.
@@ -275,8 +301,16 @@ impl SourceSession {
 
     /// The next frame to send on the present link.
     pub fn poll_transmit(&mut self) -> Option<Frame> {
+        self.poll_outgoing().map(|outgoing| match outgoing {
+            Outgoing::Frame(frame) => frame,
+            Outgoing::Segment(segment) => Frame::Segment((*segment).clone()),
+        })
+    }
+
+    /// The same, without a copy of what stays in the window.
+    pub fn poll_outgoing(&mut self) -> Option<Outgoing> {
         if let Some(frame) = self.outbox.pop_front() {
-            return Some(frame);
+            return Some(Outgoing::Frame(frame));
         }
         if self.link != Link::Up {
             return None;
@@ -290,7 +324,7 @@ impl SourceSession {
                 }
                 self.sent += 1;
                 self.sent_bytes += segment.encoded_len() as u64;
-                return Some(Frame::Segment(segment.clone()));
+                return Some(Outgoing::Segment(Arc::clone(segment)));
             }
         }
         let frame = match self.word {
@@ -300,7 +334,7 @@ impl SourceSession {
             Word::Commit(commit) => Frame::Commit(commit),
         };
         self.word_sent = true;
-        Some(frame)
+        Some(Outgoing::Frame(frame))
     }
 
     /// What happened.
@@ -422,6 +456,10 @@ impl SourceSession {
             if self.sent > 0 {
                 self.sent -= 1;
                 self.sent_bytes -= segment.encoded_len() as u64;
+            }
+            // One that is being written goes with its writer.
+            if let Some(segment) = Arc::into_inner(segment) {
+                self.buffers.give(segment.payload);
             }
         }
         self.applied_up_to = acked;

@@ -17,8 +17,8 @@ pub const USER_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// Unanswered questions after which it gives up.
 const KEEPALIVE_PROBES: u32 = 3;
-/// Bytes that wait in the kernel unsent: enough for a fast link, few enough that what is said last
-/// is not long on its way out.
+/// Bytes that wait in the kernel unsent, until the link is known and
+/// [`LinkGauge::limit_unsent`] says otherwise.
 const NOTSENT_LOWAT_BYTES: u32 = 256 << 10;
 
 /// One TCP connection.
@@ -78,6 +78,13 @@ impl io::Write for TcpTx {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // The kernel reports a write that timed out as WouldBlock, which is not a reason to retry.
         self.0.write(bytes).map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+            _ => e,
+        })
+    }
+
+    fn write_vectored(&mut self, pieces: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(pieces).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
             _ => e,
         })
@@ -154,6 +161,12 @@ impl LinkGauge for TcpGauge {
             busy: Duration::from_micros(info.tcpi_busy_time),
             delivery_bytes_per_s: info.tcpi_delivery_rate,
         })
+    }
+
+    fn limit_unsent(&self, bytes: u64) {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        // Without it more waits in the kernel, and nothing else.
+        let _ = set(&self.0, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The source's thread that owns the session: makes links, sends, hears, and makes them again.
 
 use std::{
+    io,
     sync::atomic::{
         AtomicBool, AtomicU64,
         Ordering::{Relaxed, Release},
@@ -14,18 +15,17 @@ use super::{
     Limits,
     pipeline::Outlet,
     reader::{Heard, read_link, weight},
-    worker::micros,
+    status::{LinkStatus, Room},
 };
 use crate::{
     Clock, Connect, Transport,
-    link::{LinkGauge, LinkReading},
     root::StateRoot,
-    source::{SourceEvent, SourceSession},
+    source::{Outgoing, SourceEvent, SourceSession},
     stage::Segment,
-    wire::{FrameReader, write_frame},
+    wire::{FrameReader, FrameWriter},
 };
 
-/// How long the courier sleeps when there is nothing to send.
+/// How long a courier without a link sleeps between looking at what waits for it.
 const IDLE: Duration = Duration::from_millis(5);
 /// Between two attempts to make a link.
 const RETRY: Duration = Duration::from_millis(100);
@@ -70,29 +70,6 @@ pub(super) enum Notice {
     Compressor(String),
 }
 
-/// Counters that the engine reads while the courier works.
-#[derive(Debug, Default)]
-pub(super) struct LinkStatus {
-    pub(super) bytes_sent: AtomicU64,
-    pub(super) bytes_received: AtomicU64,
-    /// Jobs that the engine gave to the pipeline and the session has not taken yet.
-    pub(super) queued_jobs: AtomicU64,
-    pub(super) unapplied_bytes: AtomicU64,
-    pub(super) applied_bytes: AtomicU64,
-    /// Bytes of segments that have not reached the peer's end of the link; where the transport
-    /// cannot tell, those not applied.
-    pub(super) in_flight_bytes: AtomicU64,
-    /// Bytes delivered on all links, and the microseconds in which there were some to deliver. Zero
-    /// where the transport does not measure.
-    pub(super) delivered_bytes: AtomicU64,
-    pub(super) busy_us: AtomicU64,
-    /// The transport's own estimate of the rate, zero if it has none.
-    pub(super) delivery_bytes_per_s: AtomicU64,
-    pub(super) rtt_us: AtomicU64,
-    pub(super) rtt_min_us: AtomicU64,
-    pub(super) links: AtomicU64,
-}
-
 pub(super) struct Courier<'a, C: Connect> {
     pub(super) session: SourceSession,
     pub(super) connect: &'a mut C,
@@ -104,9 +81,9 @@ pub(super) struct Courier<'a, C: Connect> {
     pub(super) clock: &'a dyn Clock,
     pub(super) committed: bool,
     pub(super) over: bool,
+    /// Nothing more comes from the workers.
+    pub(super) exhausted: bool,
     pub(super) submitted_bytes: u64,
-    /// What the present link's gauge said last.
-    pub(super) reading: Option<LinkReading>,
 }
 
 /// Why a link is no longer used.
@@ -219,9 +196,8 @@ impl<C: Connect> Courier<'_, C> {
             Ok(halves) => halves,
             Err(e) => return End::Broke(format!("cannot use the link: {e}")),
         };
-        self.status.links.fetch_add(1, Relaxed);
+        self.status.link_up(gauge);
         self.session.link_up(self.clock.now());
-        self.reading = gauge.as_deref().and_then(LinkGauge::read);
         let (stop, queued) = (AtomicBool::new(false), AtomicU64::new(0));
         let (to, heard) = unbounded();
         let (clock, status) = (self.clock, self.status);
@@ -232,12 +208,12 @@ impl<C: Connect> Courier<'_, C> {
                 let budget = (queued, MAX_QUEUED_BYTES);
                 read_link(reader, &to, clock, stop, &status.bytes_received, budget, Some);
             });
-            let end = self.converse(tx, &heard, queued, gauge.as_deref());
+            let end = self.converse(tx, &heard, queued);
             stop.store(true, Relaxed);
             end
         });
         self.session.link_down();
-        self.reading = None;
+        self.status.link_down();
         end
     }
 
@@ -248,37 +224,70 @@ impl<C: Connect> Courier<'_, C> {
         mut tx: <C::Link as Transport>::Tx,
         heard: &Receiver<Heard>,
         queued: &AtomicU64,
-        gauge: Option<&dyn LinkGauge>,
     ) -> End {
-        let mut scratch = Vec::new();
+        let mut writer = FrameWriter::default();
         let mut over_at = None;
         loop {
             let mut busy = match self.hear(heard, queued) {
                 Ok(busy) => busy,
                 Err(why) => return End::Broke(why),
             };
-            busy |= self.take_work();
-            if let Some(frame) = self.session.poll_transmit() {
-                match write_frame(&mut tx, &frame, &mut scratch) {
-                    Ok(bytes) => self.status.bytes_sent.fetch_add(bytes, Relaxed),
-                    Err(e) => return End::Broke(format!("the link broke: {e}")),
-                };
-                busy = true;
+            busy |= self.take_order();
+            let room = self.publish(writer.left());
+            let mut pause = room.pause;
+            match self.transmit(&mut tx, &mut writer, room) {
+                Ok(sent) => busy |= sent,
+                Err(e) => return End::Broke(format!("the link broke: {e}")),
             }
             let now = self.clock.now();
             if self.over {
                 let since = *over_at.get_or_insert(now);
-                if !busy || now.saturating_sub(since) > LAST_WORDS {
+                let said = !busy && writer.left() == 0;
+                if said || now.saturating_sub(since) > LAST_WORDS {
                     return End::Done;
                 }
+                pause = pause.min(RETRY);
             }
             if !self.session.tick(now) {
                 return End::Broke(format!("nothing heard for {:?}", self.limits.silence));
             }
-            self.publish(gauge);
             if !busy {
-                self.wait(heard);
+                self.wait(heard, writer.left() == 0, pause);
             }
+        }
+    }
+
+    /// Writes the next piece of what there is to send, unless the link has enough; `true` if it did.
+    fn transmit(
+        &mut self,
+        tx: &mut <C::Link as Transport>::Tx,
+        writer: &mut FrameWriter,
+        room: Room,
+    ) -> io::Result<bool> {
+        if writer.left() == 0 && !self.next_frame(writer, room.bytes > 0)? {
+            return Ok(false);
+        }
+        // Words are short, and are not held back.
+        let most = if writer.is_segment() { room.bytes } else { usize::MAX };
+        if most == 0 {
+            return Ok(false);
+        }
+        let taken = writer.write(tx, most)?;
+        self.status.bytes_sent.fetch_add(taken as u64, Relaxed);
+        Ok(true)
+    }
+
+    /// Gives the writer the next frame: a word, a segment of the window, or a new one, which is
+    /// taken only when all before it was given to the link.
+    fn next_frame(&mut self, writer: &mut FrameWriter, room: bool) -> io::Result<bool> {
+        loop {
+            match self.session.poll_outgoing() {
+                Some(Outgoing::Frame(frame)) => writer.put(&frame)?,
+                Some(Outgoing::Segment(segment)) => writer.put_segment(segment)?,
+                None if room && self.take_work() => continue,
+                None => return Ok(false),
+            }
+            return Ok(true);
         }
     }
 
@@ -326,84 +335,74 @@ impl<C: Connect> Courier<'_, C> {
         }
     }
 
-    /// Takes orders, and segments where there is room; `true` if there were any.
-    fn take_work(&mut self) -> bool {
-        let mut busy = false;
+    /// Takes an order; `true` if there was one.
+    fn take_order(&mut self) -> bool {
         match self.orders.try_recv() {
             Ok(order) => {
                 self.obey(order);
-                busy = true;
+                return true;
             }
             Err(TryRecvError::Empty) => {}
             Err(TryRecvError::Disconnected) => self.over = true,
         }
-        if self.over {
-            return busy;
+        false
+    }
+
+    /// Takes the next of what was sealed, if there is room for it; `true` if there was any.
+    fn take_work(&mut self) -> bool {
+        if self.over || !self.session.has_room() {
+            return false;
         }
-        while self.session.has_room() {
-            match self.outlet.sealed.try_recv() {
-                Ok(Sealed::Segment(segment)) => {
-                    self.submitted_bytes += segment.encoded_len() as u64;
-                    self.session.submit(segment);
-                }
-                Ok(Sealed::Prepare(root, full_hash)) => self.session.prepare(root, full_hash),
-                Err(_) => break,
+        match self.outlet.sealed.try_recv() {
+            Ok(Sealed::Segment(segment)) => {
+                let bytes = segment.encoded_len() as u64;
+                self.submitted_bytes += bytes;
+                self.session.submit(segment);
+                self.status.unsent_bytes.fetch_add(bytes, Release);
+                self.status.ahead.taken(bytes);
             }
-            // In this order, so that work in hand is counted at least once at any moment.
-            self.status.unapplied_bytes.store(self.session.unapplied_bytes(), Relaxed);
-            self.status.in_flight_bytes.store(self.in_flight_bytes(), Relaxed);
-            self.status.queued_jobs.fetch_sub(1, Release);
-            self.outlet.taken();
-            busy = true;
+            Ok(Sealed::Prepare(root, full_hash)) => self.session.prepare(root, full_hash),
+            Err(TryRecvError::Empty) => return false,
+            Err(TryRecvError::Disconnected) => {
+                self.exhausted = true;
+                return false;
+            }
         }
-        busy
+        self.status.unapplied_bytes.store(self.session.unapplied_bytes(), Relaxed);
+        self.status.refresh();
+        // Last, so that work in hand is counted at least once at any moment.
+        self.status.queued_jobs.fetch_sub(1, Release);
+        self.outlet.taken();
+        true
     }
 
-    /// What the transport holds counts by its own word: the peer's acknowledgements of segments
-    /// come late, so that there are few of them.
-    fn in_flight_bytes(&self) -> u64 {
-        match self.reading {
-            Some(reading) => self.session.unsent_bytes() + reading.unacked_bytes,
-            None => self.session.unapplied_bytes(),
-        }
-    }
-
-    fn publish(&mut self, gauge: Option<&dyn LinkGauge>) {
+    /// Tells the others how the link stands, with `unwritten` bytes of a frame under way. How much
+    /// it may be given now follows from that.
+    fn publish(&mut self, unwritten: usize) -> Room {
         let unapplied = self.session.unapplied_bytes();
         self.status.unapplied_bytes.store(unapplied, Relaxed);
         self.status.applied_bytes.store(self.submitted_bytes - unapplied, Relaxed);
-        let pings = self.session.rtt();
-        let reading = gauge.and_then(LinkGauge::read);
-        if let (Some(reading), Some(before)) = (reading, self.reading) {
-            let delivered = reading.delivered_bytes.saturating_sub(before.delivered_bytes);
-            self.status.delivered_bytes.fetch_add(delivered, Relaxed);
-            self.status
-                .busy_us
-                .fetch_add(micros(reading.busy.saturating_sub(before.busy)), Relaxed);
+        let unsent = self.session.unsent_bytes() + unwritten as u64;
+        self.status.unsent_bytes.store(unsent, Release);
+        if let Some((rtt, least)) = self.session.rtt() {
+            self.status.pinged(rtt, least);
         }
-        let rate = reading.map_or(0, |reading| reading.delivery_bytes_per_s);
-        self.status.delivery_bytes_per_s.store(rate, Relaxed);
-        self.reading = reading;
-        self.status.in_flight_bytes.store(self.in_flight_bytes(), Relaxed);
-        // The transport's own measure has no queueing of ours in it.
-        let (rtt, least) = match (reading, pings) {
-            (Some(reading), _) if !reading.rtt.is_zero() => (reading.rtt, reading.min_rtt),
-            (_, Some(pings)) => pings,
-            _ => return,
-        };
-        self.status.rtt_us.store(micros(rtt), Relaxed);
-        self.status.rtt_min_us.store(micros(least), Relaxed);
+        let flow = self.status.refresh();
+        let Some(flow) = flow else { return Room::UNMEASURED };
+        self.session.limit_window(flow.window_bytes());
+        self.status.limit_unsent(flow.unsent_bytes());
+        flow.room()
     }
 
-    /// Sleeps until there may be something to do.
-    fn wait(&self, heard: &Receiver<Heard>) {
+    /// Sleeps until there may be something to do, `pause` at most.
+    fn wait(&self, heard: &Receiver<Heard>, idle: bool, pause: Duration) {
         let mut select = crossbeam_channel::Select::new();
         select.recv(heard);
         select.recv(&self.orders);
-        if !self.over && self.session.has_room() {
+        if idle && !self.over && !self.exhausted && self.session.has_room() {
             select.recv(&self.outlet.sealed);
         }
         // Ready or not, the loop looks at everything again.
-        let _ = select.ready_timeout(IDLE);
+        let _ = select.ready_timeout(pause);
     }
 }

@@ -4,8 +4,8 @@ use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use super::{
     SendOptions,
-    courier::LinkStatus,
     pace::{Pace, Reading},
+    status::LinkStatus,
     worker::WorkerStats,
 };
 use crate::{
@@ -324,6 +324,7 @@ impl<'a> Meter<'a> {
     pub(super) fn pausing(&mut self) {
         self.cutover.pausing = Some(self.clock.now());
         self.worker.guest_waits.store(true, Relaxed);
+        self.status.ahead.open();
         self.enter(Phase::Cutover);
     }
 

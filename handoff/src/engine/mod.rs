@@ -10,6 +10,7 @@
 //! The contract of [`send()`] in one line: the guest is **paused on success, resumed on failure**.
 
 mod accept;
+mod ahead;
 mod arriving;
 mod courier;
 mod decode;
@@ -20,6 +21,7 @@ mod options;
 mod pace;
 mod pipe;
 mod pipeline;
+mod press;
 mod reader;
 mod receive;
 mod run;
@@ -27,6 +29,7 @@ pub mod saved;
 mod send;
 mod sequence;
 mod settle;
+mod status;
 mod worker;
 
 pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
@@ -34,7 +37,7 @@ pub use options::{
     CONTENTS_BYTES, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions, Received,
     SendError, SendOptions, SendOutcome,
 };
-pub use pipeline::{MAX_WORKERS, PipelineOptions};
+pub use pipeline::{ENCODER_BYTES, MAX_WORKERS, PipelineOptions};
 pub use receive::receive;
 pub use saved::{inspect, restore, save};
 pub use send::send;

@@ -13,9 +13,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::{
     KeptReason, Limits,
-    courier::{LinkStatus, Notice, Order},
+    courier::{Notice, Order},
     meter::Meter,
     pipeline::{Feed, PipelineEnded},
+    status::LinkStatus,
     worker::Job,
 };
 use crate::{
@@ -80,11 +81,14 @@ impl Pipe<'_> {
 
     /// Waits until the link will run dry within its round trip and `ahead`.
     pub(super) fn drain(&mut self, ahead: Duration) -> Result<(), KeptReason> {
-        while self.backlog_bytes() > self.meter.low_water_bytes(ahead) {
+        loop {
+            let low = self.meter.low_water_bytes(ahead);
+            if self.backlog_bytes() <= low {
+                return Ok(());
+            }
             self.check()?;
             std::thread::sleep(DRAIN_TICK);
         }
-        Ok(())
     }
 
     /// Bytes on their way to the target; the most there can be while the pipeline holds work.
@@ -92,6 +96,7 @@ impl Pipe<'_> {
         if self.status.queued_jobs.load(Acquire) > 0 {
             return u64::MAX;
         }
+        self.status.refresh();
         let in_flight = self.status.in_flight_bytes.load(Relaxed);
         // What the link delivered waits at a target that is slower than the link.
         let unapplied = self.status.unapplied_bytes.load(Relaxed);

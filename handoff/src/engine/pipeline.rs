@@ -22,15 +22,24 @@ use guest_images::CHUNK_SIZE;
 
 use super::{
     courier::{Notice, Sealed},
+    press::Encoders,
     sequence::Sequencer,
-    worker::{Job, Worker, WorkerStats},
+    worker::{Job, Shared, Worker},
 };
-use crate::stage::{BatchLimits, Buffers, Sealer, pack::MAX_BATCH_BYTES};
+use crate::{
+    adapt::ModeChoice,
+    stage::{BatchLimits, Buffers, Sealer, pack::MAX_BATCH_BYTES},
+};
 
 /// The most workers that there can be.
 pub const MAX_WORKERS: usize = 16;
 /// Workers that there are by default, if there are as many cores.
 const DEFAULT_MOST_WORKERS: usize = 4;
+
+/// Jobs that no worker has in its hands: of bodies, and of segments that wait for the link.
+const QUEUED_JOBS: usize = 3;
+/// What the encoders of all workers may take together (ADR 0015).
+pub const ENCODER_BYTES: usize = 32 << 20;
 
 /// How the source's stages work together.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,8 +50,8 @@ pub struct PipelineOptions {
     pub batch_bytes: usize,
     /// The share of a core that each worker may use while the guest runs: the rest is the guest's.
     pub cpu_share: f64,
-    /// Whether the chunks of a round go in random order.
-    pub shuffle: bool,
+    /// Who says in which mode bodies are compressed.
+    pub choice: ModeChoice,
     /// One stage after the other for each batch, to measure what working at once brings.
     pub serial: bool,
 }
@@ -54,22 +63,29 @@ impl Default for PipelineOptions {
             workers: cores.min(DEFAULT_MOST_WORKERS),
             batch_bytes: BatchLimits::default().data_chunks * CHUNK_SIZE,
             cpu_share: 1.0,
-            shuffle: true,
+            choice: ModeChoice::default(),
             serial: false,
         }
     }
 }
 
 impl PipelineOptions {
-    /// Threads that compress.
+    /// Threads that compress: as many as are asked for and have memory for a forced mode.
     pub fn workers(&self) -> usize {
-        if self.serial { 1 } else { self.workers.clamp(1, MAX_WORKERS) }
+        let most = match self.choice {
+            _ if self.serial => 1,
+            ModeChoice::Auto => MAX_WORKERS,
+            ModeChoice::Fixed(mode) => {
+                ENCODER_BYTES.checked_div(mode.encoder_bytes()).unwrap_or(MAX_WORKERS)
+            }
+        };
+        self.workers.min(most).clamp(1, MAX_WORKERS)
     }
 
-    /// Jobs that can be in the pipeline: one in each worker's hands and one for it to go on with,
-    /// one that the engine is about to give, and one that waits for the link.
+    /// Jobs that can be in the pipeline: one in each worker's hands, and a few before and behind
+    /// them. Few, because what waits is old when it is sent.
     pub(super) fn tickets(&self) -> usize {
-        if self.serial { 1 } else { 2 * self.workers() + 2 }
+        if self.serial { 1 } else { self.workers() + QUEUED_JOBS }
     }
 
     /// Spare buffers: as many as there can be in the pipeline at once.
@@ -78,7 +94,7 @@ impl PipelineOptions {
     }
 
     pub(super) fn batch_limits(&self) -> BatchLimits {
-        BatchLimits { data_chunks: self.batch_bytes / CHUNK_SIZE, ..BatchLimits::default() }
+        BatchLimits::of_bytes(self.batch_bytes)
     }
 }
 
@@ -138,6 +154,7 @@ pub(super) struct Pipeline {
     sequencer: Arc<Sequencer>,
     workers: usize,
     cpu_share: f64,
+    samples: bool,
     buffers: Buffers,
 }
 
@@ -158,6 +175,7 @@ impl Pipeline {
             sequencer: Arc::new(Sequencer::new(sealer, sealed)),
             workers: options.workers(),
             cpu_share: options.cpu_share,
+            samples: options.choice == ModeChoice::Auto,
             buffers,
         };
         let feed = Feed { jobs, tickets: tickets_rx, next: 0 };
@@ -170,16 +188,20 @@ impl Pipeline {
         self,
         scope: &'scope Scope<'scope, '_>,
         notices: &Sender<Notice>,
-        stats: &'scope WorkerStats,
+        with: Shared<'scope>,
     ) {
+        let encoders = Encoders::new(ENCODER_BYTES);
         for _ in 0..self.workers {
             let worker = Worker {
                 jobs: self.jobs.clone(),
                 sequencer: Arc::clone(&self.sequencer),
                 notices: notices.clone(),
-                stats,
+                with,
                 buffers: self.buffers.clone(),
+                encoders: encoders.clone(),
                 cpu_share: self.cpu_share,
+                workers: self.workers,
+                samples: self.samples,
             };
             scope.spawn(move || worker.run());
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{KeptReason, SendError, SendOptions, SendOutcome, pipe::Pipe, worker::Job};
 use crate::{
     Bases, ChunkSet, Geometry, SourceVm,
-    order::RoundOrder,
+    order::{RoundOrder, Sequence},
     ownership::{
         Guest, Journal, Question,
         source::{self, Event},
@@ -128,9 +128,9 @@ impl Run<'_> {
         self.round += 1;
         self.pipe.meter.round_begins(self.round, set.len());
         self.outbound.begin(self.round);
-        let mut order = match self.options.pipeline.shuffle {
-            true => RoundOrder::shuffled(set, rand::random()),
-            false => RoundOrder::ascending(set),
+        let mut order = match self.options.order {
+            Sequence::Random => RoundOrder::shuffled(set, rand::random()),
+            Sequence::Ascending => RoundOrder::ascending(set),
         };
         let mut groups = 0u64;
         loop {

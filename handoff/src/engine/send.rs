@@ -6,15 +6,17 @@ use crossbeam_channel::unbounded;
 
 use super::{
     KeptReason, Limits, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
-    courier::{Courier, LinkStatus, Order},
+    courier::{Courier, Order},
     meter::Meter,
     pipe::{Pipe, Word},
     pipeline::Pipeline,
     run::{HeldGuest, Run, failed, outbound},
-    worker::{Job, WorkerStats},
+    status::LinkStatus,
+    worker::{Job, Shared, WorkerStats},
 };
 use crate::{
     Bases, ChunkSet, Clock, Connect, Offer, SourceVm,
+    adapt::{AdaptOptions, Adapter},
     ownership::{
         HandoffId, Journal, Question, Verdict,
         source::{self, Event},
@@ -65,6 +67,7 @@ pub fn send<C: Connect + Send>(
     let mut guest = HeldGuest { vm, tracking: false, paused: false };
     let (status, worker) = (LinkStatus::default(), WorkerStats::default());
     let base_id = bases.own().id().to_string();
+    let adapter = Adapter::new(AdaptOptions::new(options.pipeline.choice, clock.now()));
     let mut meter = Meter::new(handoff, options, progress, (&status, &worker), clock);
     meter.durable_took(durable_took);
     let hello = match hello(&mut guest, &bases, handoff, options) {
@@ -81,8 +84,10 @@ pub fn send<C: Connect + Send>(
         let (orders, orders_rx) = unbounded();
         let (notices, notices_rx) = unbounded();
         let (status, worker, limits) = (&status, &worker, &options.limits);
-        pipeline.start(scope, &notices, worker);
-        let session = SourceSession::new(hello, limits.silence, limits.ping_every);
+        let with = Shared { adapter: &adapter, ahead: &status.ahead, stats: worker, clock };
+        pipeline.start(scope, &notices, with);
+        let session = SourceSession::new(hello, limits.silence, limits.ping_every)
+            .with_buffers(buffers.clone());
         let mut courier = Courier {
             session,
             connect,
@@ -94,8 +99,8 @@ pub fn send<C: Connect + Send>(
             clock,
             committed: false,
             over: false,
+            exhausted: false,
             submitted_bytes: 0,
-            reading: None,
         };
         scope.spawn(move || courier.run());
         let applied = (clock.now(), 0);

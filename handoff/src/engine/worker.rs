@@ -12,12 +12,16 @@ use std::{
 use crossbeam_channel::{Receiver, Sender};
 
 use super::{
+    ahead::Ahead,
     courier::Notice,
+    press::{Encoders, Press},
     sequence::{Made, Sequencer},
 };
 use crate::{
+    Clock,
+    adapt::{Adapter, Trial},
     root::StateRoot,
-    stage::{Buffers, Codec, Compressor, CpuWatch, Mode, Packed, SegmentKind, Share, SharedShare},
+    stage::{Buffers, Mode, SegmentKind, Share, SharedShare, seal::SEGMENT_OVERHEAD},
 };
 
 /// The smallest share of a core that a worker can be held to: it must get on at all.
@@ -66,44 +70,122 @@ pub(super) struct Worker<'a> {
     pub(super) jobs: Receiver<(u64, Job)>,
     pub(super) sequencer: Arc<Sequencer>,
     pub(super) notices: Sender<Notice>,
-    pub(super) stats: &'a WorkerStats,
+    pub(super) with: Shared<'a>,
     pub(super) buffers: Buffers,
+    pub(super) encoders: Encoders,
     /// Share of a core that it may use while the guest runs.
     pub(super) cpu_share: f64,
+    /// How many workers there are.
+    pub(super) workers: usize,
+    /// Whether other modes are tried besides the one chosen.
+    pub(super) samples: bool,
+}
+
+/// What all workers look at.
+#[derive(Clone, Copy)]
+pub(super) struct Shared<'a> {
+    pub(super) adapter: &'a Adapter,
+    pub(super) ahead: &'a Ahead,
+    pub(super) stats: &'a WorkerStats,
+    pub(super) clock: &'a dyn Clock,
+}
+
+/// The newest body that a worker has seen, to try other modes on.
+struct Tried {
+    body: Vec<u8>,
+    sent: Trial,
 }
 
 impl Worker<'_> {
     /// Works until there are no more jobs, or nobody takes what it makes.
     pub(super) fn run(self) {
         let ending = Ending(&self.sequencer, &self.notices);
-        match self.work() {
-            Ok(()) => {}
-            Err(why) => ending.fail(why),
+        if let Err(why) = self.work() {
+            ending.fail(why);
         }
     }
 
     fn work(&self) -> Result<(), String> {
-        let mut press = Press::default();
-        for (number, job) in &self.jobs {
-            let mut used_ns = 0;
-            let made = match job {
-                Job::Prepare(root, full_hash) => Made::Prepare(root, full_hash),
+        let mut press = Press::new(self.encoders.clone());
+        let mut tried: Option<Tried> = None;
+        let mut failed = None;
+        while let Some((number, job)) = self.with.ahead.next(&self.jobs, || {
+            failed = failed.take().or(self.sample(&mut press, tried.as_ref(), true).err());
+        }) {
+            if let Some(why) = failed.take() {
+                return Err(why);
+            }
+            let (made, done) = match job {
+                Job::Prepare(root, full_hash) => (Made::Prepare(root, full_hash), None),
                 Job::Body { round, kind, body, chunks } => {
-                    let mut watch = CpuWatch::start();
-                    let bytes_in = body.len() as u64;
-                    let packed = press.pack(Mode::DEFAULT, body, &self.buffers)?;
-                    used_ns = watch.lap_ns();
-                    let bytes_out = packed.payload.len() as u64;
-                    let share = Share { chunks, bytes_in, bytes_out, cpu_ns: used_ns };
-                    self.stats.compress.add(share);
-                    Made::Packed { round, kind, packed, chunks }
+                    let mode = press.allowed(self.choose(body.len()));
+                    let raw = (mode == Mode::NONE && self.samples).then(|| body.clone());
+                    let mut spent = raw;
+                    let keep = |body| spent = Some(body);
+                    let (packed, trial) = press.pack(mode, body, &self.buffers, keep)?;
+                    let trial = self.enter(trial, chunks);
+                    if let Some(body) = spent {
+                        self.keep(&mut tried, Tried { body, sent: trial });
+                    }
+                    (Made::Packed { round, kind, packed, chunks }, Some(trial))
                 }
             };
-            if !self.sequencer.put(number, made, self.stats) {
+            let bytes = |made: &Made| match made {
+                Made::Packed { packed, .. } => (SEGMENT_OVERHEAD + packed.payload.len()) as u64,
+                Made::Prepare(..) => 0,
+            };
+            self.with.ahead.made(done.map(|trial| (trial.took, bytes(&made))));
+            if !self.sequencer.put(number, made, self.with.stats) {
                 return Ok(());
             }
-            self.rest(Duration::from_nanos(used_ns));
+            if let Some(trial) = done {
+                self.sample(&mut press, tried.as_ref(), false)?;
+                self.rest(trial.cpu);
+            }
         }
+        Ok(())
+    }
+
+    fn choose(&self, body_bytes: usize) -> Mode {
+        let view = self.with.ahead.view(body_bytes, self.jobs.len(), self.workers);
+        self.with.adapter.choose(self.with.clock.now(), &view)
+    }
+
+    /// Takes note of what a body took. The rest that follows belongs to it.
+    fn enter(&self, trial: Trial, chunks: u64) -> Trial {
+        let Trial { bytes_in, bytes_out, cpu, .. } = trial;
+        let cpu_ns = u64::try_from(cpu.as_nanos()).unwrap_or(u64::MAX);
+        self.with.stats.compress.add(Share { chunks, bytes_in, bytes_out, cpu_ns });
+        let rests = match self.with.stats.guest_waits.load(Relaxed) {
+            true => Duration::ZERO,
+            false => rest_after(cpu, self.cpu_share),
+        };
+        let trial = Trial { took: trial.took + rests, ..trial };
+        self.with.adapter.measured(self.with.clock.now(), trial);
+        trial
+    }
+
+    /// Keeps the newest body as long as another mode may be tried on it.
+    fn keep(&self, tried: &mut Option<Tried>, newest: Tried) {
+        let gone = match self.samples {
+            true => tried.replace(newest).map(|tried| tried.body),
+            false => Some(newest.body),
+        };
+        if let Some(body) = gone {
+            self.buffers.give(body);
+        }
+    }
+
+    /// Tries a mode on the newest body, if the adapter asks for it.
+    fn sample(&self, press: &mut Press, tried: Option<&Tried>, idle: bool) -> Result<(), String> {
+        let Some(Tried { body, sent }) = tried else { return Ok(()) };
+        let now = self.with.clock.now();
+        let Some(sample) = self.with.adapter.wants_sample(now, idle) else { return Ok(()) };
+        let piece = body.get(..sample.most_bytes).unwrap_or(body);
+        let nothing = Trial { mode: sample.mode, bytes_in: 0, bytes_out: 0, ..*sent };
+        let trial = press.try_out(sample.mode, piece)?.unwrap_or(nothing);
+        self.with.adapter.sampled(self.with.clock.now(), trial, *sent);
+        self.rest(trial.cpu);
         Ok(())
     }
 
@@ -111,43 +193,13 @@ impl Worker<'_> {
     fn rest(&self, used: Duration) {
         let owed = rest_after(used, self.cpu_share);
         let until = Instant::now() + owed;
-        while !self.stats.guest_waits.load(Relaxed) {
+        while !self.with.stats.guest_waits.load(Relaxed) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }
             std::thread::sleep(left.min(LONGEST_REST));
         }
-    }
-}
-
-/// A compressor, and the buffer that it compresses into: as large as it may need.
-#[derive(Default)]
-struct Press {
-    compressor: Compressor,
-    scratch: Vec<u8>,
-}
-
-impl Press {
-    /// Compresses a body into a buffer no larger than it must be: many of them wait to be
-    /// acknowledged.
-    fn pack(&mut self, mode: Mode, body: Vec<u8>, buffers: &Buffers) -> Result<Packed, String> {
-        let raw_len = u32::try_from(body.len()).map_err(|e| e.to_string())?;
-        if mode == Mode::NONE {
-            return Ok(Packed { codec: Codec::Raw, raw_len, payload: body });
-        }
-        let codec = self.compressor.compress(mode, &body, &mut self.scratch);
-        let codec = codec.map_err(|e| e.to_string())?;
-        let payload = match codec {
-            Codec::Raw => body,
-            _ => {
-                buffers.give(body);
-                let mut payload = buffers.take(self.scratch.len());
-                payload.extend_from_slice(&self.scratch);
-                payload
-            }
-        };
-        Ok(Packed { codec, raw_len, payload })
     }
 }
 

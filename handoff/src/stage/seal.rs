@@ -147,9 +147,14 @@ impl Segment {
     /// Appends its encoding.
     pub fn encode_into(&self, out: &mut Vec<u8>) {
         out.reserve(self.encoded_len());
+        self.encode_head_into(out);
+        out.extend_from_slice(&self.payload);
+    }
+
+    /// Appends what of its encoding comes before the payload: [`SEGMENT_OVERHEAD`] bytes.
+    pub(crate) fn encode_head_into(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.head());
         out.extend_from_slice(&self.chain);
-        out.extend_from_slice(&self.payload);
     }
 
     /// Reads one segment, which must be all of `bytes`.

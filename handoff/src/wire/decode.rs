@@ -85,6 +85,17 @@ fn limit(kind: u8) -> Result<usize, WireError> {
     }
 }
 
+/// Appends a segment's frame to `out`, but for the payload: that comes right behind.
+pub(super) fn encode_segment_head(segment: &Segment, out: &mut Vec<u8>) -> Result<(), WireError> {
+    let (kind, length, limit) = (kind::SEGMENT, segment.encoded_len(), MAX_SEGMENT_BYTES);
+    let too_long = WireError::TooLong { kind, length: length as u64, limit };
+    let short = u32::try_from(length).ok().filter(|_| length <= limit).ok_or(too_long)?;
+    out.extend_from_slice(&short.to_le_bytes());
+    out.push(kind);
+    segment.encode_head_into(out);
+    Ok(())
+}
+
 /// Appends the frame's bytes to `out`.
 ///
 /// A frame that breaks a limit of its own type cannot be sent: an error, and `out` is unchanged.

@@ -1,8 +1,12 @@
 //! Frames over blocking byte streams.
 
-use std::io::{self, Read, Write};
+use std::{
+    io::{self, IoSlice, Read, Write},
+    sync::Arc,
+};
 
-use super::{Decoder, Frame, WireError, encode};
+use super::{Decoder, Frame, WireError, decode::encode_segment_head, encode};
+use crate::stage::Segment;
 
 /// Bytes asked for in one read.
 const READ_BYTES: usize = 64 << 10;
@@ -75,8 +79,77 @@ pub fn write_frame(
     scratch: &mut Vec<u8>,
 ) -> io::Result<u64> {
     scratch.clear();
-    encode(frame, scratch).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    encode(frame, scratch).map_err(unfit)?;
     stream.write_all(scratch)?;
     stream.flush()?;
     Ok(scratch.len() as u64)
+}
+
+/// Writes frames piece by piece, so that its owner can look at other things in between. A segment's
+/// payload goes out from where it is.
+#[derive(Debug, Default)]
+pub struct FrameWriter {
+    /// A small frame, or what comes before the payload.
+    head: Vec<u8>,
+    segment: Option<Arc<Segment>>,
+    written: usize,
+}
+
+impl FrameWriter {
+    /// Bytes of the present frame that are not written.
+    pub fn left(&self) -> usize {
+        let payload = self.segment.as_ref().map_or(0, |segment| segment.payload.len());
+        self.head.len() + payload - self.written
+    }
+
+    /// Whether the present frame is a segment's.
+    pub fn is_segment(&self) -> bool {
+        self.segment.is_some()
+    }
+
+    /// Begins with a frame. What was left of the one before is dropped.
+    pub fn put(&mut self, frame: &Frame) -> io::Result<()> {
+        self.clear();
+        encode(frame, &mut self.head).map_err(unfit)
+    }
+
+    /// Begins with the frame of a segment.
+    pub fn put_segment(&mut self, segment: Arc<Segment>) -> io::Result<()> {
+        self.clear();
+        encode_segment_head(&segment, &mut self.head).map_err(unfit)?;
+        self.segment = Some(segment);
+        Ok(())
+    }
+
+    fn clear(&mut self) {
+        self.head.clear();
+        self.segment = None;
+        self.written = 0;
+    }
+
+    /// Writes a piece of no more than `most` bytes; how many were taken.
+    pub fn write(&mut self, stream: &mut impl Write, most: usize) -> io::Result<usize> {
+        let payload = self.segment.as_ref().map_or(&[][..], |segment| &segment.payload);
+        let head = self.head.get(self.written..).unwrap_or_default();
+        let from = self.written.saturating_sub(self.head.len());
+        let rest = payload.get(from..).unwrap_or_default();
+        let head = head.get(..most).unwrap_or(head);
+        let rest = rest.get(..most - head.len()).unwrap_or(rest);
+        let taken = match stream.write_vectored(&[IoSlice::new(head), IoSlice::new(rest)]) {
+            Ok(0) if head.len() + rest.len() > 0 => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(taken) => taken,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            Err(e) => return Err(e),
+        };
+        self.written += taken;
+        if self.left() == 0 {
+            self.clear();
+            stream.flush()?;
+        }
+        Ok(taken)
+    }
+}
+
+fn unfit(error: WireError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, error)
 }

@@ -14,7 +14,7 @@ pub use frame::{
     Ack, Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_MAX, VERSION_MIN,
     Versions, Welcome,
 };
-pub use io::{FrameReader, ReadError, write_frame};
+pub use io::{FrameReader, FrameWriter, ReadError, write_frame};
 
 /// What every link begins with, inside the first frame.
 pub const MAGIC: [u8; 8] = *b"howdah/h";

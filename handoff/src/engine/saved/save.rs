@@ -8,18 +8,21 @@ use std::{
 use super::{
     super::{
         MAX_MACHINE_STATE_BYTES, PipelineOptions,
+        ahead::Ahead,
         courier::{Notice, Sealed},
         pipeline::{Feed, Outlet, Pipeline},
-        worker::{Job, WorkerStats},
+        worker::{Job, Shared, WorkerStats},
     },
     format::{Head, Writer},
 };
 use crate::{
     Bases, ChunkSet, Clock, Offer, SourceVm, Space, StateTable,
+    adapt::{AdaptOptions, Adapter, ModeChoice},
     order::RoundOrder,
     report::{StageShare, class_shares, millis, stage_shares},
     stage::{
-        Buffers, ClassifyError, Outbound, SegmentKind, Stage, StageOptions, pack::MAX_BATCH_BYTES,
+        Buffers, ClassifyError, Mode, Outbound, SegmentKind, Stage, StageOptions,
+        pack::MAX_BATCH_BYTES,
     },
     vm::VmError,
 };
@@ -92,7 +95,7 @@ pub fn save(
 ) -> Result<Saved, SaveError> {
     let started = clock.now();
     let changed = vm.start_tracking().map_err(failed("finding what changed"))?;
-    let saved = save_changed(vm, bases, vm_name, machine, stages, out, &changed);
+    let saved = save_changed(vm, bases, vm_name, machine, stages, out, &changed, clock);
     // What was read is on its way already; a VM that stays here needs no tracking.
     let stopped = vm.stop_tracking().map_err(failed("ending to track changes"));
     let mut saved = saved?;
@@ -105,6 +108,7 @@ fn failed(doing: &'static str) -> impl FnOnce(VmError) -> SaveError {
     move |source| SaveError::Vm { doing, source }
 }
 
+#[allow(clippy::too_many_arguments)]
 fn save_changed(
     vm: &mut dyn SourceVm,
     bases: Bases,
@@ -113,6 +117,7 @@ fn save_changed(
     stages: StageOptions,
     out: impl Write + Send,
     changed: &ChunkSet,
+    clock: &dyn Clock,
 ) -> Result<Saved, SaveError> {
     let offer = Offer {
         vm_name: vm_name.to_owned(),
@@ -126,14 +131,20 @@ fn save_changed(
     let head = Head::new(&offer)?;
     let writer = Writer::new(out, &head)?;
     let stats = WorkerStats::default();
-    let options = PipelineOptions::default();
+    // The guest waits for it, and no link does: there is nothing to adapt to.
+    let choice = ModeChoice::Fixed(Mode::DEFAULT);
+    let options = PipelineOptions { choice, ..PipelineOptions::default() };
     let buffers = options.buffers();
     let (mut feed, pipeline, outlet) = Pipeline::new(&options, head.sealer(), buffers.clone());
     let (notices, notices_rx) = crossbeam_channel::unbounded();
     let outbound = Outbound::new(bases, vm.geometry(), stages);
     let mut outbound = outbound.with_buffers(buffers.clone());
+    // A file takes all there is.
+    let (adapter, ahead) =
+        (Adapter::new(AdaptOptions::new(options.choice, clock.now())), Ahead::default());
+    let with = Shared { adapter: &adapter, ahead: &ahead, stats: &stats, clock };
     let (packed, written) = thread::scope(|scope| {
-        pipeline.start(scope, &notices, &stats);
+        pipeline.start(scope, &notices, with);
         let written = scope.spawn(move || write(writer, &outlet, &buffers));
         let packed = pack(vm, &mut outbound, changed, &mut feed);
         // The workers and then the writer end with what they take from.
