@@ -111,7 +111,10 @@ pub fn send<C: Connect + Send>(
         let outbound = outbound(&bases, guest.vm.geometry(), options, &buffers);
         let mut run =
             Run { guest, pipe, outbound, buffers, journal, options, bases, handoff, round: 0 };
-        match walk(&mut run) {
+        let walked = walk(&mut run);
+        // Nothing waits for the link any more: workers that did can end.
+        run.pipe.status.ahead.open();
+        match walked {
             Ok(settled) => settle(&mut run, settled),
             Err(reason) => {
                 let words = reason.to_string();
