@@ -6,7 +6,10 @@ use ::handoff::{
     ChunkId, ChunkSet, Geometry, SourceVm, Space, TargetVm,
     vm::{DiskFlusher, VmError},
 };
-use guest_images::{Chunk, overlay::Overlay};
+use guest_images::{
+    Chunk,
+    overlay::{ChunkIo, Means, Overlay},
+};
 
 use crate::{
     machine::{MachineError, Paused, Prepared, Running, Vm, VmConfig, full_hash},
@@ -56,17 +59,19 @@ pub struct VmSource {
     /// `None` only while a transition consumes it.
     vm: Option<AnyVm>,
     geometry: Geometry,
+    /// Reads the disk, from when it is first needed.
+    disk: Option<ChunkIo>,
 }
 
 impl VmSource {
     /// A running machine to be sent away.
     pub fn new(vm: Vm<Running>) -> Self {
-        Self { geometry: vm.geometry(), vm: Some(AnyVm::Running(vm)) }
+        Self { geometry: vm.geometry(), vm: Some(AnyVm::Running(vm)), disk: None }
     }
 
     /// A machine that is paused already.
     pub fn from_paused(vm: Vm<Paused>) -> Self {
-        Self { geometry: vm.geometry(), vm: Some(AnyVm::Paused(vm)) }
+        Self { geometry: vm.geometry(), vm: Some(AnyVm::Paused(vm)), disk: None }
     }
 
     /// Gives the machine back, as it is.
@@ -81,6 +86,20 @@ impl VmSource {
 
     fn get(&mut self) -> Result<&mut AnyVm, OutOfTurn> {
         self.vm.as_mut().ok_or(OutOfTurn::Gone)
+    }
+
+    /// Reads chunks of the disk, many at a time. `ids` are all of the disk.
+    fn read_disk(&mut self, ids: &[ChunkId], into: &mut [Chunk]) -> Result<(), VmError> {
+        if self.disk.is_none() {
+            let disk = either!(self.get()?, vm => vm.disk().cloned());
+            let first = ids.first().map_or(0, |id| id.index);
+            self.disk = Some(ChunkIo::new(disk.ok_or(MachineError::NoDisk(first))?));
+        }
+        let indices: Vec<u64> = ids.iter().map(|id| id.index).collect();
+        match &mut self.disk {
+            Some(disk) => Ok(disk.read(&indices, into)?),
+            None => Ok(()),
+        }
     }
 
     fn paused(&mut self) -> Result<&mut Vm<Paused>, OutOfTurn> {
@@ -122,6 +141,22 @@ impl SourceVm for VmSource {
 
     fn read_chunk(&mut self, id: ChunkId, into: &mut Chunk) -> Result<(), VmError> {
         Ok(either!(self.get()?, vm => vm.read_chunk(id, into))?)
+    }
+
+    fn read_chunks(&mut self, ids: &[ChunkId], into: &mut [Chunk]) -> Result<(), VmError> {
+        let mut into = into;
+        for stretch in ids.chunk_by(|one, next| one.space == next.space) {
+            let (now, later) = into.split_at_mut(stretch.len().min(into.len()));
+            into = later;
+            if stretch.first().is_some_and(|id| id.space == Space::Disk) {
+                self.read_disk(stretch, now)?;
+                continue;
+            }
+            for (id, into) in stretch.iter().zip(now) {
+                self.read_chunk(*id, into)?;
+            }
+        }
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
@@ -187,6 +222,8 @@ pub struct IncomingVm {
     /// Given up by `discard`.
     ram: Option<GuestRam>,
     disk: Option<Arc<Overlay>>,
+    /// Writes the disk, many chunks at a time.
+    disk_io: Option<ChunkIo>,
 }
 
 impl std::fmt::Debug for IncomingVm {
@@ -208,7 +245,8 @@ impl IncomingVm {
         let ram = memory::map(config.base_memory.as_deref(), profile.memory_bytes)?;
         let disk = config.disk.clone();
         let prepared = Prepared::new(config, profile, ram.clone())?;
-        Ok(Self { stage: Stage::Receiving(Box::new(prepared)), ram: Some(ram), disk })
+        let disk_io = disk.clone().map(|disk| ChunkIo::by(disk, Means::Calls, Means::Calls));
+        Ok(Self { stage: Stage::Receiving(Box::new(prepared)), ram: Some(ram), disk, disk_io })
     }
 
     /// How many chunks RAM and disk have.
@@ -254,6 +292,21 @@ impl TargetVm for IncomingVm {
             Space::Disk => self.disk(id.index)?.write_chunk(id.index, chunk)?,
         }
         Ok(())
+    }
+
+    fn write_chunks(&mut self, chunks: &[(ChunkId, &Chunk)]) -> Result<(), VmError> {
+        let mut disk: Vec<(u64, &Chunk)> = Vec::with_capacity(chunks.len());
+        for (id, chunk) in chunks {
+            match id.space {
+                Space::Ram => memory::write_chunk(self.ram()?, id.index, chunk)?,
+                Space::Disk => disk.push((id.index, chunk)),
+            }
+        }
+        match (disk.first(), &mut self.disk_io) {
+            (None, _) => Ok(()),
+            (_, Some(io)) => Ok(io.write(&disk)?),
+            (Some((first, _)), None) => Err(MachineError::NoDisk(*first).into()),
+        }
     }
 
     fn reset_chunk(&mut self, id: ChunkId) -> Result<(), VmError> {
@@ -330,5 +383,6 @@ impl TargetVm for IncomingVm {
         self.stage = Stage::Gone;
         self.ram = None;
         self.disk = None;
+        self.disk_io = None;
     }
 }

@@ -52,6 +52,7 @@
 //! reader that races with the writer may see a chunk half old, half new; dirty tracking makes the
 //! engine read it again. Across processes a lock on `disk.map` keeps a second writer out.
 
+mod batched;
 mod export;
 mod flush;
 mod map;
@@ -76,6 +77,7 @@ use std::{
 use nix::fcntl::{FallocateFlags, fallocate};
 
 pub use self::{
+    batched::{ChunkIo, Means},
     flush::DirtyMap,
     map::{ChunkState, HeaderError, MAP_VERSION, MapPage},
     open::{DATA_FILE, MAP_FILE},
@@ -268,14 +270,20 @@ impl Overlay {
 
     /// Writes one whole chunk. Bytes behind the disk's end must be zero.
     pub fn write_chunk(&self, chunk: u64, content: &Chunk) -> Result<(), OverlayError> {
+        let offset = self.check_content(chunk, content)?;
+        self.write_data(offset, content)?;
+        self.mark(chunk, ChunkState::Data);
+        Ok(())
+    }
+
+    /// Whether a chunk may hold this; gives its place in the data file.
+    fn check_content(&self, chunk: u64, content: &Chunk) -> Result<u64, OverlayError> {
         let offset = self.chunk_offset(chunk)?;
         let inside = (self.disk_bytes - offset).min(CHUNK_BYTES) as usize;
         if content[inside..].iter().any(|byte| *byte != 0) {
             return Err(OverlayError::Padding { chunk, disk_bytes: self.disk_bytes });
         }
-        self.write_data(offset, content)?;
-        self.mark(chunk, ChunkState::Data);
-        Ok(())
+        Ok(offset)
     }
 
     /// Makes one chunk zero and gives its space back.
@@ -409,16 +417,24 @@ impl Overlay {
         offset: u64,
         into: &mut [u8],
     ) -> Result<(), OverlayError> {
-        match state {
-            ChunkState::Zero => into.fill(0),
-            ChunkState::Data => {
-                self.data.read_exact_at(into, offset).map_err(self.io("reading", DATA_FILE))?
+        let read = match state {
+            ChunkState::Zero => {
+                into.fill(0);
+                Ok(())
             }
-            ChunkState::Base => self.base.read_disk_at(offset, into).map_err(|source| {
-                OverlayError::Io { what: "reading", path: self.base.dir().join("disk.raw"), source }
-            })?,
-        }
-        Ok(())
+            ChunkState::Data => self.data.read_exact_at(into, offset),
+            ChunkState::Base => self.base.read_disk_at(offset, into),
+        };
+        read.map_err(|source| self.read_failed(state, source))
+    }
+
+    /// A read of chunks in `state` failed.
+    fn read_failed(&self, state: ChunkState, source: io::Error) -> OverlayError {
+        let path = match state {
+            ChunkState::Base => self.base.dir().join("disk.raw"),
+            ChunkState::Data | ChunkState::Zero => self.dir.join(DATA_FILE),
+        };
+        OverlayError::Io { what: "reading", path, source }
     }
 
     fn write_data(&self, offset: u64, bytes: &[u8]) -> Result<(), OverlayError> {

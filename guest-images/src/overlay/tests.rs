@@ -1,5 +1,6 @@
 //! Tests of the overlay: what each operation does, what is refused, and crashes against an oracle.
 
+mod batched;
 mod crash;
 
 use std::{
