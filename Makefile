@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test handoff-perf unit bench lint deny setup build kernel images perf-images clean
+.PHONY: help demo test handoff-test handoff-perf traces unit bench lint deny setup build kernel images perf-images clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -19,6 +19,11 @@ handoff-test: build images ## every scenario of tests/scenarios/handoff on real 
 
 handoff-perf: build perf-images ## what handoffs cost: every scenario of tests/scenarios/perf; results in target/lab/handoff-perf.json
 	$(LAB) run --isolate --memory-mib 10240 --timeout-s 600 --report target/lab/handoff-perf.json tests/scenarios/perf/*.toml
+
+traces: build perf-images ## what the lab's applications change, and when: target/traces/*.trace, for `howdah trace play` and bench
+	$(LAB) run --isolate --memory-mib 10240 --timeout-s 600 --report target/lab/traces.json tests/scenarios/traces/*.toml
+	mkdir -p target/traces
+	cp target/lab/trace-*/*.trace target/traces/
 
 unit: setup ## unit and property tests
 	cargo test --workspace

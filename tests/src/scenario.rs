@@ -241,6 +241,16 @@ pub(crate) enum Step {
         /// How often.
         times: u32,
     },
+    /// Record what the guest on A changes: `NAME.trace` in the scenario's directory.
+    Record {
+        /// What the trace is called.
+        name: String,
+        /// For how long.
+        for_s: u64,
+        /// How often to look at what changed.
+        #[serde(default = "every_100_ms")]
+        every_ms: u64,
+    },
     /// Hand the guest off.
     Handoff {
         /// From where.
@@ -301,6 +311,10 @@ pub(crate) enum Step {
         /// The cloudlet.
         on: Side,
     },
+}
+
+fn every_100_ms() -> u64 {
+    100
 }
 
 /// How a handoff must end.

@@ -223,6 +223,16 @@ impl Cloudlet {
         Ok(())
     }
 
+    /// Records what the guest changes; what howdah says of it.
+    pub(crate) fn record(&self, to: &Path, for_s: u64, every_ms: u64) -> Result<Value> {
+        let (file, for_text, every) =
+            (to.to_string_lossy(), for_s.to_string(), every_ms.to_string());
+        let mut args = vec!["--json", "trace", "record", VM, "--for-s", &for_text];
+        args.extend(["--every-ms", &every, "-o", &file]);
+        let ended = self.howdah_within(Duration::from_secs(for_s) + BUILDS, &args)?;
+        serde_json::from_str(&ended.stdout).context("howdah trace record printed no JSON")
+    }
+
     /// Starts `howdah receive`, and waits until it listens.
     pub(crate) fn receive(&self) -> Result<Running> {
         let listen = format!("{}:{PORT}", self.side.address());

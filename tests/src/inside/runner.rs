@@ -203,6 +203,17 @@ impl<'a> Stage<'a> {
                 }
                 Ok(())
             }
+            Step::Record { name, for_s, every_ms } => {
+                self.narrator.say(&format!("what the guest changes is recorded for {for_s} s"));
+                let file = self.logs.join(format!("{name}.trace"));
+                let said = self.a.record(&file, *for_s, *every_ms)?;
+                for figure in ["bytes", "changes", "changed_chunks", "duration_s"] {
+                    let value = said.get(figure).and_then(Value::as_f64);
+                    let value = value.with_context(|| format!("no {figure} of the trace"))?;
+                    self.outcome.figure(format!("{name}.{figure}"), value);
+                }
+                Ok(())
+            }
             Step::Handoff { background, .. } => {
                 self.hand_off(step)?;
                 if *background { Ok(()) } else { self.finish_handoff() }
