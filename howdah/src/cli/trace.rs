@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Subcommand};
+use handoff::adapt::ModeChoice;
 
 use super::{EncodeArgs, PaceArgs};
 use crate::home::VmName;
@@ -81,6 +82,9 @@ pub(crate) struct PlayPipelineArgs {
     /// Threads that compress [default: one for each core, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) workers: Option<u8>,
+    /// How bodies are encoded: auto, none, lz4, zstd:N, xz:N, gzip:N or bzip2:N
+    #[arg(long, default_value_t, value_name = "MODE")]
+    pub(crate) mode: ModeChoice,
     /// One stage after the other, to measure what working at once brings
     #[arg(long)]
     pub(crate) serial: bool,

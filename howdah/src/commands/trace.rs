@@ -217,6 +217,7 @@ fn send_options(args: &PlayArgs) -> SendOptions {
     options.policy.throttle = args.pace.throttle;
     options.order = args.pace.order;
     options.stages = Encode::from(args.encode.clone()).options();
+    options.pipeline.choice = args.pipeline.mode;
     options.pipeline.serial = args.pipeline.serial;
     if let Some(workers) = args.pipeline.workers {
         options.pipeline.workers = workers.into();
