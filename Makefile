@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test handoff-perf traces unit bench lint deny setup build kernel images perf-images clean
+.PHONY: help demo test handoff-test handoff-perf traces unit soak bench lint deny setup build kernel images perf-images clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -27,6 +27,10 @@ traces: build perf-images ## what the lab's applications change, and when: targe
 
 unit: setup ## unit and property tests
 	cargo test --workspace
+
+soak: setup ## 10,000 random segments, whole and damaged, and the engine's tests, under address sanitizer (x86-64)
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/soak \
+		cargo test --target x86_64-unknown-linux-gnu -p handoff --test soak --test engine -- --include-ignored --nocapture
 
 bench: setup ## the engine's stages against memcmp, BLAKE3 and zstd; results in target/bench/engine.json
 	cargo run --release --quiet --package howdah-bench

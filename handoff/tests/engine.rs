@@ -21,10 +21,11 @@ use handoff::{
         SendOutcome, accept, receive, recover, send, send_resume,
     },
     ownership::{Journal, Record, State, Tenure, VmId},
-    sim::{Fault, LinkShape, Rate, Shape, SimConnect},
+    sim::{Fault, LinkShape, Outage, Rate, Shape, SimConnect},
     tcp::{MonotonicClock, TcpConnect, accept_tcp},
     wire::{VERSION_MAX, Versions},
 };
+use proptest::prelude::*;
 use sim::{Host, HostFaults, Runners, Source, Target, base};
 
 type Outcome = Result<Received<Target>, ReceiveError>;
@@ -69,12 +70,14 @@ fn target_side<L: Transport + Send + 'static>(
     links: crossbeam_channel::Receiver<L>,
     path: PathBuf,
     mut host: Host,
+    workers: usize,
 ) -> JoinHandle<Vec<Outcome>> {
     thread::spawn(move || {
         let clock = MonotonicClock::default();
         let mut outcomes = Vec::new();
         let mut options = ReceiveOptions::new("source");
         options.limits = limits();
+        options.workers = workers;
         while let Ok(link) = links.recv() {
             let Ok(first) = accept(link, &limits(), &clock) else { continue };
             if !first.is_new() {
@@ -106,12 +109,22 @@ fn target_side<L: Transport + Send + 'static>(
 }
 
 fn pair(faults: &[Fault], host_faults: HostFaults, writes_per_s: u64) -> Pair {
+    pair_over(LinkShape::unlimited(), faults, host_faults, writes_per_s, 2)
+}
+
+fn pair_over(
+    shape: LinkShape,
+    faults: &[Fault],
+    host_faults: HostFaults,
+    writes_per_s: u64,
+    workers: usize,
+) -> Pair {
     let (base, runners) = (base(), Runners::default());
     let journals = tempfile::tempdir().unwrap();
-    let (mut connect, links) = SimConnect::new(LinkShape::unlimited());
+    let (mut connect, links) = SimConnect::new(shape);
     connect.faults.extend(faults);
     let host = Host { base: Arc::clone(&base), runners: runners.clone(), faults: host_faults };
-    let target = target_side(links, journals.path().join("target"), host);
+    let target = target_side(links, journals.path().join("target"), host, workers);
     let mut options = SendOptions::new("vm", "target", b"one vCPU".to_vec());
     options.limits = limits();
     options.audit = true;
@@ -215,6 +228,36 @@ fn a_link_cut_anywhere_goes_on_where_it_stopped() {
         let up = Fault { cut_up: Some(cut), ..Fault::default() };
         let down = Fault { cut_down: Some(cut / 100 + 3), ..Fault::default() };
         assert_moved(pair(&[up, down, up], HostFaults::default(), 500));
+    }
+}
+
+fn fault() -> impl Strategy<Value = Fault> {
+    prop_oneof![
+        (0u64..600_000).prop_map(|cut| Fault { cut_up: Some(cut), ..Fault::default() }),
+        (0u64..4_000).prop_map(|cut| Fault { cut_down: Some(cut), ..Fault::default() }),
+        // Behind Hello, which nothing but the link protects, and before the end.
+        (1_000u64..200_000).prop_map(|flip| Fault { flip: Some(flip), ..Fault::default() }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 8, ..ProptestConfig::with_cases(8) })]
+
+    /// Links that are slow, delay, lose what is on its way and come back, whenever that is; with
+    /// however many decoders: the guest arrives whole, and runs once.
+    #[test]
+    fn any_delay_loss_and_reconnect(
+        faults in prop::collection::vec(fault(), 0..5),
+        (mbps, delay_ms) in (20.0f64..400.0, 0u64..15),
+        outage in prop::option::of((0u64..300, 1u64..200)),
+        writes_per_s in 0u64..600,
+        workers in 1usize..=4,
+    ) {
+        let ms = Duration::from_millis;
+        let mut shape = LinkShape::mbps(mbps, ms(delay_ms));
+        let outage = outage.map(|(at, took)| Outage { from: ms(at), until: ms(at + took) });
+        shape.outages.extend(outage);
+        assert_moved(pair_over(shape, &faults, HostFaults::default(), writes_per_s, workers));
     }
 }
 
@@ -379,7 +422,7 @@ fn over_tcp() {
         });
         let faults = HostFaults { fail_load, ..HostFaults::default() };
         let host = Host { base: Arc::clone(&pair.base), runners: pair.runners.clone(), faults };
-        let target = target_side(links, pair.journals.path().join("target"), host);
+        let target = target_side(links, pair.journals.path().join("target"), host, 2);
         let mut journal = pair.journal("source");
         let base = Arc::clone(&pair.base) as Arc<dyn BaseView>;
         let outcome = send(

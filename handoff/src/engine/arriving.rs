@@ -5,7 +5,7 @@ use std::{thread::Scope, time::Duration};
 use crossbeam_channel::Receiver;
 
 use super::{
-    Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions,
+    Limits, MAX_MACHINE_STATE_BYTES, ReceiveError, ReceiveOptions, TABLES_BYTES,
     decode::{Decoded, Decoders, Undecodable},
     landing::Landing,
     worker::micros,
@@ -22,6 +22,8 @@ use crate::{
     wire::{Prepare, Resumed},
 };
 
+/// After so many segments the tables are counted: they cannot have grown by more than 3 MiB.
+const COUNT_EVERY: u32 = 8;
 /// So many groups of chunks are hashed before it is looked again whether anything came: a fraction
 /// of a millisecond.
 const TIDY_GROUPS: usize = 64;
@@ -53,6 +55,8 @@ pub(super) struct Arriving<'a, Vm> {
     running: bool,
     decoders: Decoders,
     resolver: Resolver,
+    /// Segments until it is counted again how much memory the tables take.
+    until_counted: u32,
     state: Vec<u8>,
     /// Everything was sent; what came is still to be applied.
     all_sent: Option<Prepare>,
@@ -92,6 +96,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             running: false,
             decoders: Decoders::start(scope, options.workers, resolver.inspector()),
             resolver,
+            until_counted: COUNT_EVERY,
             state: Vec::new(),
             all_sent: None,
             journal,
@@ -222,6 +227,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
                 self.resolver
                     .apply_inspected(&mut self.vm, &content)
                     .map_err(|e| format!("segment {}: {e}", mark.seq))?;
+                self.stay_in_bounds();
             }
             SegmentKind::MachineState => {
                 let piece = content.body();
@@ -237,6 +243,15 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         }
         self.decoders.reuse(content);
         Ok(())
+    }
+
+    /// What is kept for the way back gives way to what is needed on this one.
+    fn stay_in_bounds(&mut self) {
+        self.until_counted -= 1;
+        if self.until_counted == 0 {
+            self.until_counted = COUNT_EVERY;
+            self.resolver.keep_at_most(TABLES_BYTES.saturating_sub(self.resolver.table_bytes()));
+        }
     }
 
     /// Everything came: makes sure of it, makes it durable, and says so.

@@ -35,7 +35,7 @@ mod worker;
 pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
 pub use options::{
     CONTENTS_BYTES, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions, Received,
-    SendError, SendOptions, SendOutcome,
+    SendError, SendOptions, SendOutcome, TABLES_BYTES,
 };
 pub use pipeline::{ENCODER_BYTES, MAX_WORKERS, PipelineOptions};
 pub use receive::receive;

@@ -226,11 +226,17 @@ pub struct ReceiveOptions {
     pub limits: Limits,
     /// How many bytes of segments the source may have on their way.
     pub window_bytes: u64,
-    /// Bytes of what comes that are kept in memory for the way back: [`Received::contents`].
+    /// Bytes of what comes that are kept in memory for the way back: [`Received::contents`]. Fewer
+    /// where the tables of a guest that changed much need the room: both together take no more than
+    /// [`TABLES_BYTES`], if the tables alone do not.
     pub contents_bytes: usize,
     /// Threads that decode segments, from 1 to [`MAX_DECODERS`]. One more applies what they decoded.
     pub workers: usize,
 }
+
+/// What tables and kept contents of one guest may take together: what a window, frames and decoders
+/// leave of 64 MiB.
+pub const TABLES_BYTES: usize = 34 << 20;
 
 /// The most threads that decode for one guest: each has the memory of a decoder.
 pub const MAX_DECODERS: usize = 4;

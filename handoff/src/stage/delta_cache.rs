@@ -41,6 +41,20 @@ impl SentCache {
         self.slots.len()
     }
 
+    /// Takes no more than so many bytes from now on, and gives back what it has beyond that.
+    pub fn shrink_to(&mut self, bytes: usize) {
+        self.capacity = self.capacity.min(bytes / CHUNK_SIZE);
+        while self.slots.len() > self.capacity {
+            if let Some(slot) = self.slots.pop() {
+                self.by_id.remove(&slot.id);
+            }
+        }
+        if self.slots.capacity() > 2 * self.capacity {
+            self.slots.shrink_to(self.capacity);
+            self.by_id.shrink_to(self.capacity);
+        }
+    }
+
     /// Whether nothing is in it.
     pub fn is_empty(&self) -> bool {
         self.slots.is_empty()

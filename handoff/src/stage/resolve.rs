@@ -119,6 +119,10 @@ struct Generations {
 }
 
 impl Generations {
+    fn memory_bytes(&self) -> usize {
+        self.groups.len() * (size_of::<GroupKey>() + 8 + size_of::<[u32; GROUP_CHUNKS as usize]>())
+    }
+
     /// Takes note of a generation; `false` if a newer one was noted.
     fn advance(&mut self, id: ChunkId, generation: u32) -> bool {
         let (key, slot) = group_of(id);
@@ -293,6 +297,16 @@ impl Resolver {
         let (hash, again) = self.write(vm, id, chunk, fact)?;
         self.received.insert(id, hash, chunk, again);
         Ok(())
+    }
+
+    /// Bytes of memory that the tables take: what grows with the chunks that came.
+    pub fn table_bytes(&self) -> usize {
+        self.table.memory_bytes() + self.generations.memory_bytes()
+    }
+
+    /// Keeps no more than so many bytes of what came.
+    pub fn keep_at_most(&mut self, bytes: usize) {
+        self.received.shrink_to(bytes);
     }
 
     /// Prepares [`Resolver::root`]: [`StateTable::tidy`].

@@ -678,3 +678,60 @@ fn the_table_goes_by_content() {
     assert_eq!(resolver.root(), empty);
     assert!(resolver.table().is_empty());
 }
+
+/// An op whose outcome depends on nothing that came before.
+fn alone() -> impl Strategy<Value = Op> {
+    let place = |index| BasePlace { base: 0, place: Place { part: Part::Disk, index } };
+    prop_oneof![
+        Just(Op::Reset),
+        Just(Op::Zero),
+        Just(Op::Data),
+        (0..BASE_DISK_CHUNKS).prop_map(move |index| Op::FromBase(place(index))),
+    ]
+}
+
+/// A chunk, what becomes of it, and with which batch of its generation that travels.
+type Alone = (ChunkId, Op, u8);
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Ops that stand by themselves may arrive in any order, and more than once: of each chunk the
+    /// newest generation stays, and the root is that of what stayed.
+    #[test]
+    fn newest_wins_in_any_order(
+        (generations, order, again) in prop::collection::vec(
+            prop::collection::vec((ids(), alone(), 0u8..3), 0..40), 1..6,
+        ).prop_flat_map(|generations: Vec<Vec<Alone>>| {
+            let batches = generations.len() * 3;
+            let order = Just((0..batches).collect::<Vec<_>>()).prop_shuffle();
+            let again = prop::collection::vec(0..batches, 0..6);
+            (Just(generations), order, again)
+        }),
+    ) {
+        // Within one generation a chunk has one content: the first that is named.
+        let mut newest = std::collections::BTreeMap::new();
+        let mut batches = vec![Vec::new(); generations.len() * 3];
+        for (number, ops) in generations.iter().enumerate() {
+            let mut named = ChunkSet::new(GEOMETRY);
+            for &(id, op, part) in ops {
+                if !named.contains(id) {
+                    named.insert(id);
+                    batches[number * 3 + usize::from(part)].push((id, op));
+                    newest.insert(id, (number as u32 + 1, op));
+                }
+            }
+        }
+        let mut expected = MemVm::new(base());
+        for (id, (generation, op)) in newest {
+            apply(&mut expected, generation, &[(id, op)]).unwrap();
+        }
+        let mut vm = MemVm::new(base());
+        let mut resolver = Resolver::new(bases(), GEOMETRY);
+        for n in order.into_iter().chain(again) {
+            resolver.apply(&mut vm, &body((n / 3) as u32 + 1, &batches[n])).unwrap();
+        }
+        prop_assert!(vm == expected);
+        prop_assert_eq!(resolver.root(), vm.root());
+    }
+}
