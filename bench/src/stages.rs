@@ -37,7 +37,8 @@ fn classify(world: &World, chunks: &[Chunk], class: Class) -> anyhow::Result<()>
 pub(crate) fn unchanged(world: &World, runs: usize) -> anyhow::Result<Outcome> {
     let own = |index| world.base.chunk(Place { part: Part::Memory, index });
     let bench = Bench {
-        name: "classify_unchanged",
+        group: "stages",
+        name: "classify_unchanged".into(),
         reference_name: "memcmp",
         bound: 0.6,
         bytes: bytes(&world.same),
@@ -55,7 +56,8 @@ pub(crate) fn unchanged(world: &World, runs: usize) -> anyhow::Result<Outcome> {
 /// does: compared, hashed, found in the index, entered in the state table. Against hashing them.
 pub(crate) fn hash_and_look_up(world: &World, runs: usize) -> anyhow::Result<Outcome> {
     let bench = Bench {
-        name: "classify_base_disk",
+        group: "stages",
+        name: "classify_base_disk".into(),
         reference_name: "blake3",
         bound: 0.7,
         bytes: bytes(&world.page_cache),
@@ -78,7 +80,8 @@ pub(crate) fn delta_in_vain(world: &World, runs: usize) -> anyhow::Result<Outcom
     let batches: Vec<&[u8]> =
         chunks.chunks(MAX_BATCH_DATA_CHUNKS).map(<[Chunk]>::as_flattened).collect();
     let bench = Bench {
-        name: "delta_in_vain",
+        group: "stages",
+        name: "delta_in_vain".into(),
         reference_name: "zstd",
         bound: 5.0,
         bytes: bytes(&chunks),
