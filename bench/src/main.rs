@@ -6,9 +6,16 @@
 //! runs. `docs/bench.md` says what each figure means. Exits with an error when a ratio is not within
 //! its bound.
 
+mod codecs;
+mod contents;
+mod guest;
+mod hand_off;
 mod harness;
 mod link;
+mod pipeline;
+mod sink;
 mod stages;
+mod utilisation;
 mod world;
 
 use std::{fs, path::PathBuf};
@@ -40,11 +47,29 @@ struct Args {
 enum Group {
     /// Stages on chunks against memcmp, BLAKE3 and zstd.
     Stages,
+    /// The compress stage against the codecs, in every mode.
+    Codecs,
+    /// The whole pipeline against its slowest stage, in every mode.
+    Pipeline,
+    /// Two workers against one.
+    Workers,
+    /// Stages at once against one after the other.
+    Serial,
+    /// How full links of 5 to 100 Mbps are.
+    Utilisation,
+    /// What bounds links of 1 and 10 Gbps.
+    FastLinks,
 }
 
 impl Group {
     fn run(self, args: &Args) -> anyhow::Result<Vec<Outcome>> {
         match self {
+            Self::Codecs => codecs::stage(args.runs),
+            Self::Pipeline => pipeline::whole(),
+            Self::Workers => pipeline::workers(),
+            Self::Serial => pipeline::serial(),
+            Self::Utilisation => utilisation::slow_links(),
+            Self::FastLinks => utilisation::fast_links(),
             Self::Stages => {
                 let dir = args.report.parent().context("the report needs a directory")?;
                 let world = world::World::new(dir, args.mib << 20)?;

@@ -23,6 +23,8 @@ pub(crate) struct Shape {
 
 /// A queue holds at least so many packets.
 const LEAST_QUEUE_PACKETS: usize = 10;
+/// How finely it is known when bytes were carried.
+const SPAN: Duration = Duration::from_millis(10);
 /// The largest packet of an Ethernet.
 pub(crate) const ETHERNET_MTU: usize = 1500;
 
@@ -78,6 +80,8 @@ pub(crate) struct Channel {
     dice: u64,
     /// Bytes that arrived or will.
     pub(crate) carried_bytes: u64,
+    /// The same by the time at which they left the queue, in spans of [`SPAN`].
+    log: Vec<u64>,
     /// Packets that did not fit.
     pub(crate) dropped: u64,
     /// Packets that got lost.
@@ -95,6 +99,7 @@ impl Channel {
             spare: Vec::new(),
             dice: seed.wrapping_mul(2).wrapping_add(1),
             carried_bytes: 0,
+            log: Vec::new(),
             dropped: 0,
             lost: 0,
         }
@@ -133,10 +138,29 @@ impl Channel {
                 self.spare.push(packet.bytes);
                 continue;
             }
-            self.carried_bytes += packet.bytes.len() as u64;
+            self.enter(packet.bytes.len() as u64);
             packet.at = self.free_at + self.shape.delay;
             self.way.push_back(packet);
         }
+    }
+
+    fn enter(&mut self, bytes: u64) {
+        self.carried_bytes += bytes;
+        let span = (self.free_at.as_nanos() / SPAN.as_nanos()) as usize;
+        if self.log.len() <= span {
+            self.log.resize(span + 1, 0);
+        }
+        self.log[span] += bytes;
+    }
+
+    /// Bytes that left the queue between two times, and what share that is of all that the link
+    /// could have carried meanwhile.
+    pub(crate) fn carried(&self, from: Duration, to: Duration) -> (u64, f64) {
+        let span = |at: Duration| (at.as_nanos() / SPAN.as_nanos()) as usize;
+        let (first, end) = (span(from), span(to).max(span(from) + 1));
+        let bytes: u64 = self.log.iter().take(end).skip(first).sum();
+        let at = |span: usize| SPAN * u32::try_from(span).unwrap_or(u32::MAX);
+        (bytes, bytes as f64 / self.shape.capacity_bytes(at(first), at(end)))
     }
 
     fn is_lost(&mut self) -> bool {
@@ -208,6 +232,17 @@ mod tests {
         assert_eq!(came[49], 14 * MS);
         assert_eq!(shape.capacity_bytes(Duration::ZERO, 20 * MS), 10_000.0 + 100_000.0);
         assert_eq!(shape.capacity_bytes(5 * MS, 10 * MS), 5_000.0);
+    }
+
+    #[test]
+    fn what_was_carried_is_known() {
+        let mut channel = Channel::new(Shape::of(8.0, 20 * MS), 7);
+        (0..30).for_each(|_| channel.offer(Duration::ZERO, &[0; 1000]));
+        channel.poll(100 * MS, |_| ());
+        // What ends with a span counts in the next one.
+        assert_eq!(channel.carried(Duration::ZERO, 30 * MS), (29_000, 29.0 / 30.0));
+        assert_eq!(channel.carried(20 * MS, 40 * MS), (11_000, 11.0 / 20.0));
+        assert_eq!(channel.carried(60 * MS, 70 * MS), (0, 0.0));
     }
 
     #[test]

@@ -29,8 +29,7 @@ use nix::{
     sys::time::TimeSpec,
 };
 
-use channel::Channel;
-pub(crate) use channel::Shape;
+pub(crate) use channel::{Channel, Shape};
 pub(crate) use tun::Namespace;
 
 /// The longest that a relay sleeps.
@@ -40,23 +39,16 @@ const READ_AT_ONCE: usize = 64;
 /// The largest packet that a TUN device carries.
 const MAX_PACKET_BYTES: usize = 65_535;
 
-/// What went over one direction of a link.
-#[derive(Debug, Default)]
-pub(crate) struct Carried {
-    pub(crate) bytes: AtomicU64,
-    pub(crate) dropped: AtomicU64,
-    pub(crate) lost: AtomicU64,
-}
-
 /// Two namespaces and what is between them.
 pub(crate) struct Link {
     pub(crate) near: Namespace,
     pub(crate) far: Namespace,
-    pub(crate) there: Arc<Carried>,
+    /// Bytes carried from near to far so far.
+    pub(crate) carried_bytes: Arc<AtomicU64>,
     /// When the link began: from there the shape's times count.
     pub(crate) origin: Instant,
     stop: Arc<AtomicBool>,
-    relays: Vec<JoinHandle<()>>,
+    relays: Vec<JoinHandle<Channel>>,
 }
 
 impl Link {
@@ -69,10 +61,10 @@ impl Link {
         let (near, at_near) = Namespace::new(Self::NEAR, shape.mtu)?;
         let (far, at_far) = Namespace::new(Self::FAR, shape.mtu)?;
         let (stop, origin) = (Arc::new(AtomicBool::new(false)), Instant::now());
-        let (there, back) = (Arc::new(Carried::default()), Arc::new(Carried::default()));
+        let carried_bytes = Arc::new(AtomicU64::new(0));
         let ends = [
-            (at_near.try_clone()?, at_far.try_clone()?, Arc::clone(&there)),
-            (at_far, at_near, back),
+            (at_near.try_clone()?, at_far.try_clone()?, Arc::clone(&carried_bytes)),
+            (at_far, at_near, Arc::default()),
         ];
         let mut relays = Vec::new();
         for (n, (from, to, carried)) in (1..).zip(ends) {
@@ -80,7 +72,14 @@ impl Link {
             let relay = move || relay(channel, &from, &to, origin, &carried, &stop);
             relays.push(thread::Builder::new().name("relay".into()).spawn(relay)?);
         }
-        Ok(Self { near, far, there, origin, stop, relays })
+        Ok(Self { near, far, carried_bytes, origin, stop, relays })
+    }
+
+    /// Ends the link and says what went from near to far.
+    pub(crate) fn end(mut self) -> Option<Channel> {
+        self.stop.store(true, Relaxed);
+        let mut ended = self.relays.drain(..).map(JoinHandle::join);
+        ended.next()?.ok()
     }
 }
 
@@ -97,9 +96,9 @@ fn relay(
     mut from: &File,
     mut to: &File,
     origin: Instant,
-    carried: &Carried,
+    carried_bytes: &AtomicU64,
     stop: &AtomicBool,
-) {
+) -> Channel {
     // Sleeps end when they should, not up to 50 µs later. Nothing is lost if that is refused.
     // SAFETY: this option takes a number and no pointer.
     let _ = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1usize) };
@@ -112,15 +111,14 @@ fn relay(
         }
         // A packet that the kernel does not take is one lost: TCP sends it again.
         channel.poll(origin.elapsed(), |packet| _ = to.write(packet));
-        carried.bytes.store(channel.carried_bytes, Relaxed);
-        carried.dropped.store(channel.dropped, Relaxed);
-        carried.lost.store(channel.lost, Relaxed);
+        carried_bytes.store(channel.carried_bytes, Relaxed);
         let now = origin.elapsed();
         let wait = channel.next_due().map_or(TICK, |due| due.saturating_sub(now).min(TICK));
         let mut fds = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
         // Whatever comes of it, the loop looks at everything again.
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(wait)), None);
     }
+    channel
 }
 
 #[cfg(test)]

@@ -51,9 +51,9 @@ fn bytes_take_what_the_rate_says() {
             let data = vec![7; 256 << 10];
             // Past slow start.
             (0..4).for_each(|_| stream.write_all(&data).unwrap());
-            let (start, before) = (link.origin.elapsed(), link.there.bytes.load(Relaxed));
+            let (start, before) = (link.origin.elapsed(), link.carried_bytes.load(Relaxed));
             (0..10).for_each(|_| stream.write_all(&data).unwrap());
-            let (end, after) = (link.origin.elapsed(), link.there.bytes.load(Relaxed));
+            let (end, after) = (link.origin.elapsed(), link.carried_bytes.load(Relaxed));
             (after - before) as f64 / shape.capacity_bytes(start, end)
         },
         |mut stream| _ = std::io::copy(&mut stream, &mut std::io::sink()),

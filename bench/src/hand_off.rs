@@ -1,0 +1,227 @@
+//! One handoff, both ends in this process.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, anyhow};
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded, never};
+use handoff::{
+    Bases, Connect, SourceVm, Transport,
+    engine::{
+        Incoming, ReceiveOptions, SendError, SendOptions, SendOutcome, accept, receive, send,
+    },
+    ownership::{Journal, Record, VmId},
+    report::Report,
+    tcp::{MonotonicClock, TcpLink, accept_tcp},
+};
+
+use crate::{
+    guest::Host,
+    link::{Link, Namespace},
+    sink,
+};
+
+/// What is between the two ends.
+#[derive(Clone, Copy)]
+pub(crate) enum Road<'a> {
+    /// This machine's own loopback interface.
+    Loopback,
+    /// A link between two namespaces, and what its TCP does about congestion, if that is not what
+    /// the system has chosen.
+    Link(&'a Link, Option<&'a str>),
+}
+
+/// What waits at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Far {
+    /// A target.
+    Target,
+    /// One that opens segments and does nothing with them.
+    Sink,
+}
+
+/// How a handoff is done.
+pub(crate) struct Plan<'a> {
+    pub(crate) road: Road<'a>,
+    pub(crate) far: Far,
+    pub(crate) send: SendOptions,
+    pub(crate) receive: ReceiveOptions,
+    /// It is cancelled after so long.
+    pub(crate) give_up_after: Option<Duration>,
+}
+
+impl<'a> Plan<'a> {
+    pub(crate) fn new(road: Road<'a>, far: Far) -> Self {
+        let send = SendOptions::new("bench", "target", Vec::new());
+        Self { road, far, send, receive: ReceiveOptions::new("source"), give_up_after: None }
+    }
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) report: Report,
+    /// When it began.
+    pub(crate) began: Instant,
+    /// Whether the guest moved; if not, it was given up.
+    pub(crate) moved: bool,
+}
+
+/// Hands a guest off.
+pub(crate) fn hand_off(
+    vm: &mut (dyn SourceVm + Send),
+    bases: &Bases,
+    plan: &Plan<'_>,
+) -> anyhow::Result<Ran> {
+    let dir = scratch()?;
+    thread::scope(|scope| {
+        let (tell, told) = bounded(1);
+        let (dir, near) = (dir.path(), vm);
+        let target = scope.spawn(move || far_end(plan, bases, dir, tell));
+        let source = scope.spawn(move || {
+            enter(plan.road, |link| &link.near)?;
+            let address = told.recv().context("nobody listens")?;
+            let congestion_control = match plan.road {
+                Road::Loopback => None,
+                Road::Link(_, congestion_control) => congestion_control,
+            };
+            let mut connect = To { address, congestion_control };
+            near_end(near, bases, &mut connect, plan, dir)
+        });
+        let ran = source.join().map_err(|_| anyhow!("the source panicked"))??;
+        let target = target.join().map_err(|_| anyhow!("the target panicked"))?;
+        if ran.moved {
+            target.context("at the target")?;
+        }
+        Ok(ran)
+    })
+}
+
+/// A directory for what must be durable, on no disk if that can be: disks are not measured here.
+pub(crate) fn scratch() -> io::Result<tempfile::TempDir> {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())
+}
+
+fn enter(road: Road<'_>, end: impl FnOnce(&Link) -> &Namespace) -> io::Result<()> {
+    match road {
+        Road::Loopback => Ok(()),
+        Road::Link(link, _) => end(link).enter(),
+    }
+}
+
+/// The source: sends the guest to what `connect` reaches.
+pub(crate) fn near_end<C: Connect + Send>(
+    vm: &mut dyn SourceVm,
+    bases: &Bases,
+    connect: &mut C,
+    plan: &Plan<'_>,
+    dir: &Path,
+) -> anyhow::Result<Ran> {
+    let mut journal = Journal::open(dir.join("source"))?;
+    journal.write(Record::created(VmId::random()))?;
+    let (cancel, began) = (AtomicBool::new(false), Instant::now());
+    let (done, over) = bounded::<()>(0);
+    let outcome: Result<SendOutcome, SendError> = thread::scope(|scope| {
+        scope.spawn(|| {
+            let limit = plan.give_up_after.unwrap_or(Duration::from_secs(3600));
+            let in_time = over.recv_timeout(limit) != Err(TIMEOUT);
+            cancel.store(!in_time, Relaxed);
+        });
+        let clock = MonotonicClock::default();
+        let (vm, bases) = (vm, bases.clone());
+        let ended =
+            send(vm, bases, connect, &mut journal, &plan.send, &clock, &mut |_| {}, &cancel);
+        drop(done);
+        ended
+    });
+    match outcome? {
+        SendOutcome::Moved { report, .. } => Ok(Ran { report, began, moved: true }),
+        SendOutcome::KeptHere { report, .. } if cancel.load(Relaxed) => {
+            Ok(Ran { report, began, moved: false })
+        }
+        SendOutcome::KeptHere { reason, .. } => Err(anyhow!("the guest did not move: {reason}")),
+        SendOutcome::InDoubt { .. } => Err(anyhow!("it is not known where the guest is")),
+    }
+}
+
+const TIMEOUT: RecvTimeoutError = RecvTimeoutError::Timeout;
+
+/// Listens where the road ends, says where that is, and takes what comes.
+fn far_end(
+    plan: &Plan<'_>,
+    bases: &Bases,
+    dir: &Path,
+    tell: Sender<SocketAddr>,
+) -> anyhow::Result<()> {
+    enter(plan.road, |link| &link.far)?;
+    let address = match plan.road {
+        Road::Loopback => Ipv4Addr::LOCALHOST,
+        Road::Link(..) => Link::FAR,
+    };
+    let listener = TcpListener::bind((address, 0))?;
+    tell.send(listener.local_addr()?)?;
+    take(accept_tcp(&listener)?, plan, bases, dir)
+}
+
+/// The target: takes the guest that comes over a link.
+pub(crate) fn take<L: Transport>(
+    link: L,
+    plan: &Plan<'_>,
+    bases: &Bases,
+    dir: &Path,
+) -> anyhow::Result<()> {
+    if plan.far == Far::Sink {
+        return sink::swallow(link, &plan.receive);
+    }
+    let clock = MonotonicClock::default();
+    let first: Incoming<L> = accept(link, &plan.receive.limits, &clock)?;
+    let mut journal = Journal::open(dir.join("target"))?;
+    let mut host = Host(bases.clone());
+    receive(first, &mut host, &mut journal, &never(), &plan.receive, &clock)?;
+    Ok(())
+}
+
+/// Connects to an address, with a congestion control of its own.
+struct To<'a> {
+    address: SocketAddr,
+    congestion_control: Option<&'a str>,
+}
+
+impl Connect for To<'_> {
+    type Link = TcpLink;
+
+    fn connect(&mut self, timeout: Duration) -> io::Result<TcpLink> {
+        let stream = TcpStream::connect_timeout(&self.address, timeout)?;
+        if let Some(name) = self.congestion_control {
+            choose(&stream, name)?;
+        }
+        TcpLink::new(stream)
+    }
+}
+
+fn choose(stream: &TcpStream, congestion_control: &str) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the call; pointer and length describe the name.
+    let status = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_CONGESTION,
+            congestion_control.as_ptr().cast(),
+            congestion_control.len() as libc::socklen_t,
+        )
+    };
+    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A base that has nothing.
+pub(crate) fn no_bases() -> Bases {
+    let base = handoff::base_view::testing::MemBase::new(Vec::new(), Vec::new(), Vec::new());
+    Bases::from(std::sync::Arc::new(base) as std::sync::Arc<dyn handoff::BaseView>)
+}
