@@ -1,5 +1,6 @@
 //! What can be typed: the grammar of the command line, and one line for what cannot.
 
+mod pipeline;
 mod trace;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -8,6 +9,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+pub(crate) use pipeline::PipelineArgs;
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
 
 use handoff::{order::Sequence, policy::Objective, stage::DeltaMode};
@@ -342,8 +344,10 @@ pub(crate) struct HandoffArgs {
     pub(crate) keep_mib: u64,
     #[command(flatten)]
     pub(crate) encode: EncodeArgs,
+    #[command(flatten)]
+    pub(crate) pipeline: PipelineArgs,
     /// Give up the handoff of this VM that is under way
-    #[arg(long, conflicts_with_all = ["peer", "audit", "objective", "throttle", "order", "keep_mib", "without", "delta"])]
+    #[arg(long, conflicts_with_all = ["peer", "audit", "objective", "throttle", "order", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share"])]
     pub(crate) cancel: bool,
 }
 

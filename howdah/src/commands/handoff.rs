@@ -37,6 +37,7 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
         pace: args.pace.into(),
         keep_mib: args.keep_mib,
         encode: args.encode.into(),
+        pipeline: args.pipeline,
     };
     let mut channel = client::ask(&dir, Request::Handoff(request.clone()), None)?;
     channel.set_timeout(Some(SILENCE))?;

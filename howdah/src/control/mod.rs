@@ -23,7 +23,7 @@ use handoff::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cli::{EncodeArgs, Means, PaceArgs},
+    cli::{EncodeArgs, Means, PaceArgs, PipelineArgs},
     failure::Failure,
 };
 
@@ -94,6 +94,8 @@ pub(crate) struct HandoffRequest {
     pub(crate) keep_mib: u64,
     /// How it is made small.
     pub(crate) encode: Encode,
+    /// How that is compressed, and with how much of this host.
+    pub(crate) pipeline: PipelineArgs,
 }
 
 /// What a handoff is to be good at.
@@ -344,6 +346,7 @@ mod tests {
                 },
                 keep_mib: 7,
                 encode: Encode { without: vec![Means::BaseDisk], delta: DeltaMode::None },
+                pipeline: PipelineArgs { workers: Some(2), ..PipelineArgs::default() },
             }),
             Request::AdoptLink { handoff: "00".into(), hello: "ff".into() },
         ];

@@ -93,6 +93,7 @@ impl KvmMachine {
         let mut options = SendOptions::new(self.dir.name().to_string(), &request.peer, machine);
         options.audit = request.audit;
         options.stages = request.encode.options();
+        options.pipeline = request.pipeline.options();
         if options.stages.known {
             options.contents = self.contents.clone();
             options.known = visit::known(&self.dir, self.base.id(), self.source.geometry());
