@@ -41,7 +41,8 @@ pub enum CompressError {
 }
 
 /// Compresses batch after batch, each in the mode asked for. What a codec works with is made when it
-/// is first asked for, and kept.
+/// is first asked for, and kept; but never are two large ones held at once, so that all of it takes
+/// no more than [`Compressor::MAX_BYTES`].
 #[derive(Default)]
 pub struct Compressor {
     zstd: Option<zstd::Encoder>,
@@ -50,6 +51,9 @@ pub struct Compressor {
 }
 
 impl Compressor {
+    /// The most memory that it takes: that of the largest mode and of the small ones.
+    pub const MAX_BYTES: usize = 9 << 20;
+
     /// A compressor.
     pub fn new() -> Self {
         Self::default()
@@ -100,12 +104,18 @@ impl Compressor {
                 encoder.encode(level, body, into)
             }
             Codec::Lz4 => self.lz4.get_or_insert_with(lz4::Encoder::new).encode(body, into),
-            Codec::Xz => xz::encode(level, body, into),
+            Codec::Xz => {
+                self.zstd = None;
+                xz::encode(level, body, into)
+            }
             Codec::Gzip => self
                 .deflate
                 .get_or_insert_with(|| deflate::Encoder::new(level))
                 .encode(level, body, into),
-            Codec::Bzip2 => bzip2::encode(level, body, into),
+            Codec::Bzip2 => {
+                self.zstd = None;
+                bzip2::encode(level, body, into)
+            }
         }
     }
 }

@@ -108,11 +108,12 @@ impl Mode {
     pub const LADDER: &'static [Self] = &[
         Self::NONE,
         Self::LZ4,
+        Self::at(Codec::Zstd, -1),
         Self::at(Codec::Zstd, 1),
         Self::DEFAULT,
         Self::at(Codec::Zstd, 6),
         Self::at(Codec::Zstd, 9),
-        Self::at(Codec::Xz, 1),
+        Self::at(Codec::Xz, 0),
         Self::at(Codec::Xz, 3),
         Self::at(Codec::Xz, 6),
     ];
@@ -164,17 +165,16 @@ impl Mode {
 
     /// The most memory that compressing in this mode takes besides body and payload.
     pub fn encoder_bytes(self) -> usize {
-        const MIB: usize = 1 << 20;
+        const KIB: usize = 1 << 10;
         match (self.codec, self.level) {
             (Codec::Raw, _) => 0,
-            (Codec::Lz4, _) => MIB / 16,
-            (Codec::Zstd, ..=2) => MIB,
-            (Codec::Zstd, 3..=6) => 4 * MIB,
-            (Codec::Zstd, _) => 16 * MIB,
-            (Codec::Xz, 0..=3) => 8 * MIB,
-            (Codec::Xz, _) => 16 * MIB,
-            (Codec::Gzip, _) => MIB / 2,
-            (Codec::Bzip2, _) => 8 * MIB,
+            (Codec::Lz4, _) => 16 * KIB,
+            (Codec::Zstd, ..=3) => 1536 * KIB,
+            (Codec::Zstd, _) => 4096 * KIB,
+            (Codec::Xz, ..=3) => 5120 * KIB,
+            (Codec::Xz, _) => 7168 * KIB,
+            (Codec::Gzip, _) => 512 * KIB,
+            (Codec::Bzip2, _) => 8192 * KIB,
         }
     }
 }

@@ -2,6 +2,18 @@
 
 use std::io;
 
+use zstd::zstd_safe::CParameter;
+
+/// No match is further away than this: a batch is hardly longer.
+const WINDOW_LOG: u32 = 20;
+
+/// The first level whose tables are made smaller than zstd would have them.
+const FIRST_BOUNDED_LEVEL: i32 = 4;
+
+/// Entries of each of its tables. Without this, a context of level 19 takes 34 MiB in place of 4, and
+/// sends 0.25 % less (ADR 0014).
+const TABLE_LOG: u32 = 18;
+
 pub(in super::super) struct Encoder {
     context: zstd::bulk::Compressor<'static>,
     level: i32,
@@ -12,7 +24,17 @@ impl Encoder {
         let mut context = zstd::bulk::Compressor::new(level)?;
         context.include_contentsize(false)?;
         context.include_checksum(false)?;
-        Ok(Self { context, level })
+        context.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
+        let mut encoder = Self { context, level };
+        encoder.bound_tables()?;
+        Ok(encoder)
+    }
+
+    fn bound_tables(&mut self) -> io::Result<()> {
+        // 0 leaves it to the level.
+        let log = if self.level < FIRST_BOUNDED_LEVEL { 0 } else { TABLE_LOG };
+        self.context.set_parameter(CParameter::HashLog(log))?;
+        self.context.set_parameter(CParameter::ChainLog(log))
     }
 
     pub(in super::super) fn encode(
@@ -24,6 +46,7 @@ impl Encoder {
         if level != self.level {
             self.context.set_compression_level(level)?;
             self.level = level;
+            self.bound_tables()?;
         }
         into.clear();
         into.reserve(zstd::zstd_safe::compress_bound(body.len()));
