@@ -9,6 +9,8 @@ pub(crate) enum Kind {
     Text,
     /// Pointers, small integers and zeros, as heaps have them.
     Heap,
+    /// Rows of a table that differ in little: every codec is fast with it.
+    Rows,
     /// Nothing that compresses: images, ciphers, what is compressed already.
     Noise,
 }
@@ -18,8 +20,8 @@ pub(crate) type Mix = [(Kind, u64)];
 
 /// Like what a guest's own writes leave: it compresses to about a quarter.
 pub(crate) const MEMORY: &Mix = &[(Kind::Heap, 6), (Kind::Text, 3), (Kind::Noise, 1)];
-/// Half of it can hardly be compressed.
-pub(crate) const MEDIA: &Mix = &[(Kind::Text, 1), (Kind::Noise, 1)];
+/// It compresses to next to nothing.
+pub(crate) const ROWS: &Mix = &[(Kind::Rows, 1)];
 /// Nothing of it can.
 pub(crate) const NOISE: &Mix = &[(Kind::Noise, 1)];
 
@@ -58,6 +60,13 @@ pub(crate) fn fill(mix: &Mix, n: u64, into: &mut Chunk) {
     match kind.map_or(Kind::Noise, |(kind, _)| *kind) {
         Kind::Text => text(&mut dice, into),
         Kind::Heap => heap(&mut dice, into),
+        Kind::Rows => {
+            let (rows, _) = into.as_chunks_mut::<64>();
+            for (number, row) in (0..).zip(rows) {
+                row.fill(b'.');
+                row[..8].copy_from_slice(&(n << 8 | number).to_be_bytes());
+            }
+        }
         Kind::Noise => {
             let (words, _) = into.as_chunks_mut::<8>();
             words.iter_mut().for_each(|word| *word = mixed(dice.roll()).to_le_bytes());
@@ -121,7 +130,7 @@ mod tests {
             zstd::bulk::compress(bytes, 3).unwrap().len() as f64 / bytes.len() as f64
         };
         assert!((0.15..0.45).contains(&left(MEMORY)), "{}", left(MEMORY));
-        assert!((0.45..0.75).contains(&left(MEDIA)), "{}", left(MEDIA));
+        assert!(left(ROWS) < 0.1, "{}", left(ROWS));
         assert!(left(NOISE) > 0.99);
         let (mut once, mut again) = ([0; CHUNK_SIZE], [1; CHUNK_SIZE]);
         fill(MEMORY, 77, &mut once);

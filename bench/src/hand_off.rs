@@ -19,6 +19,7 @@ use handoff::{
     },
     ownership::{Journal, Record, VmId},
     report::Report,
+    sim::{LinkShape, SimConnect},
     tcp::{MonotonicClock, TcpLink, accept_tcp},
 };
 
@@ -36,6 +37,8 @@ pub(crate) enum Road<'a> {
     /// A link between two namespaces, and what its TCP does about congestion, if that is not what
     /// the system has chosen.
     Link(&'a Link, Option<&'a str>),
+    /// A link that is only made up, where namespaces are not permitted.
+    Simulated(&'a LinkShape),
 }
 
 /// What waits at the other end.
@@ -81,6 +84,9 @@ pub(crate) fn hand_off(
     plan: &Plan<'_>,
 ) -> anyhow::Result<Ran> {
     let dir = scratch()?;
+    if let Road::Simulated(shape) = plan.road {
+        return simulated(vm, bases, shape, plan, dir.path());
+    }
     thread::scope(|scope| {
         let (tell, told) = bounded(1);
         let (dir, near) = (dir.path(), vm);
@@ -89,13 +95,33 @@ pub(crate) fn hand_off(
             enter(plan.road, |link| &link.near)?;
             let address = told.recv().context("nobody listens")?;
             let congestion_control = match plan.road {
-                Road::Loopback => None,
                 Road::Link(_, congestion_control) => congestion_control,
+                Road::Loopback | Road::Simulated(_) => None,
             };
             let mut connect = To { address, congestion_control };
             near_end(near, bases, &mut connect, plan, dir)
         });
         let ran = source.join().map_err(|_| anyhow!("the source panicked"))??;
+        let target = target.join().map_err(|_| anyhow!("the target panicked"))?;
+        if ran.moved {
+            target.context("at the target")?;
+        }
+        Ok(ran)
+    })
+}
+
+fn simulated(
+    vm: &mut (dyn SourceVm + Send),
+    bases: &Bases,
+    shape: &LinkShape,
+    plan: &Plan<'_>,
+    dir: &Path,
+) -> anyhow::Result<Ran> {
+    let (mut connect, ends) = SimConnect::new(shape.clone());
+    thread::scope(|scope| {
+        let target = scope.spawn(move || take(ends.recv()?, plan, bases, dir));
+        let ran = near_end(vm, bases, &mut connect, plan, dir)?;
+        drop(connect);
         let target = target.join().map_err(|_| anyhow!("the target panicked"))?;
         if ran.moved {
             target.context("at the target")?;
@@ -111,7 +137,7 @@ pub(crate) fn scratch() -> io::Result<tempfile::TempDir> {
 
 fn enter(road: Road<'_>, end: impl FnOnce(&Link) -> &Namespace) -> io::Result<()> {
     match road {
-        Road::Loopback => Ok(()),
+        Road::Loopback | Road::Simulated(_) => Ok(()),
         Road::Link(link, _) => end(link).enter(),
     }
 }
@@ -162,7 +188,7 @@ fn far_end(
 ) -> anyhow::Result<()> {
     enter(plan.road, |link| &link.far)?;
     let address = match plan.road {
-        Road::Loopback => Ipv4Addr::LOCALHOST,
+        Road::Loopback | Road::Simulated(_) => Ipv4Addr::LOCALHOST,
         Road::Link(..) => Link::FAR,
     };
     let listener = TcpListener::bind((address, 0))?;

@@ -6,12 +6,14 @@
 //! runs. `docs/bench.md` says what each figure means. Exits with an error when a ratio is not within
 //! its bound.
 
+mod adaptive;
 mod codecs;
 mod contents;
 mod guest;
 mod hand_off;
 mod harness;
 mod link;
+mod memory;
 mod pipeline;
 mod sink;
 mod stages;
@@ -28,6 +30,9 @@ use harness::{Outcome, Side};
 /// Measures a handoff and its stages.
 #[derive(Parser)]
 struct Args {
+    /// What this process is for another that measures.
+    #[command(subcommand)]
+    part: Option<Part>,
     /// Where the results go.
     #[arg(long, default_value = "target/bench/engine.json")]
     report: PathBuf,
@@ -40,6 +45,14 @@ struct Args {
     /// How often each is measured.
     #[arg(long, default_value_t = 9)]
     runs: usize,
+}
+
+/// What a process can be for one that measures.
+#[derive(clap::Subcommand)]
+enum Part {
+    /// One end of a handoff.
+    #[command(subcommand, hide = true)]
+    End(memory::End),
 }
 
 /// What can be measured by itself.
@@ -55,10 +68,16 @@ enum Group {
     Workers,
     /// Stages at once against one after the other.
     Serial,
+    /// What a handoff takes of memory, in every mode.
+    Memory,
     /// How full links of 5 to 100 Mbps are.
     Utilisation,
     /// What bounds links of 1 and 10 Gbps.
     FastLinks,
+    /// The engine's own choice of mode against every fixed one.
+    Adaptive,
+    /// The same on links that change.
+    Changing,
 }
 
 impl Group {
@@ -68,6 +87,9 @@ impl Group {
             Self::Pipeline => pipeline::whole(),
             Self::Workers => pipeline::workers(),
             Self::Serial => pipeline::serial(),
+            Self::Memory => memory::beyond_ram(),
+            Self::Adaptive => adaptive::steady(),
+            Self::Changing => adaptive::changing(),
             Self::Utilisation => utilisation::slow_links(),
             Self::FastLinks => utilisation::fast_links(),
             Self::Stages => {
@@ -85,6 +107,9 @@ impl Group {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    if let Some(Part::End(end)) = &args.part {
+        return memory::end(end);
+    }
     let dir = args.report.parent().context("the report needs a directory")?;
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
     let mut outcomes = Vec::new();

@@ -18,7 +18,7 @@ use crate::{
     guest::Still,
     hand_off::{Far, Plan, Ran, Road, hand_off, no_bases},
     harness::{Outcome, Side, best_of_ns},
-    link::{Link, Shape},
+    link::{Shape, Way},
 };
 
 /// What one handoff may take.
@@ -34,7 +34,7 @@ const TWO_WORKERS: f64 = 1.7;
 const PIPELINED: f64 = 0.64;
 
 /// CPUs that this process may use.
-fn cpus() -> f64 {
+pub(crate) fn cpus() -> f64 {
     thread::available_parallelism().map_or(1.0, |n| n.get() as f64)
 }
 
@@ -244,8 +244,8 @@ pub(crate) fn serial() -> anyhow::Result<Vec<Outcome>> {
         let mut times = [f64::MAX; 2];
         for _ in 0..TURNS {
             for (time, serial) in times.iter_mut().zip([true, false]) {
-                let link = Link::new(&shape)?;
-                let mut plan = Plan::new(Road::Link(&link, None), Far::Target);
+                let way = Way::new(&shape)?;
+                let mut plan = Plan::new(way.road(None), Far::Target);
                 plan.send.pipeline =
                     PipelineOptions { serial, ..options(ModeChoice::Fixed(mode), 1) };
                 *time = time.min(best(&guest, &no_bases(), &plan, 1)?.0);

@@ -12,7 +12,7 @@ use crate::{
     guest::Still,
     hand_off::{Far, Plan, Road, hand_off, no_bases},
     harness::{Outcome, Side},
-    link::{Link, Shape},
+    link::{Shape, Way},
     pipeline::{moving_s, options},
 };
 
@@ -35,18 +35,24 @@ pub(crate) fn slow_links() -> anyhow::Result<Vec<Outcome>> {
         let chunks = Arc::new(contents::chunks(contents::NOISE, count));
         for delay_ms in [0, 25, 50] {
             let shape = Shape::of(mbps, Duration::from_millis(delay_ms));
-            let link = Link::new(&shape)?;
-            let mut plan = Plan::new(Road::Link(&link, Some(CONGESTION_CONTROL)), Far::Target);
+            let way = Way::new(&shape)?;
+            let mut plan = Plan::new(way.road(Some(CONGESTION_CONTROL)), Far::Target);
             // What noise becomes in any mode, without asking which.
             plan.send.pipeline = options(ModeChoice::Fixed(Mode::LZ4), 1);
             let ran = hand_off(&mut Still::of(Arc::clone(&chunks)), &no_bases(), &plan)?;
             ensure!(ran.moved, "given up");
-            let began = ran.began.saturating_duration_since(link.origin);
+            let began = ran.began.saturating_duration_since(way.origin());
             let round = ran.report.rounds.first().context("no round")?;
             let from = began + Duration::from_secs_f64(ran.report.setup_ms / 1e3);
             let until = from + Duration::from_secs_f64(round.duration_ms / 1e3);
-            let channel = link.end().context("the relay panicked")?;
-            let (bytes, share) = channel.carried(from, until);
+            let what = way.name();
+            let (bytes, share, dropped) = match way.end() {
+                Some(channel) => {
+                    let (bytes, share) = channel.carried(from, until);
+                    (bytes, share, channel.dropped)
+                }
+                None => (round.bytes, round.bytes as f64 / shape.capacity_bytes(from, until), 0),
+            };
             let capacity = shape.capacity_bytes(from, until) / (until - from).as_secs_f64();
             let outcome = Outcome::of(
                 "utilisation",
@@ -56,12 +62,13 @@ pub(crate) fn slow_links() -> anyhow::Result<Vec<Outcome>> {
                 (Side::AtLeast, BOUND),
             );
             outcomes.push(outcome.with(json!({
+                "link": what,
                 "congestion_control": CONGESTION_CONTROL,
                 "one_way_delay_ms": delay_ms,
                 "link_bytes": bytes,
                 "round_bytes": round.bytes,
                 "round_ms": round.duration_ms,
-                "dropped_packets": channel.dropped,
+                "dropped_packets": dropped,
                 "engine_says": ran.report.utilisation,
             })));
         }
@@ -78,8 +85,8 @@ pub(crate) fn fast_links() -> anyhow::Result<Vec<Outcome>> {
         for mode in [Mode::NONE, Mode::LZ4, Mode::DEFAULT] {
             let shape = Shape { mtu: 65_000, ..Shape::of(mbps, Duration::ZERO) };
             // Without a relay in between, above what one thread can relay.
-            let link = if mbps > 5_000.0 { None } else { Some(Link::new(&shape)?) };
-            let road = link.as_ref().map_or(Road::Loopback, |link| Road::Link(link, None));
+            let way = if mbps > 5_000.0 { None } else { Some(Way::new(&shape)?) };
+            let road = way.as_ref().map_or(Road::Loopback, |way| way.road(None));
             let mut plan = Plan::new(road, Far::Target);
             plan.send.pipeline = options(ModeChoice::Fixed(mode), cpus);
             let ran = hand_off(&mut Still::of(Arc::clone(&chunks)), &no_bases(), &plan)?;
@@ -100,7 +107,7 @@ pub(crate) fn fast_links() -> anyhow::Result<Vec<Outcome>> {
             outcomes.push(outcome.with(json!({
                 "cpus": cpus,
                 "guest_bytes_per_s": (chunks.len() * CHUNK_SIZE) as f64 / took,
-                "loopback_without_a_limit": link.is_none(),
+                "link": way.as_ref().map_or("loopback", Way::name),
                 "stages": stages,
             })));
         }

@@ -10,6 +10,7 @@
 
 mod channel;
 mod tun;
+mod way;
 
 use std::{
     fs::File,
@@ -31,6 +32,7 @@ use nix::{
 
 pub(crate) use channel::{Channel, Shape};
 pub(crate) use tun::Namespace;
+pub(crate) use way::Way;
 
 /// The longest that a relay sleeps.
 const TICK: Duration = Duration::from_millis(20);
@@ -44,7 +46,8 @@ pub(crate) struct Link {
     pub(crate) near: Namespace,
     pub(crate) far: Namespace,
     /// Bytes carried from near to far so far.
-    pub(crate) carried_bytes: Arc<AtomicU64>,
+    #[cfg_attr(not(test), expect(dead_code))]
+    carried_bytes: Arc<AtomicU64>,
     /// When the link began: from there the shape's times count.
     pub(crate) origin: Instant,
     stop: Arc<AtomicBool>,
