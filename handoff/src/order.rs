@@ -62,6 +62,8 @@ pub struct RoundOrder {
     left: ChunkSet,
     words: Vec<(Space, u64)>,
     remaining: u64,
+    /// What comes after all of these.
+    last: Option<Box<Self>>,
 }
 
 impl RoundOrder {
@@ -81,12 +83,38 @@ impl RoundOrder {
             .filter(|&(space, word)| set.word(space, word) != 0)
             .collect();
         let remaining = set.len();
-        Self { left: set, words, remaining }
+        Self { left: set, words, remaining, last: None }
+    }
+
+    /// Orders `set` in a sequence.
+    pub fn new(set: ChunkSet, sequence: Sequence) -> Self {
+        match sequence {
+            Sequence::Random => Self::shuffled(set, rand::random()),
+            Sequence::Ascending => Self::ascending(set),
+        }
+    }
+
+    /// Orders `set` in a sequence, what is in `hot` after all the rest: the guest writes it all the
+    /// time, and the later it is sent the more likely it is not to be sent again.
+    pub fn hot_last(mut set: ChunkSet, hot: &ChunkSet, sequence: Sequence) -> Self {
+        let mut last = ChunkSet::new(set.geometry());
+        for id in hot.iter().filter(|id| set.contains(*id)) {
+            last.insert(id);
+        }
+        last.iter().for_each(|id| set.remove(id));
+        let last = (!last.is_empty()).then(|| Box::new(Self::new(last, sequence)));
+        let first = Self::new(set, sequence);
+        Self { last, ..first }
+    }
+
+    /// Whether the chunk has not been taken.
+    pub fn holds(&self, id: ChunkId) -> bool {
+        self.left.contains(id) || self.last.as_ref().is_some_and(|last| last.holds(id))
     }
 
     /// How many chunks have not been taken.
     pub fn remaining(&self) -> u64 {
-        self.remaining
+        self.remaining + self.last.as_ref().map_or(0, |last| last.remaining())
     }
 
     /// Takes out those of `chunks` that have not been taken, and says how many that were.
@@ -98,12 +126,16 @@ impl RoundOrder {
                 self.remaining -= 1;
             }
         }
-        before - self.remaining
+        before - self.remaining + self.last.as_mut().map_or(0, |last| last.leave_out(chunks))
     }
 
     /// The chunks that have not been taken: an abort puts them back.
     pub fn into_rest(self) -> ChunkSet {
-        self.left
+        let mut rest = self.left;
+        if let Some(last) = self.last {
+            rest.union(&last.into_rest());
+        }
+        rest
     }
 }
 
@@ -112,7 +144,9 @@ impl Iterator for RoundOrder {
 
     fn next(&mut self) -> Option<ChunkId> {
         loop {
-            let &(space, word) = self.words.last()?;
+            let Some(&(space, word)) = self.words.last() else {
+                return self.last.as_mut()?.next();
+            };
             let bits = self.left.word(space, word);
             if bits == 0 {
                 self.words.pop();
@@ -126,7 +160,7 @@ impl Iterator for RoundOrder {
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let remaining = usize::try_from(self.remaining).ok();
+        let remaining = usize::try_from(self.remaining()).ok();
         (remaining.unwrap_or(usize::MAX), remaining)
     }
 }
@@ -168,6 +202,23 @@ mod tests {
             prop_assert!(rest.iter().all(|id| !seen.contains(id)));
             seen.union(&rest);
             prop_assert_eq!(seen, set);
+        }
+    }
+
+    #[test]
+    fn hot_chunks_go_last() {
+        let ids: Vec<_> = (0..300).map(|index| (index % 3 == 0, index)).collect();
+        let hot =
+            set_of(&ids.iter().copied().filter(|(_, index)| index % 7 == 0).collect::<Vec<_>>());
+        for sequence in Sequence::ALL {
+            let mut order = RoundOrder::hot_last(set_of(&ids), &hot, sequence);
+            assert_eq!(order.remaining(), 300);
+            let left_out = set_of(&[(true, 0), (false, 1)]);
+            assert_eq!(order.leave_out(&left_out), 2);
+            let sent: Vec<_> = order.by_ref().take(290).collect();
+            let first_hot = sent.iter().position(|id| hot.contains(*id)).unwrap();
+            assert!(sent[first_hot..].iter().all(|id| hot.contains(*id)));
+            assert_eq!(order.into_rest().len(), 8);
         }
     }
 

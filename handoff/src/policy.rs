@@ -2,19 +2,25 @@
 //!
 //! A round sends what is dirty while the guest goes on writing, so that the next has less to send,
 //! if the link is faster than the guest writes. It pays as long as the downtime it saves is worth
-//! the time it takes. Total time counts first: rounds go on until the predicted downtime meets the
-//! objective, and stop as soon as one more would not shrink it by much, or there is hardly anything
-//! left that it could shrink.
+//! the time it takes. Total time counts first: rounds go on until the predicted downtime is good
+//! enough, and stop as soon as one more would not shrink it by much, or there is hardly anything
+//! left that it could shrink. What one more would leave is read from a curve of what became dirty in
+//! which time ([`DirtyCurve`]): no round gets below what the guest writes all the time.
 //!
 //! No I/O and no clock in here; what the driver measured comes in [`Measurements`].
 
+mod curve;
+
 use std::{fmt, str::FromStr, time::Duration};
 
+pub use curve::DirtyCurve;
 use serde::{Deserialize, Serialize};
+
+use crate::vm::LEAST_RUN_SHARE;
 
 /// What the driver knows when it is about to start a round. Chunks are those that the stages have
 /// to look at, bytes are those on the link.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Measurements {
     /// Rounds finished.
     pub rounds: u32,
@@ -22,13 +28,13 @@ pub struct Measurements {
     pub elapsed: Duration,
     /// Chunks dirty now.
     pub remaining_chunks: u64,
-    /// Chunks that were to be sent when the round before began; 0 before the second.
-    pub previous_chunks: u64,
     /// Rounds in a row, the last included, that left about as much as they began with: see
     /// [`stalled`].
     pub stalled_rounds: u32,
-    /// Chunks that became dirty while the last round ran ÷ its duration, per second.
-    pub dirty_chunks_per_s: f64,
+    /// How many chunks become dirty in which time.
+    pub dirtied: DirtyCurve,
+    /// The share of the time for which the guest's vCPUs run now: below 1 where it is throttled.
+    pub run_share: f64,
     /// Bytes on the link for each chunk, as observed lately; 0 if nothing was sent yet.
     pub link_bytes_per_chunk: f64,
     /// Bytes a second that the link takes; 0 if not known yet.
@@ -56,12 +62,14 @@ const STALLED_SHARE: f64 = 0.85;
 const MOST_STALLED: u32 = 2;
 
 /// What to do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
     /// Send another round while the guest runs.
     NextRound {
         /// What a cutover now would cost, if it can be told.
         predicted_downtime: Option<Duration>,
+        /// The share of the time for which the guest's vCPUs are to run meanwhile.
+        run_share: f64,
     },
     /// Pause the guest and send the rest.
     CutOver {
@@ -127,6 +135,8 @@ pub enum CutOverReason {
     LittleLeft,
     /// Another round would leave about as much as there is now.
     NoLongerPays,
+    /// Another round would end too late for the deadline.
+    Deadline,
     /// As many rounds as are allowed were sent.
     RoundLimit,
     /// As much time as is allowed has passed.
@@ -139,6 +149,7 @@ impl fmt::Display for CutOverReason {
             Self::DowntimeMet => "the predicted downtime meets the objective",
             Self::LittleLeft => "what is left takes hardly any of the downtime",
             Self::NoLongerPays => "another round would not shrink the rest by much",
+            Self::Deadline => "another round would miss the deadline",
             Self::RoundLimit => "the limit of rounds was reached",
             Self::TimeLimit => "the time limit was reached",
         })
@@ -218,38 +229,83 @@ impl CutOverPolicy {
         if predicted_downtime.is_some_and(|downtime| downtime <= self.downtime_objective) {
             return cut_over(CutOverReason::DowntimeMet);
         }
-        let little = self.least_saving.as_secs_f64().max(fixed_time(m) * self.least_saving_share);
-        if transfer.is_some_and(|transfer| transfer <= little) {
+        let Some(transfer) = transfer else {
+            return Decision::NextRound { predicted_downtime, run_share: run_share(m) };
+        };
+        if transfer <= self.little(m) {
             return cut_over(CutOverReason::LittleLeft);
         }
-        if transfer.is_some_and(|transfer| !self.pays(m, transfer)) {
-            return cut_over(CutOverReason::NoLongerPays);
+        if self.is_last_chance(m, transfer) {
+            return cut_over(CutOverReason::Deadline);
         }
-        Decision::NextRound { predicted_downtime }
+        match self.next_share(m, transfer) {
+            Some(run_share) => Decision::NextRound { predicted_downtime, run_share },
+            None => cut_over(CutOverReason::NoLongerPays),
+        }
     }
 
-    /// Whether a round that takes `transfer` seconds leaves enough less than there is now.
-    fn pays(&self, m: &Measurements, transfer: f64) -> bool {
-        if m.rounds == 0 {
-            return true;
-        }
-        if m.stalled_rounds >= MOST_STALLED {
-            return false;
-        }
-        let now = m.remaining_chunks as f64;
-        let share = match transfer <= self.cheap_round.as_secs_f64() {
-            true => self.cheap_remaining_share,
-            false => self.max_remaining_share,
-        };
-        let bound = now * share;
-        let dirtied = finite(m.dirty_chunks_per_s) * transfer;
-        if dirtied <= bound {
-            return true;
-        }
-        // A guest that writes the same few chunks over and over has a high rate in a short round
-        // and a low one in a long round. If the last round did shrink the rest, so may the next.
-        m.previous_chunks > 0 && now <= m.previous_chunks as f64 * share && dirtied <= now
+    /// Whether a round under way must be broken off, because only a guest that is paused now is at the
+    /// peer by the deadline: `m` counts what is left of the round among what remains.
+    pub fn must_break_off(&self, m: &Measurements) -> bool {
+        let Objective::Deadline(deadline) = self.objective else { return false };
+        let Some(transfer) = transfer_time(m, m.remaining_chunks as f64) else { return false };
+        let needed = (transfer + fixed_time(m)) * DEADLINE_MARGIN;
+        m.elapsed.as_secs_f64() + needed >= deadline.as_secs_f64()
     }
+
+    /// What is not worth a round, in seconds of transfer.
+    fn little(&self, m: &Measurements) -> f64 {
+        let least = self.least_saving.as_secs_f64();
+        match self.objective {
+            Objective::Downtime(_) => least,
+            _ => least.max(fixed_time(m) * self.least_saving_share),
+        }
+    }
+
+    /// Whether another round, and a cutover after it, would be over too late.
+    fn is_last_chance(&self, m: &Measurements, transfer: f64) -> bool {
+        let Objective::Deadline(deadline) = self.objective else { return false };
+        let after = transfer_time(m, m.dirtied.at(transfer * run_share(m))).unwrap_or(0.0);
+        let needed = (transfer + after + fixed_time(m)) * DEADLINE_MARGIN;
+        m.elapsed.as_secs_f64() + needed >= deadline.as_secs_f64()
+    }
+
+    /// The share of the time for which the guest runs in a round that pays; none if there is no such
+    /// round.
+    fn next_share(&self, m: &Measurements, transfer: f64) -> Option<f64> {
+        let now_share = run_share(m);
+        if m.rounds == 0 || (m.stalled_rounds < MOST_STALLED && self.pays(m, transfer, now_share)) {
+            return Some(now_share);
+        }
+        let slower = RUN_SHARES.into_iter().filter(|share| self.throttle && *share < now_share);
+        let left = |share: f64| m.dirtied.at(transfer * share);
+        slower.into_iter().find(|share| left(*share) <= m.remaining_chunks as f64 * THROTTLED_SHARE)
+    }
+
+    /// Whether a round that takes `transfer` seconds leaves enough less than there is now. What it
+    /// leaves was sent for nothing, and counts against the total time; what it leaves less counts for
+    /// the downtime.
+    fn pays(&self, m: &Measurements, transfer: f64, share: f64) -> bool {
+        let cheap = transfer <= self.cheap_round.as_secs_f64();
+        let bound = match self.objective {
+            Objective::Total if !cheap => self.max_remaining_share,
+            _ => self.cheap_remaining_share,
+        };
+        m.dirtied.at(transfer * share) <= m.remaining_chunks as f64 * bound
+    }
+}
+
+/// Shares of the time for which a throttled guest may run: the largest that is enough is taken.
+const RUN_SHARES: [f64; 6] = [0.7, 0.5, 0.35, 0.25, 0.17, LEAST_RUN_SHARE];
+/// A throttled guest's round leaves at most this share: so few rounds are needed, and soon it is over.
+const THROTTLED_SHARE: f64 = 0.5;
+/// Predictions miss by so much, and a deadline is not to be missed.
+const DEADLINE_MARGIN: f64 = 1.15;
+
+/// The guest runs all the time unless a measurement says otherwise.
+fn run_share(m: &Measurements) -> f64 {
+    let known = m.run_share.is_finite() && m.run_share > 0.0;
+    if known { m.run_share.clamp(LEAST_RUN_SHARE, 1.0) } else { 1.0 }
 }
 
 /// Seconds until `chunks` and all that queues before them have left: the slower of link and stages.
@@ -261,8 +317,14 @@ fn transfer_time(m: &Measurements, chunks: f64) -> Option<f64> {
         0.0 => 0.0,
         per_s => chunks / per_s,
     };
-    Some((bytes / rate).max(stages))
+    // A small last round goes out in a few pieces: what is slower hides what is faster but for one
+    // piece of it, and the target takes as long for the last one as this side did.
+    let link = bytes / rate;
+    Some(link.max(stages) + (link.min(stages) + stages) / PIECES)
 }
+
+/// Pieces into which a small last round is cut.
+const PIECES: f64 = 4.0;
 
 /// Seconds of a cutover that no round changes: the state, one and a half round trips (last segment
 /// there, Prepared back, Commit there), and what the machines themselves need.
@@ -318,20 +380,26 @@ mod tests {
                         let downtime = predicted_downtime.unwrap_or_default().as_secs_f64();
                         return (m.rounds, reason, downtime, elapsed + downtime);
                     }
-                    Decision::NextRound { .. } => {}
+                    Decision::NextRound { run_share, .. } => m.run_share = run_share,
                 }
                 let bytes = m.remaining_chunks as f64 * self.bytes_per_chunk;
                 let took = bytes / self.link_bytes_per_s + 0.02;
-                let dirty = self.dirtied(took);
+                // As a round looks every 50 ms.
+                let ran = took * m.run_share;
+                m.dirtied.taken();
+                for look in 1..(took / 0.05) as u32 {
+                    let at = f64::from(look) * 0.05 * m.run_share;
+                    m.dirtied.saw(at, self.dirtied(at) as u64);
+                }
+                let dirty = self.dirtied(ran);
+                m.dirtied.saw(ran, dirty as u64);
                 elapsed += took;
                 m.rounds += 1;
-                m.previous_chunks = m.remaining_chunks;
-                m.remaining_chunks = dirty as u64;
-                m.stalled_rounds = match stalled(m.previous_chunks, m.remaining_chunks) {
+                let previous = std::mem::replace(&mut m.remaining_chunks, dirty as u64);
+                m.stalled_rounds = match stalled(previous, m.remaining_chunks) {
                     true => m.stalled_rounds + 1,
                     false => 0,
                 };
-                m.dirty_chunks_per_s = dirty / took;
                 m.link_bytes_per_chunk = self.bytes_per_chunk;
                 m.link_bytes_per_s = self.link_bytes_per_s;
                 m.elapsed = Duration::from_secs_f64(elapsed);
@@ -340,6 +408,63 @@ mod tests {
     }
 
     const MBPS_10: f64 = 1.25e6;
+
+    fn objective() -> impl Strategy<Value = Objective> {
+        prop_oneof![
+            Just(Objective::Total),
+            (0u64..10_000).prop_map(|ms| Objective::Downtime(Duration::from_millis(ms))),
+            (0u64..1000).prop_map(|s| Objective::Deadline(Duration::from_secs(s))),
+        ]
+    }
+
+    /// As the guest of the lab's `detector`: a working set that is written over four times a second.
+    const DETECTOR: Guest = Guest {
+        writes_per_s: 4400.0,
+        working_set: 1100.0,
+        changed_chunks: 16_000.0,
+        link_bytes_per_s: MBPS_10,
+        bytes_per_chunk: 640.0,
+    };
+
+    #[test]
+    fn a_working_set_is_not_sent_again_and_again() {
+        let (rounds, reason, downtime, total) = DETECTOR.hand_off(&CutOverPolicy::default());
+        assert_eq!((rounds, reason), (1, CutOverReason::NoLongerPays));
+        assert!(downtime < 0.9 && total < 9.5, "{downtime} s down, {total} s in all");
+    }
+
+    #[test]
+    fn a_throttled_guest_meets_the_downtime() {
+        let wanted = CutOverPolicy::new(Objective::Downtime(Duration::from_millis(300)));
+        let (_, _, downtime, _) = DETECTOR.hand_off(&wanted);
+        assert!(downtime > 0.5, "it outruns the link: {downtime} s");
+        let throttled = CutOverPolicy { throttle: true, ..wanted };
+        let (rounds, reason, downtime, total) = DETECTOR.hand_off(&throttled);
+        assert_eq!(reason, CutOverReason::DowntimeMet);
+        assert!(downtime <= 0.3 && rounds < 8 && total < 11.0, "{downtime} s, {rounds}, {total} s");
+    }
+
+    #[test]
+    fn a_deadline_is_kept_where_it_can_be() {
+        for seconds in [10.0, 12.0, 20.0] {
+            let deadline = Objective::Deadline(Duration::from_secs_f64(seconds));
+            let (_, _, downtime, total) = DETECTOR.hand_off(&CutOverPolicy::new(deadline));
+            assert!(total <= seconds, "{total} s of {seconds}, {downtime} s down");
+        }
+        // A round that would be over too late is broken off.
+        let policy = CutOverPolicy::new(Objective::Deadline(Duration::from_secs(10)));
+        let mut m = Measurements {
+            elapsed: Duration::from_secs(2),
+            remaining_chunks: 10_000,
+            link_bytes_per_chunk: 640.0,
+            link_bytes_per_s: MBPS_10,
+            ..Measurements::default()
+        };
+        assert!(!policy.must_break_off(&m), "5.1 s to go");
+        m.elapsed = Duration::from_secs(5);
+        assert!(policy.must_break_off(&m));
+        assert!(!CutOverPolicy::default().must_break_off(&m), "nobody is in a hurry");
+    }
 
     #[test]
     fn objectives_are_read_as_they_are_written() {
@@ -413,7 +538,10 @@ mod tests {
     fn a_guest_equal_to_its_base_still_waits_for_a_measurement() {
         let policy = CutOverPolicy::default();
         let unknown = Measurements { remaining_chunks: 10, ..Measurements::default() };
-        assert_eq!(policy.decide(&unknown), Decision::NextRound { predicted_downtime: None });
+        assert_eq!(
+            policy.decide(&unknown),
+            Decision::NextRound { predicted_downtime: None, run_share: 1.0 }
+        );
         let late = Measurements { elapsed: policy.max_rounds_time, ..unknown };
         let reason = CutOverReason::TimeLimit;
         let expected = Decision::CutOver { reason, predicted_downtime: None };
@@ -430,8 +558,14 @@ mod tests {
             stage_chunks_per_s: 500.0,
             ..Measurements::default()
         };
-        let expected = Decision::NextRound { predicted_downtime: Some(Duration::from_secs(2)) };
-        assert_eq!(CutOverPolicy::default().decide(&m), expected);
+        let decision = CutOverPolicy::default().decide(&m);
+        let Decision::NextRound { predicted_downtime: Some(downtime), .. } = decision else {
+            panic!("{decision:?}");
+        };
+        assert!(
+            (2.4..2.6).contains(&downtime.as_secs_f64()),
+            "2 s, and the target's last piece: {downtime:?}"
+        );
     }
 
     proptest! {
@@ -439,16 +573,18 @@ mod tests {
         #[test]
         fn always_ends(
             a in any::<f64>(), b in any::<f64>(), c in any::<f64>(), d in any::<f64>(),
-            remaining: u64, previous: u64, stalled_rounds: u32, queued: u64, state: u64, rtt: u64, fixed: u64,
+            remaining: u64, seen: u64, stalled_rounds: u32, queued: u64, state: u64, rtt: u64, fixed: u64, objective in objective(),
         ) {
-            let policy = CutOverPolicy::default();
+            let policy = CutOverPolicy { throttle: seen % 2 == 0, ..CutOverPolicy::new(objective) };
+            let mut dirtied = DirtyCurve::default();
+            dirtied.saw(a, seen);
             let mut m = Measurements {
                 rounds: 0,
                 elapsed: Duration::ZERO,
                 remaining_chunks: remaining,
-                previous_chunks: previous,
                 stalled_rounds,
-                dirty_chunks_per_s: a,
+                dirtied,
+                run_share: a,
                 link_bytes_per_chunk: b,
                 link_bytes_per_s: c,
                 stage_chunks_per_s: d,
@@ -457,7 +593,9 @@ mod tests {
                 fixed: Duration::from_nanos(fixed),
                 state_link_bytes: state,
             };
-            while let Decision::NextRound { .. } = policy.decide(&m) {
+            while let Decision::NextRound { run_share, .. } = policy.decide(&m) {
+                prop_assert!((LEAST_RUN_SHARE..=1.0).contains(&run_share));
+                policy.must_break_off(&m);
                 m.rounds += 1;
                 prop_assert!(m.rounds <= policy.max_rounds);
             }

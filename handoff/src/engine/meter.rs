@@ -11,7 +11,7 @@ use super::{
 use crate::{
     Clock,
     ownership::Question,
-    policy::{self, Decision, Measurements},
+    policy::{self, CutOverPolicy, CutOverReason, Decision, DirtyCurve, Measurements, Objective},
     report::{
         Cutover, Downtime, Outcome, Phase, Progress, Report, Round, class_shares, millis,
         stage_shares,
@@ -24,7 +24,7 @@ use crate::{
 /// How often the live line is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// What a cutover costs whatever is dirty, besides its durable records: pause, save, load, resume.
-const MACHINE_COST: Duration = Duration::from_millis(20);
+const MACHINE_COST: Duration = Duration::from_millis(30);
 /// Records that are made durable while the guest waits: two by the target, one here.
 const DURABLE_RECORDS: u32 = 3;
 /// What one takes, until one was measured.
@@ -36,7 +36,7 @@ const LEAST_WATER_BYTES: u64 = 16 << 10;
 /// More is not worth having under way, however fast the link.
 const MOST_WATER_BYTES: u64 = 4 << 20;
 /// The state of a machine with a few vCPUs, compressed.
-const STATE_LINK_BYTES: u64 = 16 << 10;
+const STATE_LINK_BYTES: u64 = 4 << 10;
 
 /// Times of a cutover, each when the step was done.
 #[derive(Debug, Default)]
@@ -75,6 +75,12 @@ pub(super) struct Meter<'a> {
     cutover: CutoverTimes,
     report: Report,
     predicted: Option<Duration>,
+    curve: DirtyCurve,
+    /// When what was dirty was last taken.
+    taken_at: Duration,
+    /// The share of the time for which the guest runs, and whether less can be asked for.
+    run_share: f64,
+    can_throttle: bool,
 }
 
 impl<'a> Meter<'a> {
@@ -114,6 +120,10 @@ impl<'a> Meter<'a> {
             cutover: CutoverTimes::default(),
             report,
             predicted: None,
+            curve: DirtyCurve::default(),
+            taken_at: started,
+            run_share: 1.0,
+            can_throttle: true,
         }
     }
 
@@ -156,6 +166,7 @@ impl<'a> Meter<'a> {
 
     /// What had changed in the guest was found.
     pub(super) fn tracking(&mut self) {
+        self.taken_at = self.clock.now();
         self.report.tracking_ms = millis(self.clock.now().saturating_sub(self.started));
     }
 
@@ -247,37 +258,79 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Whether the policy says to pause the guest now, with `dirty` chunks left.
-    pub(super) fn cut_over_now(&mut self, dirty: u64) -> bool {
+    /// So many chunks are dirty now. None says nothing: not every VM can tell.
+    pub(super) fn dirtied(&mut self, chunks: u64) {
+        if chunks > 0 {
+            let since = self.clock.now().saturating_sub(self.taken_at);
+            self.curve.saw(since.as_secs_f64() * self.run_share, chunks);
+        }
+    }
+
+    /// A round's harvest gave so many chunks, so many of which the one before had given too.
+    pub(super) fn harvested(&mut self, chunks: u64, again: u64) {
+        let now = self.clock.now();
+        let since = now.saturating_sub(self.taken_at).as_secs_f64();
+        self.curve.saw(since * self.run_share, chunks);
+        self.curve.again(again);
+        self.curve.taken();
+        self.taken_at = now;
+    }
+
+    pub(super) fn run_share(&self) -> f64 {
+        self.run_share
+    }
+
+    /// The guest runs for this share of the time from now on.
+    pub(super) fn throttled(&mut self, run_share: f64, can: bool) {
+        self.run_share = run_share;
+        self.can_throttle = can;
+    }
+
+    /// Whether the round under way, with so many chunks left, must end now.
+    pub(super) fn must_break_off(&self, left: u64) -> bool {
+        match self.options.policy.objective {
+            Objective::Deadline(_) => {
+                let link_bytes_per_chunk = self.pace.bytes_per_chunk_so_far(self.reading());
+                let measured = Measurements { link_bytes_per_chunk, ..self.measurements(left) };
+                self.options.policy.must_break_off(&measured)
+            }
+            Objective::Total | Objective::Downtime(_) => false,
+        }
+    }
+
+    /// For what share of the time the guest may run in the next round; none if the policy says to
+    /// pause it now, with `dirty` chunks left, or the last round had to be broken off for that.
+    pub(super) fn next_round(&mut self, dirty: u64, broken_off: bool) -> Option<f64> {
         if let Some(round) = self.rounds.last_mut() {
             round.dirty_after = dirty;
         }
         let measured = self.measurements(dirty);
-        let decision = self.options.policy.decide(&measured);
+        let policy = &self.options.policy;
+        let mut decision = match policy.throttle && !self.can_throttle {
+            true => CutOverPolicy { throttle: false, ..policy.clone() }.decide(&measured),
+            false => policy.decide(&measured),
+        };
+        if let (true, Decision::NextRound { predicted_downtime, .. }) = (broken_off, decision) {
+            decision = Decision::CutOver { reason: CutOverReason::Deadline, predicted_downtime };
+        }
         tracing::debug!(?measured, ?decision, "round done");
         match decision {
-            Decision::NextRound { predicted_downtime } => {
+            Decision::NextRound { predicted_downtime, run_share } => {
                 self.predicted = predicted_downtime;
-                false
+                Some(run_share)
             }
             Decision::CutOver { reason, predicted_downtime } => {
                 self.predicted = predicted_downtime;
                 self.cutover.because = reason.to_string();
-                true
+                None
             }
         }
     }
 
     fn measurements(&self, dirty: u64) -> Measurements {
         let now = self.clock.now();
-        let last = self.rounds.last().copied().unwrap_or_default();
-        let previous = if self.rounds.len() > 1 { last.chunks } else { 0 };
         let got_nowhere = |round: &&Round| policy::stalled(round.chunks, round.dirty_after);
         let stalled_rounds = self.rounds.iter().rev().take_while(got_nowhere).count();
-        let per_s = |chunks: u64| match last.duration_ms {
-            ms if ms > 0.0 => chunks as f64 * 1e3 / ms,
-            _ => 0.0,
-        };
         // Where the transport measures, the guest is not paused before the link has room.
         let measured = self.pace.link_bytes_per_s(self.reading()).is_some();
         let queued = if measured { 0 } else { self.status.unapplied_bytes.load(Relaxed) };
@@ -285,9 +338,9 @@ impl<'a> Meter<'a> {
             rounds: u32::try_from(self.rounds.len()).unwrap_or(u32::MAX),
             elapsed: now.saturating_sub(self.started),
             remaining_chunks: dirty,
-            previous_chunks: previous,
             stalled_rounds: u32::try_from(stalled_rounds).unwrap_or(u32::MAX),
-            dirty_chunks_per_s: per_s(dirty),
+            dirtied: self.curve.clone(),
+            run_share: self.run_share,
             link_bytes_per_chunk: self.pace.bytes_per_dirty_chunk(),
             link_bytes_per_s: self.link_rate().unwrap_or(0.0),
             stage_chunks_per_s: self.pace.chunks_per_s(),

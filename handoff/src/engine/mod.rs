@@ -10,6 +10,7 @@
 //! The contract of [`send()`] in one line: the guest is **paused on success, resumed on failure**.
 
 mod accept;
+mod again;
 mod ahead;
 mod arriving;
 mod courier;

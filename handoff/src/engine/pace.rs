@@ -91,6 +91,11 @@ impl Pace {
         ratio(sum(Lap::segment_bytes), sum(Lap::sent))
     }
 
+    /// The same in the midst of a round: of all that was looked at and has been compressed so far.
+    pub(super) fn bytes_per_chunk_so_far(&self, now: Reading) -> f64 {
+        ratio(now.segment_bytes as f64, now.looked_at as f64)
+    }
+
     /// Chunks a second that reading, classifying and packing manage when nothing makes them wait;
     /// 0 if not known.
     pub(super) fn chunks_per_s(&self) -> f64 {

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use super::{KeptReason, SendError, SendOptions, SendOutcome, pipe::Pipe, worker::Job};
+use super::{
+    KeptReason, SendError, SendOptions, SendOutcome, again::Again, pipe::Pipe, worker::Job,
+};
 use crate::{
     Bases, ChunkSet, Geometry, SourceVm,
-    order::{RoundOrder, Sequence},
+    order::RoundOrder,
     ownership::{
         Guest, Journal, Question,
         source::{self, Event},
@@ -79,6 +81,41 @@ pub(super) struct Run<'a> {
     pub(super) bases: Bases,
     pub(super) handoff: Question,
     pub(super) round: u32,
+    /// What is dirty again before it was sent.
+    pub(super) again: Again,
+    /// What the last harvest returned, and what of it the one before had returned too.
+    pub(super) harvested: ChunkSet,
+    pub(super) hot: ChunkSet,
+}
+
+impl<'a> Run<'a> {
+    pub(super) fn new(
+        guest: HeldGuest<'a>,
+        (pipe, outbound, buffers): (Pipe<'a>, Outbound, Buffers),
+        journal: &'a mut Journal,
+        options: &'a SendOptions,
+        bases: Bases,
+        handoff: Question,
+    ) -> Self {
+        let geometry = guest.vm.geometry();
+        let (again, none) = (Again::new(geometry), ChunkSet::new(geometry));
+        let (harvested, hot) = (none.clone(), none);
+        let round = 0;
+        Self {
+            guest,
+            pipe,
+            outbound,
+            buffers,
+            journal,
+            options,
+            bases,
+            handoff,
+            round,
+            again,
+            harvested,
+            hot,
+        }
+    }
 }
 
 impl Run<'_> {
@@ -123,33 +160,48 @@ impl Run<'_> {
         Ok(SendOutcome::KeptHere { reason: KeptReason::Declined(why), report })
     }
 
-    /// Reads, classifies and gives to the pipeline every chunk of `set`, as one round.
-    pub(super) fn send_round(&mut self, set: ChunkSet) -> Result<(), KeptReason> {
+    /// Reads, classifies and gives to the pipeline every chunk of `set`, as one round, but for what
+    /// need not be sent in it. Returns what is left of a round that had to be broken off.
+    pub(super) fn send_round(&mut self, set: ChunkSet) -> Result<Option<ChunkSet>, KeptReason> {
         self.round += 1;
         self.pipe.meter.round_begins(self.round, set.len());
         self.outbound.begin(self.round);
-        let mut order = match self.options.order {
-            Sequence::Random => RoundOrder::shuffled(set, rand::random()),
-            Sequence::Ascending => RoundOrder::ascending(set),
-        };
+        let mut order = RoundOrder::hot_last(set, &self.hot, self.options.order);
         let mut groups = 0u64;
-        loop {
+        let broken_off = loop {
             if groups.is_multiple_of(HINTS_EVERY_GROUPS) {
                 self.leave_out_free(&mut order)?;
             }
             groups += 1;
+            if self.leave_out_dirty(&mut order)? {
+                break true;
+            }
             let (ids, slots) = self.outbound.slots(&mut order).map_err(unclassified)?;
             if ids.is_empty() {
-                break;
+                break false;
             }
             self.guest.vm.read_chunks(ids, slots).map_err(failed("reading the guest"))?;
+            self.again.sends(ids);
             self.pipe.meter.chunks_done(ids.len() as u64);
             self.push_batches()?;
-        }
+        };
         self.outbound.end().map_err(unclassified)?;
         self.push_batches()?;
         self.pipe.meter.round_packed(&self.outbound.stats());
-        Ok(())
+        Ok(broken_off.then(|| order.into_rest()))
+    }
+
+    /// Looks now and then at what is dirty again, and leaves it to the next round. Whether the round
+    /// must end here.
+    fn leave_out_dirty(&mut self, order: &mut RoundOrder) -> Result<bool, KeptReason> {
+        if self.guest.paused || !self.again.is_due(self.pipe.clock.now()) {
+            return Ok(false);
+        }
+        let dirty = self.guest.vm.peek_dirty().map_err(failed("looking at changed memory"))?;
+        self.pipe.meter.dirtied(dirty.len());
+        let left_out = self.again.leave_out(order, &dirty);
+        self.pipe.meter.left_out(left_out);
+        Ok(self.pipe.meter.must_break_off(order.remaining() + dirty.len()))
     }
 
     /// What the guest called free meanwhile need not be sent. A paused guest calls nothing free.
@@ -173,5 +225,28 @@ impl Run<'_> {
 
     pub(super) fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {
         self.guest.vm.harvest().map_err(failed("asking for changed memory"))
+    }
+
+    /// Harvests at the end of a round, and notes what is dirty again and again.
+    pub(super) fn harvest_round(&mut self) -> Result<ChunkSet, KeptReason> {
+        let set = self.harvest()?;
+        let mut hot = ChunkSet::new(set.geometry());
+        for id in set.iter().filter(|id| self.harvested.contains(*id)) {
+            hot.insert(id);
+        }
+        self.pipe.meter.harvested(set.len(), hot.len());
+        (self.harvested, self.hot) = (set.clone(), hot);
+        Ok(set)
+    }
+
+    /// Slows the guest down, or not, as the policy wants it.
+    pub(super) fn throttle(&mut self, run_share: f64) -> Result<(), KeptReason> {
+        if self.pipe.meter.run_share() != run_share {
+            let can =
+                self.guest.vm.throttle(run_share).map_err(failed("slowing the guest down"))?;
+            self.pipe.meter.throttled(if can { run_share } else { 1.0 }, can);
+            tracing::info!(run_share, can, "the guest outruns the link");
+        }
+        Ok(())
     }
 }

@@ -109,8 +109,7 @@ pub fn send<C: Connect + Send>(
         let pipe =
             Pipe { feed, serial, orders, notices, status, limits, clock, cancel, applied, meter };
         let outbound = outbound(&bases, guest.vm.geometry(), options, &buffers);
-        let mut run =
-            Run { guest, pipe, outbound, buffers, journal, options, bases, handoff, round: 0 };
+        let mut run = Run::new(guest, (pipe, outbound, buffers), journal, options, bases, handoff);
         let walked = walk(&mut run);
         // Nothing waits for the link any more: workers that did can end.
         run.pipe.status.ahead.open();
@@ -255,17 +254,20 @@ impl<'r, 'a> Negotiated<'r, 'a> {
         // Where the target begins in another state than base, what went back to base differs too.
         run.outbound.table().iter().for_each(|(id, _)| _ = set.insert(id));
         loop {
-            run.send_round(set)?;
+            let rest = run.send_round(set)?;
             // Of what does not change any more, nothing is hashed again while the guest waits.
             run.outbound.root();
             run.pipe.drain(HARVEST_AHEAD)?;
             run.pipe.meter.round_ends();
-            set = run.harvest()?;
-            if run.pipe.meter.cut_over_now(set.len()) {
+            set = run.harvest_round()?;
+            let broken_off = rest.is_some();
+            rest.iter().for_each(|rest| set.union(rest));
+            let Some(share) = run.pipe.meter.next_round(set.len(), broken_off) else {
                 // What is still queued would be waited for with the guest paused.
                 run.pipe.drain(Duration::ZERO)?;
                 return Ok(Live { run, left: set });
-            }
+            };
+            run.throttle(share)?;
         }
     }
 }

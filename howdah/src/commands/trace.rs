@@ -213,7 +213,7 @@ fn play_trace(args: PlayArgs, output: Output) -> anyhow::Result<()> {
 
 fn send_options(args: &PlayArgs) -> SendOptions {
     let mut options = SendOptions::new("trace", "trace", Vec::new());
-    options.policy.objective = args.pace.objective;
+    options.policy = handoff::policy::CutOverPolicy::new(args.pace.objective);
     options.policy.throttle = args.pace.throttle;
     options.order = args.pace.order;
     options.stages = Encode::from(args.encode.clone()).options();

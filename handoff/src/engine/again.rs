@@ -1,0 +1,95 @@
+//! What is dirty again before it was sent: hot chunks go last.
+//!
+//! A round goes on for seconds, and some of what it is to send the guest writes meanwhile. Sent now it
+//! would be sent again. So the round looks at the dirty log now and then, and leaves such chunks to the
+//! next one. One of which the target has no version yet is left out once only: what comes after is then
+//! a delta against it, and the pause is no longer than it must be.
+
+use std::time::Duration;
+
+use crate::{ChunkId, ChunkSet, Geometry, order::RoundOrder};
+
+/// How often a round looks.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+pub(super) struct Again {
+    /// Chunks of which the target has a version from this handoff.
+    sent: ChunkSet,
+    /// Chunks that were left out once.
+    deferred: ChunkSet,
+    looked: Option<Duration>,
+}
+
+impl Again {
+    pub(super) fn new(geometry: Geometry) -> Self {
+        let none = ChunkSet::new(geometry);
+        Self { sent: none.clone(), deferred: none, looked: None }
+    }
+
+    /// Whether it is time to look; if so, this counts as the look.
+    pub(super) fn is_due(&mut self, now: Duration) -> bool {
+        let due = self.looked.is_none_or(|at| now.saturating_sub(at) >= LOOK_EVERY);
+        if due {
+            self.looked = Some(now);
+        }
+        due
+    }
+
+    /// These are sent now.
+    pub(super) fn sends(&mut self, ids: &[ChunkId]) {
+        for id in ids {
+            self.sent.insert(*id);
+        }
+    }
+
+    /// Takes out of a round what is dirty again; says how many chunks that were.
+    pub(super) fn leave_out(&mut self, order: &mut RoundOrder, dirty: &ChunkSet) -> u64 {
+        let mut out = ChunkSet::new(dirty.geometry());
+        for id in dirty.iter().filter(|id| order.holds(*id)) {
+            if self.sent.contains(id) || !self.deferred.contains(id) {
+                self.deferred.insert(id);
+                out.insert(id);
+            }
+        }
+        order.leave_out(&out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Space;
+
+    const GEOMETRY: Geometry = Geometry { ram_chunks: 100, disk_chunks: 10 };
+
+    fn set(ids: &[u64]) -> ChunkSet {
+        let mut set = ChunkSet::new(GEOMETRY);
+        for &index in ids {
+            set.insert(ChunkId { space: Space::Ram, index });
+        }
+        set
+    }
+
+    #[test]
+    fn what_was_never_sent_is_left_out_once() {
+        let mut again = Again::new(GEOMETRY);
+        let mut round = |dirty: &[u64]| -> Vec<u64> {
+            let mut order = RoundOrder::ascending(set(&[1, 2, 3]));
+            again.leave_out(&mut order, &set(dirty));
+            let ids: Vec<ChunkId> = order.collect();
+            again.sends(&ids);
+            ids.iter().map(|id| id.index).collect()
+        };
+        assert_eq!(round(&[2, 9]), [1, 3]);
+        assert_eq!(round(&[2, 3]), [1, 2], "2 has waited; of 3 the target has a version");
+        assert_eq!(round(&[2, 3]), [1]);
+    }
+
+    #[test]
+    fn a_look_costs_something_so_it_is_not_taken_all_the_time() {
+        let mut again = Again::new(GEOMETRY);
+        let ms = Duration::from_millis;
+        assert!(again.is_due(ms(0)) && !again.is_due(ms(49)) && again.is_due(ms(50)));
+    }
+}
