@@ -24,7 +24,7 @@
 //!
 //! Asking again hashes the groups that changed since (up to 8 KiB each) and 41 bytes for each group
 //! with a difference: 42 KB for a guest that changed all of its 1 GiB. Nothing scans RAM or disk.
-//! Memory: 32 bytes for each chunk that differs and up to a quarter more, 100 for each MiB with one.
+//! Memory: 32 bytes for each chunk that differs, with some to spare, and 100 for each MiB with one.
 
 mod file;
 
@@ -109,7 +109,8 @@ impl Group {
             return;
         }
         if self.hashes.len() == self.hashes.capacity() {
-            self.hashes.reserve_exact(GROUP_GROWTH.max(self.hashes.len() / 4));
+            let most = (GROUP_CHUNKS as usize).saturating_sub(self.hashes.len());
+            self.hashes.reserve_exact(GROUP_GROWTH.max(self.hashes.len() / 4).min(most));
         }
         self.hashes.insert(at, hash);
         self.present[slot / 64] |= 1 << (slot % 64);

@@ -14,9 +14,10 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File, OpenOptions},
-    io::{self, BufReader, BufWriter, Read, Write},
-    os::unix::fs::OpenOptionsExt,
+    io::{self, BufReader, BufWriter, Seek, Write},
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    thread,
 };
 
 use guest_images::{BaseId, CHUNK_SIZE, Chunk, ChunkHash, overlay::Overlay};
@@ -35,6 +36,12 @@ const VISIT: &str = "visit";
 const KNOWN: &str = "known";
 /// Reads and writes are gathered into so many bytes.
 const BUFFER_BYTES: usize = 1 << 20;
+/// RAM is loaded so many chunks at a time: 8 MiB.
+const LOAD_CHUNKS: usize = 2048;
+/// The most threads that verify.
+const MAX_CORES: usize = 8;
+/// A thread for fewer chunks costs more than it saves.
+const LEAST_PART: usize = 64;
 
 /// Why a visit is of no use.
 #[derive(Debug, thiserror::Error)]
@@ -140,20 +147,23 @@ impl Visit {
     pub(crate) fn check_disk(&self, disk: &Overlay) -> Result<(), Unusable> {
         let said = self.table.iter().filter(|(id, _)| id.space == Space::Disk);
         let ids: BTreeSet<u64> = said.map(|(id, _)| id.index).chain(disk.changed()).collect();
-        let base: &dyn BaseView = &**disk.base();
-        let mut chunk = [0; CHUNK_SIZE];
-        for index in ids {
-            let id = ChunkId { space: Space::Disk, index };
-            disk.read_chunk(index, &mut chunk)?;
-            let right = match self.table.get(id) {
-                Some(hash) => ChunkHash::of(&chunk) == hash,
-                None => is_base_state(base, id, &chunk)?,
-            };
-            if !right {
-                return Err(Unusable::Chunk(id));
+        let ids: Vec<_> = ids.into_iter().collect();
+        on_all_cores(&mut vec![(); ids.len()], |first, slots| {
+            let base: &dyn BaseView = &**disk.base();
+            let mut chunk = [0; CHUNK_SIZE];
+            for &index in ids.iter().skip(first).take(slots.len()) {
+                let id = ChunkId { space: Space::Disk, index };
+                disk.read_chunk(index, &mut chunk)?;
+                let right = match self.table.get(id) {
+                    Some(hash) => ChunkHash::of(&chunk) == hash,
+                    None => is_base_state(base, id, &chunk)?,
+                };
+                if !right {
+                    return Err(Unusable::Chunk(id));
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Takes the visit out of the directory, durably: what happens to the overlay from here on
@@ -168,16 +178,48 @@ impl Visit {
         mut self,
         mut write: impl FnMut(ChunkId, &Chunk) -> Result<(), handoff::vm::VmError>,
     ) -> Result<StateTable, Unusable> {
-        let mut chunk = [0; CHUNK_SIZE];
-        for (id, hash) in ram_chunks(&self.table) {
-            self.ram.read_exact(&mut chunk)?;
-            if ChunkHash::of(&chunk) != hash {
-                return Err(Unusable::Chunk(id));
+        let mut at = self.ram.stream_position()?;
+        let file = self.ram.into_inner();
+        let mut chunks = Vec::new();
+        for part in ram_chunks(&self.table).chunks(LOAD_CHUNKS) {
+            chunks.resize(part.len(), [0; CHUNK_SIZE]);
+            on_all_cores(&mut chunks, |first, into| {
+                file.read_exact_at(into.as_flattened_mut(), at + (first * CHUNK_SIZE) as u64)?;
+                let wrong = part
+                    .iter()
+                    .skip(first)
+                    .zip(into)
+                    .find(|((_, hash), chunk)| ChunkHash::of(chunk) != *hash);
+                wrong.map_or(Ok(()), |((id, _), _)| Err(Unusable::Chunk(*id)))
+            })?;
+            for ((id, _), chunk) in part.iter().zip(&chunks) {
+                write(*id, chunk).map_err(Unusable::Vm)?;
             }
-            write(id, &chunk).map_err(Unusable::Vm)?;
+            at += (part.len() * CHUNK_SIZE) as u64;
         }
         Ok(self.table)
     }
+}
+
+/// Does `work` on every part of `items`, as many at once as there are cores; it is told where its
+/// part begins.
+fn on_all_cores<T: Send>(
+    items: &mut [T],
+    work: impl Fn(usize, &mut [T]) -> Result<(), Unusable> + Sync,
+) -> Result<(), Unusable> {
+    let cores = thread::available_parallelism().map_or(1, usize::from).min(MAX_CORES);
+    let each = items.len().div_ceil(cores).max(LEAST_PART);
+    thread::scope(|scope| {
+        let work = &work;
+        let parts = items.chunks_mut(each).enumerate();
+        let running: Vec<_> =
+            parts.map(|(n, part)| scope.spawn(move || work(n * each, part))).collect();
+        // The scope waits for those behind the first that found something wrong.
+        running.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(done) => done,
+            Err(panicked) => std::panic::resume_unwind(panicked),
+        })
+    })
 }
 
 /// Removes the visit of a VM, durably, if there is one, and what a crash left of one.

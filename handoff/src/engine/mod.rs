@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! source                                                            target
-//! engine thread ─► compress ─► seal ─► courier ══ link ══► reader ─► engine thread
-//! harvest, read,   N workers   in      owns the session    answers   open, decompress,
-//! classify, batch              order   and reconnects      pings     apply, acknowledge
+//! engine thread ─► compress ─► seal ─► courier ══ link ══► reader ─► engine ─► decoders ─► engine
+//! harvest, read,   N workers   in      owns the session    answers   thread    open, de-   thread
+//! classify, batch              order   and reconnects      pings               compress,   apply,
+//!                                                                              hash        ack
 //! ```
 //!
 //! The contract of [`send()`] in one line: the guest is **paused on success, resumed on failure**.

@@ -236,7 +236,7 @@ pub struct ReceiveOptions {
 
 /// What tables and kept contents of one guest may take together: what a window, frames and decoders
 /// leave of 64 MiB.
-pub const TABLES_BYTES: usize = 34 << 20;
+pub const TABLES_BYTES: usize = 24 << 20;
 
 /// The most threads that decode for one guest: each has the memory of a decoder.
 pub const MAX_DECODERS: usize = 4;
