@@ -2,6 +2,10 @@
 //! link takes, and what waits. Pure: no I/O, no clock, no threads of its own (ADR 0017).
 
 mod adapter;
+mod chooser;
+mod estimate;
+mod plan;
+mod prior;
 mod rate;
 mod record;
 

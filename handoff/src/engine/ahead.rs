@@ -51,6 +51,8 @@ struct State {
     making: u32,
     /// What the newest took, and what was left of them.
     recent: VecDeque<(Duration, u64)>,
+    /// How long the mode takes that the next body may be in, if it is in time.
+    lead: Duration,
     /// The guest waits, or everything is over: nothing is held back any more.
     open: bool,
 }
@@ -65,7 +67,8 @@ impl State {
         let ready = self.waiting_bytes + self.link.in_flight_bytes + u64::from(self.making) * each;
         // What is on the wire is not there for the link to send.
         let dry_in = ready as f64 / rate - self.link.rtt.as_secs_f64();
-        let needed = slowest.as_secs_f64() * SLOWER + MARGIN.as_secs_f64();
+        let takes = (slowest.as_secs_f64() * SLOWER).max(self.lead.as_secs_f64());
+        let needed = takes + MARGIN.as_secs_f64();
         let wait = Duration::try_from_secs_f64(dry_in - needed).ok()?;
         (!wait.is_zero()).then(|| wait.clamp(LOOK.0, LOOK.1))
     }
@@ -141,6 +144,11 @@ impl Ahead {
         if !held {
             self.changed.notify_all();
         }
+    }
+
+    /// The next body may take so long.
+    pub(super) fn lead(&self, takes: Duration) {
+        self.state().lead = takes;
     }
 
     /// From now on nothing is held back.

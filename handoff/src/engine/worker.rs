@@ -148,7 +148,9 @@ impl Worker<'_> {
 
     fn choose(&self, body_bytes: usize) -> Mode {
         let view = self.with.ahead.view(body_bytes, self.jobs.len(), self.workers);
-        self.with.adapter.choose(self.with.clock.now(), &view)
+        let mode = self.with.adapter.choose(self.with.clock.now(), &view);
+        self.with.ahead.lead(self.with.adapter.lead());
+        mode
     }
 
     /// Takes note of what a body took. The rest that follows belongs to it.
