@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::stage::{Share, Stats};
+use crate::{
+    adapt::Adaptation,
+    stage::{Share, Stats},
+};
 
 /// How a handoff stands: enough for one live line.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -107,6 +110,9 @@ pub struct Report {
     pub classes: Vec<StageShare>,
     /// What each stage did, in the order in which chunks pass them.
     pub stages: Vec<StageShare>,
+    /// How bodies were encoded, and why.
+    #[serde(default)]
+    pub adaptation: Option<Adaptation>,
     /// Where the downtime went.
     pub cutover: Option<Cutover>,
 }
@@ -235,6 +241,16 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::adapt::{ModeDecision, ModeEstimate, ModeShare};
+
+    fn adaptation() -> Adaptation {
+        let decision = ModeDecision { modes: vec![ModeEstimate::default()], ..Default::default() };
+        Adaptation {
+            modes: vec![ModeShare::default()],
+            decisions: vec![decision],
+            ..Adaptation::default()
+        }
+    }
 
     fn sample() -> Report {
         let until_word = Duration::from_millis(180);
@@ -247,6 +263,7 @@ mod tests {
             rounds: vec![Round { number: 1, chunks: 10, ..Round::default() }],
             classes: class_shares(&Stats::default()),
             stages: stage_shares(&Stats::default()),
+            adaptation: Some(adaptation()),
             cutover: Some(Cutover::default()),
             ..Report::default()
         }

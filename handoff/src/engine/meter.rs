@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     Clock,
+    adapt::Adapter,
     ownership::Question,
     policy::{self, CutOverPolicy, CutOverReason, Decision, DirtyCurve, Measurements, Objective},
     report::{
@@ -57,6 +58,7 @@ pub(super) struct Meter<'a> {
     clock: &'a dyn Clock,
     status: &'a LinkStatus,
     worker: &'a WorkerStats,
+    adapter: &'a Adapter,
     options: &'a SendOptions,
     progress: &'a mut dyn FnMut(&Progress),
     started: Duration,
@@ -88,7 +90,7 @@ impl<'a> Meter<'a> {
         handoff: Question,
         options: &'a SendOptions,
         progress: &'a mut dyn FnMut(&Progress),
-        (status, worker): (&'a LinkStatus, &'a WorkerStats),
+        (status, worker, adapter): (&'a LinkStatus, &'a WorkerStats, &'a Adapter),
         clock: &'a dyn Clock,
     ) -> Self {
         let started = clock.now();
@@ -103,6 +105,7 @@ impl<'a> Meter<'a> {
             clock,
             status,
             worker,
+            adapter,
             options,
             progress,
             started,
@@ -448,6 +451,7 @@ impl<'a> Meter<'a> {
             rounds: self.rounds.clone(),
             classes: class_shares(&stats),
             stages: stage_shares(&stats),
+            adaptation: Some(self.adapter.record()),
             cutover: self.cutover.pausing.map(|_| self.cutover_shares()),
             ..self.report.clone()
         }

@@ -68,7 +68,7 @@ pub fn send<C: Connect + Send>(
     let (status, worker) = (LinkStatus::default(), WorkerStats::default());
     let base_id = bases.own().id().to_string();
     let adapter = Adapter::new(AdaptOptions::new(options.pipeline.choice, clock.now()));
-    let mut meter = Meter::new(handoff, options, progress, (&status, &worker), clock);
+    let mut meter = Meter::new(handoff, options, progress, (&status, &worker, &adapter), clock);
     meter.durable_took(durable_took);
     let hello = match hello(&mut guest, &bases, handoff, options) {
         Ok(hello) => hello,
