@@ -163,7 +163,29 @@ pub(super) fn summary(
         text += &format!(", {} on the link", bytes(sent as u64));
     }
     text += &shares(report);
+    text += &modes(&report["adaptation"]);
     text
+}
+
+/// What a report says of modes, in a line; nothing if it says nothing.
+fn modes(adaptation: &serde_json::Value) -> String {
+    let list = |key: &str| adaptation[key].as_array().map_or(&[][..], Vec::as_slice);
+    let used = list("modes").iter().filter_map(|mode| {
+        let bodies = mode["bodies"].as_u64().filter(|bodies| *bodies > 0)?;
+        Some(format!("{bodies} in {}", mode["mode"].as_str()?))
+    });
+    let used: Vec<String> = used.collect();
+    if used.is_empty() {
+        return String::new();
+    }
+    let left_out = adaptation["decisions_left_out"].as_u64().unwrap_or(0);
+    let decisions = match list("decisions").len() as u64 + left_out {
+        0 => String::new(),
+        1 => "; 1 decision".to_owned(),
+        several => format!("; {several} decisions"),
+    };
+    let choice = adaptation["choice"].as_str().unwrap_or_default();
+    format!("\n\nbatches, mode {choice}: {}{decisions}", used.join(", "))
 }
 
 #[cfg(test)]
@@ -201,6 +223,21 @@ mod tests {
             "VM a runs at b:1: 2.5 s in all, 120 ms down, 2.0 KiB on the link\n\n\
              CLASS  CHUNKS  IN        OUT   CPU\nzero   12      48.0 KiB  24 B  10 ms"
         );
+    }
+
+    #[test]
+    fn a_report_shows_which_modes_were_used() {
+        let adaptation = serde_json::json!({
+            "choice": "auto", "decisions": [{}, {}], "decisions_left_out": 1,
+            "modes": [
+                {"mode": "lz4", "bodies": 0, "samples": 1},
+                {"mode": "zstd:3", "bodies": 7},
+                {"mode": "xz:3", "bodies": 12},
+            ],
+        });
+        let says = "\n\nbatches, mode auto: 7 in zstd:3, 12 in xz:3; 3 decisions";
+        assert_eq!(modes(&adaptation), says);
+        assert_eq!(modes(&serde_json::Value::Null), "");
     }
 
     #[test]
