@@ -388,8 +388,12 @@ impl<C: Connect> Courier<'_, C> {
             self.status.pinged(rtt, least);
         }
         let flow = self.status.refresh();
-        let Some(flow) = flow else { return Room::UNMEASURED };
-        self.session.limit_window(flow.window_bytes());
+        let memory = self.outlet.window(unapplied);
+        let Some(flow) = flow else {
+            self.session.limit_window(memory);
+            return Room::UNMEASURED;
+        };
+        self.session.limit_window(flow.window_bytes().min(memory));
         self.status.limit_unsent(flow.unsent_bytes());
         flow.room()
     }

@@ -39,7 +39,8 @@ pub use options::{
     CONTENTS_BYTES, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions, Received,
     SendError, SendOptions, SendOutcome, TABLES_BYTES,
 };
-pub use pipeline::{ENCODER_BYTES, MAX_WORKERS, PipelineOptions};
+pub use pipeline::{MAX_WORKERS, PipelineOptions};
+pub use press::WORKING_BYTES;
 pub use receive::receive;
 pub use saved::{inspect, restore, save};
 pub use send::send;

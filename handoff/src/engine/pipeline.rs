@@ -18,17 +18,16 @@ use std::{
 };
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use guest_images::CHUNK_SIZE;
 
 use super::{
     courier::{Notice, Sealed},
-    press::Encoders,
+    press::{ENCODER_BYTES, Encoders},
     sequence::Sequencer,
     worker::{Job, Shared, Worker},
 };
 use crate::{
     adapt::ModeChoice,
-    stage::{BatchLimits, Buffers, Sealer, pack::MAX_BATCH_BYTES},
+    stage::{BatchLimits, Buffers, Sealer},
 };
 
 /// The most workers that there can be.
@@ -36,11 +35,10 @@ pub const MAX_WORKERS: usize = 16;
 /// Workers that there are by default, if there are as many cores.
 const DEFAULT_MOST_WORKERS: usize = 4;
 
+/// What a body has besides its chunks, at most, while it is no last round's.
+const BATCH_TABLE_BYTES: usize = 128 << 10;
 /// Jobs that no worker has in its hands: of bodies, and of segments that wait for the link.
 const QUEUED_JOBS: usize = 3;
-/// What the encoders of all workers may take together (ADR 0015).
-pub const ENCODER_BYTES: usize = 32 << 20;
-
 /// How the source's stages work together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PipelineOptions {
@@ -61,7 +59,7 @@ impl Default for PipelineOptions {
         let cores = available_parallelism().map_or(1, usize::from);
         Self {
             workers: cores.min(DEFAULT_MOST_WORKERS),
-            batch_bytes: BatchLimits::default().data_chunks * CHUNK_SIZE,
+            batch_bytes: BatchLimits::USUAL_BYTES,
             cpu_share: 1.0,
             choice: ModeChoice::default(),
             serial: false,
@@ -88,9 +86,9 @@ impl PipelineOptions {
         if self.serial { 1 } else { self.workers() + QUEUED_JOBS }
     }
 
-    /// Spare buffers: as many as there can be in the pipeline at once.
+    /// Spare buffers: one for each of those who fill them.
     pub(super) fn buffers(&self) -> Buffers {
-        Buffers::new(self.tickets() * MAX_BATCH_BYTES)
+        Buffers::new((self.workers() + 1) * (self.batch_bytes + BATCH_TABLE_BYTES))
     }
 
     pub(super) fn batch_limits(&self) -> BatchLimits {
@@ -138,9 +136,15 @@ pub(super) struct Outlet {
     /// What was sealed. Give a ticket back for each with [`Outlet::taken`].
     pub(super) sealed: Receiver<Sealed>,
     tickets: Sender<()>,
+    encoders: Encoders,
 }
 
 impl Outlet {
+    /// The window holds so many bytes; how many it may.
+    pub(super) fn window(&self, used: u64) -> u64 {
+        self.encoders.window(used)
+    }
+
     /// One was taken: there is room for one more.
     pub(super) fn taken(&self) {
         // There is room for as many as were given out; an engine that is gone needs none.
@@ -156,6 +160,7 @@ pub(super) struct Pipeline {
     cpu_share: f64,
     samples: bool,
     buffers: Buffers,
+    encoders: Encoders,
 }
 
 impl Pipeline {
@@ -170,7 +175,9 @@ impl Pipeline {
         let (sealed, sealed_rx) = bounded(most);
         let (tickets, tickets_rx) = bounded(most);
         (0..most).for_each(|_| _ = tickets.try_send(()));
+        let encoders = Encoders::default();
         let pipeline = Pipeline {
+            encoders: encoders.clone(),
             jobs: jobs_rx,
             sequencer: Arc::new(Sequencer::new(sealer, sealed)),
             workers: options.workers(),
@@ -179,7 +186,7 @@ impl Pipeline {
             buffers,
         };
         let feed = Feed { jobs, tickets: tickets_rx, next: 0 };
-        (feed, pipeline, Outlet { sealed: sealed_rx, tickets })
+        (feed, pipeline, Outlet { sealed: sealed_rx, tickets, encoders })
     }
 
     /// Sets the workers to work. They end when the feed is gone and all jobs are done, or when
@@ -190,7 +197,6 @@ impl Pipeline {
         notices: &Sender<Notice>,
         with: Shared<'scope>,
     ) {
-        let encoders = Encoders::new(ENCODER_BYTES);
         for _ in 0..self.workers {
             let worker = Worker {
                 jobs: self.jobs.clone(),
@@ -198,7 +204,7 @@ impl Pipeline {
                 notices: notices.clone(),
                 with,
                 buffers: self.buffers.clone(),
-                encoders: encoders.clone(),
+                encoders: self.encoders.clone(),
                 cpu_share: self.cpu_share,
                 workers: self.workers,
                 samples: self.samples,

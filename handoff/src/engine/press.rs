@@ -13,23 +13,32 @@ use crate::{
     stage::{Buffers, Codec, Compressor, CpuWatch, Mode, Packed},
 };
 
-/// Memory that the workers' encoders may take together.
-#[derive(Clone, Debug)]
+/// What the encoders of all workers and the window of segments may take together: on a slow link the
+/// encoders are heavy and the window is small, on a fast one it is the other way round.
+pub const WORKING_BYTES: usize = 24 << 20;
+/// What is always left for the window.
+pub(super) const LEAST_WINDOW_BYTES: usize = 2 << 20;
+/// What encoders may take, whatever the window does.
+pub(super) const ENCODER_BYTES: usize = WORKING_BYTES - LEAST_WINDOW_BYTES;
+
+/// The memory that encoders and the window share.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Encoders(Arc<Budget>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Budget {
-    most_bytes: usize,
     used_bytes: AtomicUsize,
+    window_bytes: AtomicUsize,
 }
 
 impl Encoders {
-    pub(super) fn new(most_bytes: usize) -> Self {
-        Self(Arc::new(Budget { most_bytes, used_bytes: AtomicUsize::new(0) }))
+    fn most_bytes(&self) -> usize {
+        WORKING_BYTES - self.0.window_bytes.load(Relaxed).clamp(LEAST_WINDOW_BYTES, WORKING_BYTES)
     }
 
     fn reserve(&self, bytes: usize) -> bool {
-        let within = |used: usize| Some(used + bytes).filter(|used| *used <= self.0.most_bytes);
+        let most = self.most_bytes();
+        let within = |used: usize| Some(used + bytes).filter(|used| *used <= most);
         self.0.used_bytes.fetch_update(Relaxed, Relaxed, within).is_ok()
     }
 
@@ -38,7 +47,15 @@ impl Encoders {
     }
 
     fn left_bytes(&self) -> usize {
-        self.0.most_bytes.saturating_sub(self.0.used_bytes.load(Relaxed))
+        self.most_bytes().saturating_sub(self.0.used_bytes.load(Relaxed))
+    }
+
+    /// The window holds so much now; how much it may.
+    pub(super) fn window(&self, used: u64) -> u64 {
+        let used = usize::try_from(used).unwrap_or(usize::MAX);
+        self.0.window_bytes.store(used, Relaxed);
+        let left = WORKING_BYTES.saturating_sub(self.0.used_bytes.load(Relaxed));
+        left.max(LEAST_WINDOW_BYTES) as u64
     }
 }
 
@@ -49,12 +66,14 @@ pub(super) struct Press {
     encoders: Encoders,
     /// What is reserved for each codec: those keep what they work with.
     held: [usize; Codec::ALL.len()],
+    /// One mode only: what it takes stays reserved.
+    forced: bool,
 }
 
 impl Press {
-    pub(super) fn new(encoders: Encoders) -> Self {
+    pub(super) fn new(encoders: Encoders, forced: bool) -> Self {
         let held = [0; Codec::ALL.len()];
-        Self { compressor: Compressor::new(), scratch: Vec::new(), encoders, held }
+        Self { compressor: Compressor::new(), scratch: Vec::new(), encoders, held, forced }
     }
 
     /// Whether there is memory for this mode; it is reserved then.
@@ -139,7 +158,9 @@ impl Press {
         let (began, mut watch) = (Instant::now(), CpuWatch::start());
         let codec = self.compressor.compress(mode, body, &mut self.scratch);
         let codec = codec.map_err(|e| e.to_string())?;
-        if let Codec::Xz | Codec::Bzip2 = mode.codec() {
+        if let Codec::Xz | Codec::Bzip2 = mode.codec()
+            && !self.forced
+        {
             // They keep nothing from one body to the next.
             let held = self.held.get_mut(mode.codec() as usize).map(std::mem::take);
             self.encoders.release(held.unwrap_or_default());
@@ -172,25 +193,51 @@ mod tests {
     #[test]
     fn memory_is_shared_and_given_back() {
         let heavy = mode("xz:6");
-        let encoders = Encoders::new(heavy.encoder_bytes() + mode("zstd:3").encoder_bytes());
-        let (mut one, mut two) = (Press::new(encoders.clone()), Press::new(encoders.clone()));
+        let encoders = Encoders::default();
+        let others = ENCODER_BYTES - heavy.encoder_bytes() - mode("zstd:3").encoder_bytes();
+        assert!(encoders.reserve(others));
+        let (mut one, mut two) =
+            (Press::new(encoders.clone(), false), Press::new(encoders.clone(), false));
         assert_eq!(one.allowed(heavy), heavy);
         let instead = two.allowed(heavy);
-        assert!(instead < heavy && instead.encoder_bytes() <= mode("zstd:6").encoder_bytes());
-        assert_ne!(instead, Mode::NONE);
+        assert!(instead != heavy && instead != Mode::NONE, "{instead}");
+        two.give_up();
         let (_, trial) = one.encode(heavy, &[7; 5000]).unwrap();
         assert!(trial.bytes_out < 100);
         assert_eq!(two.allowed(heavy), heavy, "one has done with it");
         assert_eq!(one.try_out(heavy, &[7; 5000]).unwrap(), None);
         drop((one, two));
-        assert_eq!(encoders.left_bytes(), encoders.0.most_bytes);
-        assert_eq!(Press::new(Encoders::new(0)).allowed(heavy), Mode::NONE);
+        assert_eq!(encoders.left_bytes(), ENCODER_BYTES - others);
+    }
+
+    #[test]
+    fn the_window_and_the_encoders_share() {
+        let encoders = Encoders::default();
+        let mut press = Press::new(encoders.clone(), true);
+        assert_eq!(encoders.window(0), WORKING_BYTES as u64);
+        let heavy = mode("zstd:19");
+        assert_eq!(press.allowed(heavy), heavy);
+        assert_eq!(encoders.window(1000), (WORKING_BYTES - heavy.encoder_bytes()) as u64);
+        drop(press);
+        encoders.window(WORKING_BYTES as u64 - 1000);
+        assert_ne!(Press::new(encoders.clone(), false).allowed(heavy), heavy);
+        encoders.window(u64::MAX);
+        assert_eq!(Press::new(encoders, false).allowed(heavy), Mode::NONE);
+    }
+
+    /// Every mode has room for two workers.
+    #[test]
+    fn two_workers_in_any_mode() {
+        for mode in Mode::STATIC {
+            let need = mode.encoder_bytes();
+            assert!(2 * need <= ENCODER_BYTES, "{mode}: {need}");
+        }
     }
 
     #[test]
     fn bodies_go_round() {
         let buffers = Buffers::new(1 << 20);
-        let mut press = Press::new(Encoders::new(64 << 20));
+        let mut press = Press::new(Encoders::default(), true);
         let mut spent = 0;
         let mut pack = |mode: &str, body: &[u8]| {
             let mode = press.allowed(mode.parse().unwrap());

@@ -106,7 +106,7 @@ impl Worker<'_> {
     }
 
     fn work(&self) -> Result<(), String> {
-        let mut press = Press::new(self.encoders.clone());
+        let mut press = Press::new(self.encoders.clone(), !self.samples);
         let mut tried: Option<Tried> = None;
         let mut failed = None;
         while let Some((number, job)) = self.with.ahead.next(&self.jobs, || {

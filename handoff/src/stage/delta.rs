@@ -116,6 +116,9 @@ impl FromStr for DeltaMode {
     }
 }
 
+/// What came here leaves at least this fraction of the cache to what is sent.
+const LEAST_CACHE: usize = 4;
+
 /// Makes deltas of the chunks that nothing cheaper stands for.
 pub(super) struct DeltaStage {
     mode: DeltaMode,
@@ -144,9 +147,11 @@ impl DeltaStage {
     }
 
     /// The same with more references: what this side received of the state in which the target
-    /// began.
+    /// began. Of what is sent, less is kept then: both together take little more memory.
     pub(super) fn with_received(self, received: Arc<SentCache>) -> Self {
-        Self { received: Some(received), ..self }
+        let most = self.cache.capacity_bytes();
+        let left = most.saturating_sub(received.len() * CHUNK_SIZE).max(most / LEAST_CACHE);
+        Self { received: Some(received), cache: SentCache::new(left), ..self }
     }
 
     /// Makes the deltas of a group of classified chunks, in the order in which they will be sent.

@@ -36,6 +36,11 @@ impl SentCache {
         Self { capacity: bytes / CHUNK_SIZE, slots: Vec::new(), by_id: HashMap::new() }
     }
 
+    /// Bytes of chunks that it takes at most.
+    pub(super) fn capacity_bytes(&self) -> usize {
+        self.capacity * CHUNK_SIZE
+    }
+
     /// How many chunks are in it.
     pub fn len(&self) -> usize {
         self.slots.len()
