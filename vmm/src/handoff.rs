@@ -127,7 +127,15 @@ impl SourceVm for VmSource {
         Ok(either!(self.get()?, vm => vm.harvest())?)
     }
 
+    fn throttle(&mut self, run_share: f64) -> Result<bool, VmError> {
+        if let AnyVm::Running(vm) = self.get()? {
+            vm.throttle(run_share)?;
+        }
+        Ok(true)
+    }
+
     fn stop_tracking(&mut self) -> Result<(), VmError> {
+        self.throttle(1.0)?;
         Ok(either!(self.get()?, vm => vm.stop_tracking())?)
     }
 

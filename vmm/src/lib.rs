@@ -27,6 +27,7 @@ pub mod memory;
 mod pagemap;
 pub mod profile;
 pub mod state;
+mod throttle;
 mod vcpu;
 
 pub use codec::CodecError;

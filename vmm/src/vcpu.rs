@@ -6,6 +6,7 @@
 
 use std::{
     io,
+    os::unix::thread::JoinHandleExt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Condvar, Mutex, Once, PoisonError,
@@ -19,7 +20,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::devices::bus::Bus;
+use crate::{devices::bus::Bus, throttle::Brake};
 
 /// What a machine tells its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +39,7 @@ pub(crate) struct RunContext {
     pub(crate) ports: Arc<Bus>,
     pub(crate) mmio: Arc<Bus>,
     pub(crate) halt: Halt,
+    pub(crate) brake: Arc<Brake>,
 }
 
 /// How a guest ends: once, and its owner is told.
@@ -52,7 +54,7 @@ impl RunContext {
     /// A context without devices.
     pub(crate) fn new(events: Sender<VmEvent>) -> Self {
         let (ports, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        Self { ports, mmio, halt: Halt { events, halted: Arc::default() } }
+        Self { ports, mmio, halt: Halt { events, halted: Arc::default() }, brake: Arc::default() }
     }
 }
 
@@ -222,6 +224,11 @@ impl VcpuThread {
         }
     }
 
+    /// By what its thread can be interrupted, until it is joined.
+    pub(crate) fn kick_handle(&self) -> KickHandle {
+        KickHandle(self.thread.as_pthread_t())
+    }
+
     /// Waits until the vCPU has stopped, with no access to a device half done, and takes it back.
     pub(crate) fn join(self) -> Vcpu {
         match self.thread.join() {
@@ -229,6 +236,23 @@ impl VcpuThread {
             // The thread catches panics around everything that may panic.
             Err(panic) => std::panic::resume_unwind(panic),
         }
+    }
+}
+
+/// A vCPU's thread, to be interrupted while it has not been joined.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KickHandle(libc::pthread_t);
+
+impl KickHandle {
+    /// Makes the vCPU come out of KVM, if it is in there.
+    ///
+    /// # Safety
+    ///
+    /// The [`VcpuThread`] that it is of has not been joined.
+    pub(crate) unsafe fn kick(self) {
+        // SAFETY: a thread that has not been joined may be signalled, also if it has ended; the
+        // signal has a handler.
+        unsafe { libc::pthread_kill(self.0, kick_signal()) };
     }
 }
 
@@ -245,6 +269,7 @@ impl Vcpu {
     fn run(&mut self, context: &RunContext, stop: &AtomicBool) {
         let page = RunPage::of(&mut self.fd);
         loop {
+            context.brake.wait(stop);
             if context.halt.is_halted() {
                 return;
             }

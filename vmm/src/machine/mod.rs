@@ -25,7 +25,7 @@ use std::{
     sync::{Arc, mpsc::Sender},
 };
 
-use ::handoff::{ChunkId, ChunkSet, Geometry, Space, audit::Audit};
+use ::handoff::{ChunkId, ChunkSet, Geometry, Space, audit::Audit, vm::LEAST_RUN_SHARE};
 use guest_images::{
     CHUNK_SIZE, Chunk,
     overlay::{Overlay, OverlayError},
@@ -49,6 +49,7 @@ use crate::{
     memory::{self, GuestRam, MemoryError},
     profile::{Incompatible, MachineProfile, ProfileError},
     state::{StateError, VmState},
+    throttle::Throttle,
     vcpu::{Gate, RunContext, Vcpu, VcpuThread, VmEvent},
 };
 pub(crate) use build::Prepared;
@@ -221,10 +222,13 @@ pub struct Paused {
 #[derive(Debug)]
 pub struct Running {
     threads: Vec<VcpuThread>,
+    /// While the guest is slowed down. Signals the threads, so it goes before they are joined.
+    throttle: Option<Throttle>,
 }
 
 impl Running {
     fn stop(&mut self) -> Vec<Vcpu> {
+        self.throttle = None;
         self.threads.iter().for_each(VcpuThread::request_stop);
         std::mem::take(&mut self.threads).into_iter().map(VcpuThread::join).collect()
     }
@@ -367,10 +371,31 @@ impl Vm<Running> {
             Err((_, source)) => {
                 let fault = format!("vCPUs cannot be started again: {source}");
                 core.context.halt.now(VmEvent::Fault(fault));
-                Running { threads: Vec::new() }
+                Running { threads: Vec::new(), throttle: None }
             }
         };
         Err(failed(core, running, error.into()))
+    }
+}
+
+impl Vm<Running> {
+    /// Lets the guest's vCPUs run for this share of the time, from now until it is paused or
+    /// asked for more; 1.0 is full speed.
+    pub fn throttle(&mut self, run_share: f64) -> Result<(), MachineError> {
+        self.state.throttle = None;
+        if run_share >= 1.0 {
+            return Ok(());
+        }
+        let share = run_share.max(LEAST_RUN_SHARE);
+        let threads: Vec<_> = self.state.threads.iter().map(VcpuThread::kick_handle).collect();
+        // SAFETY: `Running` drops its throttle, which ends that thread, before it joins a vCPU's.
+        let kick = move || threads.iter().for_each(|thread| unsafe { thread.kick() });
+        let brake = Arc::clone(&self.core.context.brake);
+        let started = Throttle::start(brake, share, kick).map_err(|source| {
+            MachineError::Resource { what: "thread that slows the guest down", source }
+        })?;
+        self.state.throttle = Some(started);
+        Ok(())
     }
 }
 
@@ -432,7 +457,7 @@ impl Starting {
     /// Lets the guest run. Cannot fail.
     fn go(self) -> Running {
         self.gate.open();
-        Running { threads: self.threads }
+        Running { threads: self.threads, throttle: None }
     }
 
     /// Takes the vCPUs back: not one of their instructions ran.

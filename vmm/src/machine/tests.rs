@@ -281,6 +281,31 @@ fn kvms_log_and_the_vmms_writes_make_the_dirty_set() {
     vm.stop_tracking().unwrap();
 }
 
+/// A throttled guest does less, and everything at full speed again once it is asked to, or was paused.
+#[test]
+fn a_throttled_guest_gets_its_speed_back() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let mut vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    wait_for("the guest counts", || count(&vm) > 1000);
+    let counts = |vm: &Vm<Running>| {
+        let before = count(vm);
+        std::thread::sleep(Duration::from_millis(300));
+        count(vm) - before
+    };
+    // The machine may be busy with other tests: the best of a few tries counts.
+    let full = (0..3).map(|_| counts(&vm)).max().unwrap();
+    vm.throttle(0.1).unwrap();
+    let slow = (0..3).map(|_| counts(&vm)).min().unwrap();
+    assert!(slow > 0 && slow < full / 2, "{slow} throttled, {full} not");
+    vm.throttle(1.0).unwrap();
+    let again = (0..5).map(|_| counts(&vm)).max().unwrap();
+    assert!(again > slow * 2, "{again} after, {slow} throttled");
+    vm.throttle(0.1).unwrap();
+    let vm = vm.pause().unwrap().resume().unwrap();
+    let resumed = (0..5).map(|_| counts(&vm)).max().unwrap();
+    assert!(resumed > slow * 2, "{resumed} after a pause, {slow} throttled");
+}
+
 /// Adds one to a quadword in one of 256 pages, in an order that looks random, for ever.
 fn scribbling() -> tempfile::NamedTempFile {
     kernel(&[
