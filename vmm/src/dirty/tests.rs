@@ -297,10 +297,8 @@ impl World {
     fn read(&mut self, pick: impl Fn(usize) -> usize, count: usize, racing: bool) {
         for _ in 0..count.min(self.todo.len()) {
             let Some(&id) = self.todo.iter().nth(pick(self.todo.len())) else { return };
-            if id.space == Space::Ram {
-                if racing {
-                    self.vcpu_write(id.index);
-                }
+            if racing && id.space == Space::Ram {
+                self.vcpu_write(id.index);
             }
             self.todo.remove(&id);
             self.copied.insert(id, self.now.get(&id).copied().unwrap_or(0));
