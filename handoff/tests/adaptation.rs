@@ -238,6 +238,7 @@ fn compare(profile: fn(u64) -> Profile, name: &str, slower: f64, most: f64) {
 }
 
 #[test]
+#[ignore = "takes minutes unless it is optimised: cargo test --release -- --ignored"]
 fn as_good_as_the_best_static_mode() {
     compare(|_| DEBIAN, "debian", 1.0, 1.05);
     compare(|_| NOISE, "noise", 1.0, 1.05);
@@ -245,6 +246,7 @@ fn as_good_as_the_best_static_mode() {
 }
 
 #[test]
+#[ignore = "takes minutes unless it is optimised: cargo test --release -- --ignored"]
 fn a_machine_that_is_not_the_priors() {
     compare(|_| DEBIAN, "debian, 5 times slower", 5.0, 1.08);
     compare(|_| DEBIAN, "debian, 5 times faster", 0.2, 1.08);
@@ -291,6 +293,7 @@ fn links_that_change() {
 
 /// Data of another kind comes: what was learnt of the first is no hindrance.
 #[test]
+#[ignore = "takes minutes unless it is optimised: cargo test --release -- --ignored"]
 fn kinds_that_come_and_go() {
     fn mixed(body: u64) -> Profile {
         if (body / 150) % 2 == 0 { DEBIAN } else { NOISE }

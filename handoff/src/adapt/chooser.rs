@@ -11,6 +11,8 @@ use crate::stage::Mode;
 
 /// A plan is changed for one that promises so much more.
 const BETTER: f64 = 1.03;
+/// Or for one that takes less than half the CPU, and promises no less than this.
+const LIGHTER: f64 = 1.002;
 /// The rate of the link is news when it changed by this factor.
 const LINK_NEWS: f64 = 1.2;
 /// Decisions that are kept.
@@ -181,7 +183,11 @@ impl Chooser {
                     return;
                 };
                 let still = plan::in_turn(one, other, workers, link);
-                if (old.fast, old.strong) == (fast, strong) || still < best.s_per_byte * BETTER {
+                let cost = |at: usize| modes.get(at).map_or(0.0, |mode| mode.s_per_byte);
+                let lighter = 2.0 * (cost(fast) + cost(strong)) < cost(old.fast) + cost(old.strong)
+                    && best.s_per_byte <= still * LIGHTER;
+                let better = still >= best.s_per_byte * BETTER;
+                if (old.fast, old.strong) == (fast, strong) || !(better || lighter) {
                     return;
                 }
                 if news { "the link's rate changed" } else { "modes cost or bring something else" }

@@ -7,6 +7,9 @@
 
 use super::estimate::Estimate;
 
+/// What a stronger mode must bring: of data that does not shrink all take as long.
+const WORTH: f64 = 0.999;
+
 /// One mode, or two in turn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Plan {
@@ -48,7 +51,8 @@ pub(super) fn best(modes: &[Estimate], workers: f64, link: f64) -> Option<Plan> 
     for (at, one) in modes.iter().enumerate() {
         for (by, other) in modes.iter().enumerate().skip(at) {
             let s_per_byte = in_turn(one, other, workers, link);
-            if best.is_some_and(|best| s_per_byte >= best.s_per_byte) {
+            // Modes come from fast to strong: one that brings next to nothing is not worth its CPU.
+            if best.is_some_and(|best| s_per_byte >= best.s_per_byte * WORTH) {
                 continue;
             }
             let (one_alone, other_alone) = (alone(one, workers, link), alone(other, workers, link));
