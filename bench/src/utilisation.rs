@@ -19,9 +19,9 @@ use crate::{
 /// What is asked for.
 const BOUND: f64 = 0.95;
 /// How long a link is kept busy, at least.
-const BUSY_S: f64 = 8.0;
+const BUSY_S: f64 = 10.0;
 /// What a TCP begins with grows with the rate: a fast link is kept busy for longer.
-const BUSY_FAST_S: f64 = 15.0;
+const BUSY_FAST_S: f64 = 20.0;
 /// What most kernels use.
 const CONGESTION_CONTROL: &str = "cubic";
 
