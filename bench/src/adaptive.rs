@@ -17,6 +17,7 @@ use handoff::{
 use serde_json::{Value, json};
 
 use crate::{
+    Tell,
     hand_off::{Far, Plan, Ran, hand_off},
     harness::{Outcome, Side},
     link::{Shape, Way},
@@ -149,8 +150,7 @@ fn by_seconds(a: &f64, b: &f64) -> Ordering {
 }
 
 /// Each rate, with one worker and with two, on two guests.
-pub(crate) fn steady() -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+pub(crate) fn steady(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     for kind in KINDS {
         for mbps in [5.0, 10.0, 20.0, 30.0, 100.0] {
             let probe = kind.guest(1e6)?;
@@ -159,11 +159,11 @@ pub(crate) fn steady() -> anyhow::Result<Vec<Outcome>> {
             let own_bytes = WANT_S / best;
             let guest = kind.guest(own_bytes)?;
             for workers in [1, 2] {
-                outcomes.push(cell(&guest, own_bytes, mbps, workers)?);
+                tell(cell(&guest, own_bytes, mbps, workers)?)?;
             }
         }
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 /// One place of the table.
@@ -230,7 +230,7 @@ fn adaptation(ran: &Ran) -> Value {
 }
 
 /// Links of 5 Mbps that become 35 Mbps, and 5 again.
-pub(crate) fn changing() -> anyhow::Result<Vec<Outcome>> {
+pub(crate) fn changing(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     let kind = KINDS[0];
     let workers = 2;
     // What the best fixed mode gets done at each rate, as bytes of the guest a second.
@@ -261,7 +261,6 @@ pub(crate) fn changing() -> anyhow::Result<Vec<Outcome>> {
         ("5_35", up, vec![PHASE], slow * phase_s + fast * phase_s),
         ("5_35_5", up_down, vec![PHASE, PHASE * 2], slow * phase_s * 1.7 + fast * phase_s),
     ];
-    let mut outcomes = Vec::new();
     for (name, shape, changes, own_bytes) in links {
         let guest = kind.guest(own_bytes)?;
         let way = Way::new(&shape)?;
@@ -286,13 +285,13 @@ pub(crate) fn changing() -> anyhow::Result<Vec<Outcome>> {
             reference,
             (Side::AtMost, BOUND_CHANGING),
         );
-        outcomes.push(outcome.with(json!({
+        tell(outcome.with(json!({
             "link": way.name(),
             "own_bytes": own_bytes,
             "best_at_5mbps": slow_mode,
             "best_at_35mbps": fast_mode,
             "used": adaptation["modes"],
-        })));
+        })))?;
         for (n, change) in (1..).zip(&changes) {
             let at = change.saturating_sub(began).as_secs_f64() * 1e3;
             let reacted = reacted_ms(&adaptation, at);
@@ -304,10 +303,10 @@ pub(crate) fn changing() -> anyhow::Result<Vec<Outcome>> {
                 ("bound", REACTS_S * 1e3),
                 (Side::AtMost, 1.0),
             );
-            outcomes.push(outcome.with(json!({ "changed_at_ms": at, "mode_changed": reacted })));
+            tell(outcome.with(json!({ "changed_at_ms": at, "mode_changed": reacted })))?;
         }
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 /// When the mode was first another than before the link changed.

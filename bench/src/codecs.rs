@@ -6,7 +6,7 @@ use anyhow::ensure;
 use handoff::stage::{Codec, Compressor, Mode, pack::MAX_BATCH_DATA_CHUNKS};
 
 use crate::{
-    contents,
+    Tell, contents,
     harness::{Bench, Outcome},
 };
 
@@ -17,11 +17,11 @@ const RUN_S: f64 = 0.25;
 
 /// In every mode: the stage as the engine calls it, and the codec by its own library, on the same
 /// batches in turns, by CPU time.
-pub(crate) fn stage(runs: usize) -> anyhow::Result<Vec<Outcome>> {
+pub(crate) fn stage(runs: usize, tell: &mut Tell<'_>) -> anyhow::Result<()> {
     let chunks = contents::chunks(contents::MEMORY, BATCHES * MAX_BATCH_DATA_CHUNKS);
     let batches: Vec<&[u8]> =
         chunks.chunks(MAX_BATCH_DATA_CHUNKS).map(<[_]>::as_flattened).collect();
-    Mode::STATIC.iter().map(|mode| in_mode(*mode, &batches, runs)).collect()
+    Mode::STATIC.iter().try_for_each(|mode| tell(in_mode(*mode, &batches, runs)?))
 }
 
 fn in_mode(mode: Mode, batches: &[&[u8]], runs: usize) -> anyhow::Result<Outcome> {

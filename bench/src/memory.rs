@@ -24,7 +24,7 @@ use handoff::{
 use serde_json::json;
 
 use crate::{
-    contents,
+    Tell, contents,
     guest::{Contents, Still},
     hand_off::{Far, Plan, Road, near_end, no_bases, scratch, take},
     harness::{Outcome, Side},
@@ -63,19 +63,22 @@ pub(crate) enum End {
 }
 
 /// In every mode, at both ends, for guests of several sizes.
-pub(crate) fn beyond_ram() -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+pub(crate) fn beyond_ram(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     let statics = handoff::stage::Mode::STATIC.iter().map(|mode| ModeChoice::Fixed(*mode));
     let choices: Vec<_> = [ModeChoice::Auto].into_iter().chain(statics).collect();
     for gib in GUESTS_GIB {
         for choice in &choices {
-            outcomes.extend(measure(&format!("{choice}_{gib}gib"), *choice, gib, CHANGED_BYTES)?);
+            measure(&format!("{choice}_{gib}gib"), *choice, gib, CHANGED_BYTES)?
+                .into_iter()
+                .try_for_each(&mut *tell)?;
         }
     }
     let gib = GUESTS_GIB[1];
     let name = format!("auto_{gib}gib_much_changed");
-    outcomes.extend(measure(&name, ModeChoice::Auto, gib, MUCH_CHANGED_BYTES)?);
-    Ok(outcomes)
+    measure(&name, ModeChoice::Auto, gib, MUCH_CHANGED_BYTES)?
+        .into_iter()
+        .try_for_each(&mut *tell)?;
+    Ok(())
 }
 
 fn measure(

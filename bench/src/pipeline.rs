@@ -14,7 +14,7 @@ use handoff::{
 use serde_json::json;
 
 use crate::{
-    contents,
+    Tell, contents,
     guest::Still,
     hand_off::{Far, Plan, Ran, Road, hand_off, no_bases},
     harness::{Outcome, Side, best_of_ns},
@@ -148,8 +148,7 @@ fn best(
 
 /// In every mode: the source into a sink and into a target, against the slowest of its stages alone, or against
 /// what the CPUs can do where all threads together need more than there are.
-pub(crate) fn whole() -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+pub(crate) fn whole(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     for mode in Mode::STATIC {
         let chunks = Arc::new(chunks_for(*mode)?);
         let alone = Alone::of(*mode, &chunks)?;
@@ -170,7 +169,7 @@ pub(crate) fn whole() -> anyhow::Result<Vec<Outcome>> {
                 ("slowest_stage", reference),
                 (Side::AtLeast, 0.8),
             );
-            outcomes.push(outcome.with(json!({
+            tell(outcome.with(json!({
                 "slowest_stage_bytes_per_s": slowest,
                 "of_slowest_stage": rate / slowest,
                 "cpus": cpus(),
@@ -181,18 +180,17 @@ pub(crate) fn whole() -> anyhow::Result<Vec<Outcome>> {
                 "compress_bytes_per_s": 1.0 / alone.compress,
                 "seal_bytes_per_s": 1.0 / alone.seal,
                 "stages": report.stages,
-            })));
+            })))?;
         }
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 /// Modes in which compression is nearly all of the work.
 const HEAVY: [&str; 3] = ["zstd:12", "xz:1", "bzip2:9"];
 
 /// Two workers against one, where there is enough to compress.
-pub(crate) fn workers() -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+pub(crate) fn workers(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     for mode in HEAVY {
         let mode: Mode = mode.parse()?;
         let chunks = contents::chunks(contents::MEMORY, 4096);
@@ -210,21 +208,14 @@ pub(crate) fn workers() -> anyhow::Result<Vec<Outcome>> {
         let side = if cpus() >= 2.0 { Side::AtLeast } else { Side::Stated };
         let name = format!("two_workers_{mode}");
         let reference = ("one_worker", one);
-        outcomes.push(Outcome::of(
-            "workers",
-            name,
-            ("bytes/s", two),
-            reference,
-            (side, TWO_WORKERS),
-        ));
+        tell(Outcome::of("workers", name, ("bytes/s", two), reference, (side, TWO_WORKERS)))?;
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 /// Stages that work at once against the same one after the other, on a link that takes about as
 /// long as processing does.
-pub(crate) fn serial() -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+pub(crate) fn serial(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     for mode in ["xz:1", "zstd:9"] {
         let mode: Mode = mode.parse()?;
         let chunks =
@@ -260,7 +251,7 @@ pub(crate) fn serial() -> anyhow::Result<Vec<Outcome>> {
             (Side::AtMost, PIPELINED),
         );
         let detail = json!({ "link_mbps": mbps, "processing_ms": processing * 1e3 });
-        outcomes.push(outcome.with(detail));
+        tell(outcome.with(detail))?;
     }
-    Ok(outcomes)
+    Ok(())
 }

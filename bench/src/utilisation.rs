@@ -8,7 +8,7 @@ use handoff::{adapt::ModeChoice, stage::Mode};
 use serde_json::json;
 
 use crate::{
-    contents,
+    Tell, contents,
     guest::Still,
     hand_off::{Far, Plan, Road, hand_off, no_bases},
     harness::{Outcome, Side},
@@ -27,8 +27,7 @@ const CONGESTION_CONTROL: &str = "cubic";
 
 /// Links of 5 to 100 Mbps, near and far: bytes that the link carried while the first round was being
 /// sent, by what it could have carried.
-pub(crate) fn slow_links() -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+pub(crate) fn slow_links(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     for mbps in [5.0, 10.0, 25.0, 100.0] {
         let busy_s = if mbps > 50.0 { BUSY_FAST_S } else { BUSY_S };
         let count = (mbps * 1e6 / 8.0 * busy_s) as usize / CHUNK_SIZE;
@@ -61,7 +60,7 @@ pub(crate) fn slow_links() -> anyhow::Result<Vec<Outcome>> {
                 ("link", capacity),
                 (Side::AtLeast, BOUND),
             );
-            outcomes.push(outcome.with(json!({
+            tell(outcome.with(json!({
                 "link": what,
                 "congestion_control": CONGESTION_CONTROL,
                 "one_way_delay_ms": delay_ms,
@@ -70,17 +69,16 @@ pub(crate) fn slow_links() -> anyhow::Result<Vec<Outcome>> {
                 "round_ms": round.duration_ms,
                 "dropped_packets": dropped,
                 "engine_says": ran.report.utilisation,
-            })));
+            })))?;
         }
     }
-    Ok(outcomes)
+    Ok(())
 }
 
 /// Links of 1 and 10 Gbps, where processing is what is waited for: stated with where CPU time went.
-pub(crate) fn fast_links() -> anyhow::Result<Vec<Outcome>> {
+pub(crate) fn fast_links(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     let chunks = Arc::new(contents::chunks(contents::MEMORY, (256 << 20) / CHUNK_SIZE));
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut outcomes = Vec::new();
     for mbps in [1_000.0, 10_000.0] {
         for mode in [Mode::NONE, Mode::LZ4, Mode::DEFAULT] {
             let shape = Shape { mtu: 65_000, ..Shape::of(mbps, Duration::ZERO) };
@@ -104,13 +102,13 @@ pub(crate) fn fast_links() -> anyhow::Result<Vec<Outcome>> {
                 ("link", mbps * 1e6 / 8.0),
                 (Side::Stated, 0.0),
             );
-            outcomes.push(outcome.with(json!({
+            tell(outcome.with(json!({
                 "cpus": cpus,
                 "guest_bytes_per_s": (chunks.len() * CHUNK_SIZE) as f64 / took,
                 "link": way.as_ref().map_or("loopback", Way::name),
                 "stages": stages,
-            })));
+            })))?;
         }
     }
-    Ok(outcomes)
+    Ok(())
 }
