@@ -9,6 +9,7 @@ use guest_images::BaseId;
 use handoff::{
     BaseView, Refusal, SourceVm, Space, TargetVm,
     base_view::testing::MemBase,
+    engine::PipelineOptions,
     engine::saved::{RestoreError, SaveError, Saved, SavedError, Tally, inspect, restore, save},
     stage::StageOptions,
     tcp::MonotonicClock,
@@ -23,8 +24,8 @@ fn guest(base: &Arc<MemBase>, acts: &[Act]) -> Vm {
 }
 
 fn write(vm: &mut Vm, host: &Host, to: impl std::io::Write + Send) -> Result<Saved, SaveError> {
-    let clock = MonotonicClock::default();
-    save(vm, host.bases(), "vm", b"one vCPU", StageOptions::default(), to, &clock)
+    let (clock, pipeline) = (MonotonicClock::default(), PipelineOptions::default());
+    save(vm, host.bases(), "vm", b"one vCPU", StageOptions::default(), pipeline, to, &clock)
 }
 
 fn saved(vm: &mut Vm, host: &Host) -> (Vec<u8>, Saved) {

@@ -9,7 +9,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
-pub(crate) use pipeline::PipelineArgs;
+pub(crate) use pipeline::{CompressArgs, PipelineArgs};
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
 
 use handoff::{order::Sequence, policy::Objective, stage::DeltaMode};
@@ -417,6 +417,8 @@ pub(crate) struct SaveArgs {
     pub(crate) stop: bool,
     #[command(flatten)]
     pub(crate) encode: EncodeArgs,
+    #[command(flatten)]
+    pub(crate) compress: CompressArgs,
 }
 
 #[derive(Clone, Debug, Args)]

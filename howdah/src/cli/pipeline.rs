@@ -6,6 +6,7 @@ use clap::Args;
 use handoff::{
     adapt::ModeChoice,
     engine::{LEAST_CPU_SHARE, PipelineOptions},
+    stage::Mode,
 };
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +40,25 @@ impl PipelineArgs {
             cpu_share: self.cpu_share.share(),
             ..usual
         }
+    }
+}
+
+/// How what is saved is compressed. No link waits for it, but the guest does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+pub(crate) struct CompressArgs {
+    /// How batches are compressed: none, lz4, zstd:LEVEL, xz:LEVEL, gzip:LEVEL or bzip2:LEVEL
+    ///
+    /// The guest is paused meanwhile: `xz:6` makes a smaller file and takes a hundred times as long.
+    #[arg(long, default_value_t, value_name = "MODE")]
+    pub(crate) mode: Mode,
+    /// Data in a batch, 256 to 1024 KiB: more compresses better
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u16).range(256..=1024))]
+    pub(crate) batch_kib: Option<u16>,
+}
+
+impl From<CompressArgs> for PipelineArgs {
+    fn from(CompressArgs { mode, batch_kib }: CompressArgs) -> Self {
+        Self { mode: ModeChoice::Fixed(mode), batch_kib, ..Self::default() }
     }
 }
 

@@ -93,5 +93,15 @@ fn text(seen: &Seen) -> String {
     let rows = [stage("chunks", file.batch_bytes), stage("machine state", file.state_bytes)];
     lines.push(String::new());
     lines.push(table(["COMPRESS", "IN", "OUT"], &rows));
+    let rows: Vec<_> = file
+        .codecs
+        .iter()
+        .map(|of| {
+            let segments = of.segments.to_string();
+            [of.codec.clone(), segments, bytes(of.bytes_in), bytes(of.bytes_out)]
+        })
+        .collect();
+    lines.push(String::new());
+    lines.push(table(["CODEC", "SEGMENTS", "IN", "OUT"], &rows));
     lines.join("\n")
 }

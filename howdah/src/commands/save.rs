@@ -22,8 +22,12 @@ pub(crate) fn run(args: SaveArgs, home: &Home, output: Output) -> anyhow::Result
     let path = file.to_str().ok_or_else(|| {
         Failure::new(Exit::Usage, file.display(), "not a UTF-8 path", "choose another")
     })?;
-    let request =
-        SaveRequest { path: path.to_owned(), stop: args.stop, encode: args.encode.into() };
+    let request = SaveRequest {
+        path: path.to_owned(),
+        stop: args.stop,
+        encode: args.encode.into(),
+        pipeline: args.compress.into(),
+    };
     let mut channel = client::ask(&dir, Request::Save(request), None)?;
     channel.set_timeout(Some(SAVE_TIMEOUT))?;
     let report = match client::next_reply(&dir, &mut channel)? {

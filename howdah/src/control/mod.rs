@@ -126,6 +126,8 @@ pub(crate) struct SaveRequest {
     pub(crate) stop: bool,
     /// How it is made small.
     pub(crate) encode: Encode,
+    /// How that is compressed.
+    pub(crate) pipeline: PipelineArgs,
 }
 
 /// How to record a VM.

@@ -45,6 +45,7 @@ fn write(machine: &mut KvmMachine, request: &SaveRequest, to: &Partial) -> Resul
         machine.dir.name().as_ref(),
         &offer,
         request.encode.options(),
+        request.pipeline.options(),
         &mut out,
         &MonotonicClock::default(),
     );

@@ -71,7 +71,9 @@ fn saved(cloudlet: &Cloudlet) -> Vec<u8> {
     let machine = postcard::to_stdvec(&(1u8, "quiet", profile)).unwrap();
     let mut file = Vec::new();
     let (stages, clock) = (StageOptions::default(), MonotonicClock::default());
-    engine::save(&mut Frozen, own.into(), "ada", &machine, stages, &mut file, &clock).unwrap();
+    let pipeline = engine::PipelineOptions::default();
+    engine::save(&mut Frozen, own.into(), "ada", &machine, stages, pipeline, &mut file, &clock)
+        .unwrap();
     cloudlet.file("saved", &file);
     file
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Geometry, Space,
-    stage::{Batch, Class, Decompressor, SegmentKind, What},
+    stage::{Batch, Class, Codec, Decompressor, SegmentKind, What},
 };
 
 /// What a saved VM holds, and what it needs.
@@ -41,6 +41,21 @@ pub struct Inspection {
     pub batch_bytes: (u64, u64),
     /// Bytes of the machine's state before compression, and after.
     pub state_bytes: (u64, u64),
+    /// Both, by the codec of their segments.
+    pub codecs: Vec<CodecTally>,
+}
+
+/// Segments of one codec.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodecTally {
+    /// The codec.
+    pub codec: String,
+    /// How many segments.
+    pub segments: u64,
+    /// Bytes of their bodies.
+    pub bytes_in: u64,
+    /// Bytes of their payloads.
+    pub bytes_out: u64,
 }
 
 /// Chunks of one class and one space.
@@ -63,6 +78,7 @@ pub fn inspect(from: impl Read) -> Result<Inspection, SavedError> {
     let mut decompressor = Decompressor::new();
     let mut tallies: BTreeMap<(Class, Space), (u64, u64)> = BTreeMap::new();
     let (mut batch_bytes, mut state_bytes, mut segments) = ((0, 0), (0, 0), 0);
+    let mut codecs: BTreeMap<Codec, (u64, u64, u64)> = BTreeMap::new();
     let mut state = Vec::new();
     let root = loop {
         let segment = match reader.next()? {
@@ -93,6 +109,10 @@ pub fn inspect(from: impl Read) -> Result<Inspection, SavedError> {
         };
         bytes.0 += body.len() as u64;
         bytes.1 += segment.payload.len() as u64;
+        let of_codec = codecs.entry(segment.codec).or_default();
+        of_codec.0 += 1;
+        of_codec.1 += body.len() as u64;
+        of_codec.2 += segment.payload.len() as u64;
     };
     let tally = |((class, space), (chunks, bytes)): ((Class, Space), (u64, u64))| Tally {
         class: class.name().to_owned(),
@@ -113,7 +133,12 @@ pub fn inspect(from: impl Read) -> Result<Inspection, SavedError> {
         classes: tallies.into_iter().map(tally).collect(),
         batch_bytes,
         state_bytes,
+        codecs: codecs.into_iter().map(of_codec).collect(),
     })
+}
+
+fn of_codec((codec, (segments, bytes_in, bytes_out)): (Codec, (u64, u64, u64))) -> CodecTally {
+    CodecTally { codec: codec.name().to_owned(), segments, bytes_in, bytes_out }
 }
 
 /// The class of a step, and the bytes of content that it carries.

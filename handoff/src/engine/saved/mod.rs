@@ -11,7 +11,7 @@ mod save;
 
 use std::io;
 
-pub use inspect::{Inspection, Tally, inspect};
+pub use inspect::{CodecTally, Inspection, Tally, inspect};
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveError, SaveReport, Saved, save};
 

@@ -90,12 +90,13 @@ pub fn save(
     vm_name: &str,
     machine: &[u8],
     stages: StageOptions,
+    pipeline: PipelineOptions,
     out: impl Write + Send,
     clock: &dyn Clock,
 ) -> Result<Saved, SaveError> {
     let started = clock.now();
     let changed = vm.start_tracking().map_err(failed("finding what changed"))?;
-    let saved = save_changed(vm, bases, vm_name, machine, stages, out, &changed, clock);
+    let saved = save_changed(vm, bases, vm_name, machine, stages, pipeline, out, &changed, clock);
     // What was read is on its way already; a VM that stays here needs no tracking.
     let stopped = vm.stop_tracking().map_err(failed("ending to track changes"));
     let mut saved = saved?;
@@ -115,6 +116,7 @@ fn save_changed(
     vm_name: &str,
     machine: &[u8],
     stages: StageOptions,
+    pipeline: PipelineOptions,
     out: impl Write + Send,
     changed: &ChunkSet,
     clock: &dyn Clock,
@@ -132,12 +134,15 @@ fn save_changed(
     let writer = Writer::new(out, &head)?;
     let stats = WorkerStats::default();
     // The guest waits for it, and no link does: there is nothing to adapt to.
-    let choice = ModeChoice::Fixed(Mode::DEFAULT);
-    let options = PipelineOptions { choice, ..PipelineOptions::default() };
+    let choice = match pipeline.choice {
+        ModeChoice::Auto => ModeChoice::Fixed(Mode::DEFAULT),
+        fixed @ ModeChoice::Fixed(_) => fixed,
+    };
+    let options = PipelineOptions { choice, ..pipeline };
     let buffers = options.buffers();
     let (mut feed, pipeline, outlet) = Pipeline::new(&options, head.sealer(), buffers.clone());
     let (notices, notices_rx) = crossbeam_channel::unbounded();
-    let outbound = Outbound::new(bases, vm.geometry(), stages);
+    let outbound = Outbound::new(bases, vm.geometry(), stages).with_limits(options.batch_limits());
     let mut outbound = outbound.with_buffers(buffers.clone());
     // A file takes all there is.
     let (adapter, ahead) =
