@@ -107,6 +107,8 @@ impl Group {
 }
 
 fn main() -> anyhow::Result<()> {
+    // As the product does.
+    handoff::heap::give_back_large_blocks();
     let args = Args::parse();
     if let Some(Part::End(end)) = &args.part {
         return memory::end(end);

@@ -13,6 +13,7 @@ pub mod base_view;
 pub mod chunks;
 pub mod engine;
 mod health;
+pub mod heap;
 pub mod link;
 pub mod order;
 pub mod ownership;

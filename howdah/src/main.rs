@@ -40,6 +40,7 @@ mod visit;
 mod vmproc;
 
 fn main() -> ExitCode {
+    handoff::heap::give_back_large_blocks();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),

@@ -6,7 +6,7 @@ use super::{
     KeptReason, SendError, SendOptions, SendOutcome, again::Again, pipe::Pipe, worker::Job,
 };
 use crate::{
-    Bases, ChunkSet, Geometry, SourceVm,
+    Bases, ChunkSet, Geometry, SourceVm, StateTable,
     order::RoundOrder,
     ownership::{
         Guest, Journal, Question,
@@ -122,6 +122,14 @@ impl Run<'_> {
     pub(super) fn report(&self, outcome: Outcome, reason: Option<String>) -> Report {
         let (stats, base) = (self.outbound.stats(), self.bases.own().id().to_string());
         self.pipe.meter.report(outcome, reason, Some(stats), base)
+    }
+
+    /// What the target holds, once nothing more is to be said of it: not a copy, which would be as
+    /// large again.
+    pub(super) fn take_table(&mut self) -> StateTable {
+        let (bases, geometry) = (self.bases.clone(), self.guest.vm.geometry());
+        let none = Outbound::new(bases, geometry, self.options.stages);
+        std::mem::replace(&mut self.outbound, none).into_table()
     }
 
     /// Builds on what the target holds of what was offered.

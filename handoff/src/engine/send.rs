@@ -212,10 +212,8 @@ fn settle(run: &mut Run<'_>, settled: Settled) -> Result<SendOutcome, SendError>
     let outcome = match settled {
         Settled::Moved => {
             run.record(Event::Resumed { handoff, epoch: run.handoff.epoch }).map(|_| {
-                SendOutcome::Moved {
-                    report: run.report(Outcome::Moved, None),
-                    table: run.outbound.table().clone(),
-                }
+                let report = run.report(Outcome::Moved, None);
+                SendOutcome::Moved { report, table: run.take_table() }
             })
         }
         Settled::Declined(why) => run.take_back(why),
