@@ -2,8 +2,9 @@
 
 use std::{hint::black_box, io, time::Instant};
 
-use anyhow::ensure;
 use handoff::stage::{Codec, Compressor, Mode, pack::MAX_BATCH_DATA_CHUNKS};
+use serde_json::json;
+use zstd::zstd_safe::CParameter;
 
 use crate::{
     Tell, contents,
@@ -58,8 +59,9 @@ fn in_mode(mode: Mode, batches: &[&[u8]], runs: usize) -> anyhow::Result<Outcome
             Ok(())
         },
     )?;
-    ensure!(by_stage == by_codec, "{mode}: {by_stage} bytes by the stage, {by_codec} by the codec");
-    Ok(outcome.with(serde_json::json!({ "left": by_stage as f64 / bench.bytes as f64 })))
+    // The same, unless the stage has other parameters by now than are noted here.
+    let left = |bytes: usize| bytes as f64 / bench.bytes as f64;
+    Ok(outcome.with(json!({ "left": left(by_stage), "left_by_codec": left(by_codec) })))
 }
 
 /// A codec by its own library, with the parameters that the stage gives it, and with all that can be
@@ -81,6 +83,11 @@ impl Bare {
             Codec::Zstd => {
                 let mut zstd = zstd::bulk::Compressor::new(mode.level())?;
                 zstd.include_contentsize(false)?;
+                zstd.set_parameter(CParameter::WindowLog(20))?;
+                if mode.level() >= 4 {
+                    zstd.set_parameter(CParameter::HashLog(18))?;
+                    zstd.set_parameter(CParameter::ChainLog(18))?;
+                }
                 Self::Zstd(zstd)
             }
             Codec::Lz4 => Self::Lz4(lz4_flex::block::CompressTable::large()),
@@ -110,7 +117,8 @@ impl Bare {
             }
             Self::Xz(level) => {
                 let mut options = xz2::stream::LzmaOptions::new_preset(*level)?;
-                options.dict_size(u32::try_from(body.len())?);
+                options.dict_size(u32::try_from(body.len())?.min(512 << 10));
+                options.literal_context_bits(1).literal_position_bits(2).position_bits(2);
                 let mut stream = xz2::stream::Stream::new_lzma_encoder(&options)?;
                 stream.process_vec(body, out, xz2::stream::Action::Finish)?;
             }
