@@ -1,6 +1,8 @@
 //! The adapter in a pipeline of virtual time: workers, a link whose rate changes, bodies whose
 //! modes cost and bring what a profile says. Nothing here waits, and every run gives the same.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 use std::{collections::VecDeque, time::Duration};
 
 use handoff::{
@@ -91,6 +93,9 @@ fn wobble(body: u64, what: u64) -> f64 {
     0.8 + 0.4 * (mixed as f64 / f64::from(1 << 24))
 }
 
+/// A body that a worker is busy with: until when, and what comes out.
+type Work = (f64, Option<(Trial, u64)>);
+
 struct Made {
     ready: f64,
     out: f64,
@@ -101,7 +106,7 @@ fn run(case: &Case, choice: ModeChoice) -> Outcome {
     const STEP: f64 = MS;
     let adapter = Adapter::new(AdaptOptions::new(choice, Duration::ZERO));
     let (mut rate, mut reading) = (LinkRate::new(), LinkReading::default());
-    let mut busy: Vec<Option<(f64, Option<(Trial, u64)>)>> = vec![None; case.workers];
+    let mut busy: Vec<Option<Work>> = vec![None; case.workers];
     let mut last: Vec<Option<(Trial, u64)>> = vec![None; case.workers];
     let mut line: VecDeque<Made> = VecDeque::new();
     let (mut next, mut now, mut socket, mut slowest) = (0u64, 0.0f64, 0.0f64, 0.0f64);
@@ -149,7 +154,7 @@ fn run(case: &Case, choice: ModeChoice) -> Outcome {
                 let (took, bytes_out) = (at(took), (bytes_in * left) as u64);
                 Trial { mode, bytes_in: bytes_in as u64, bytes_out, took, cpu: took }
             };
-            if (now / STEP) as u64 % 10 == 0
+            if ((now / STEP) as u64).is_multiple_of(10)
                 && let Some((sent, body)) = last[worker]
                 && let Some(sample) = adapter.wants_sample(at(now), !room || next >= case.bodies)
             {
@@ -296,7 +301,7 @@ fn links_that_change() {
 #[ignore = "takes minutes unless it is optimised: cargo test --release -- --ignored"]
 fn kinds_that_come_and_go() {
     fn mixed(body: u64) -> Profile {
-        if (body / 150) % 2 == 0 { DEBIAN } else { NOISE }
+        if (body / 150).is_multiple_of(2) { DEBIAN } else { NOISE }
     }
     compare(mixed, "debian, noise in turn", 1.0, 1.08);
 }
