@@ -137,7 +137,7 @@ fn run(
     workers: usize,
     limit_s: Option<f64>,
 ) -> anyhow::Result<Ran> {
-    let mut plan = Plan::new(way.road(None), Far::Target);
+    let mut plan = Plan::new(way.road(None), Far::TargetOnBase);
     plan.send.pipeline = options(choice, workers);
     plan.give_up_after = limit_s.map(Duration::from_secs_f64);
     let play = Play::default();

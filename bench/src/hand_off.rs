@@ -19,7 +19,7 @@ use handoff::{
     },
     ownership::{Journal, Record, VmId},
     report::Report,
-    sim::{LinkShape, SimConnect},
+    sim::{LinkShape, MemHost, SimConnect},
     tcp::{MonotonicClock, TcpLink, accept_tcp},
 };
 
@@ -44,8 +44,10 @@ pub(crate) enum Road<'a> {
 /// What waits at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Far {
-    /// A target.
+    /// A target for guests that have RAM and no base.
     Target,
+    /// One for guests that differ from a base and have a disk.
+    TargetOnBase,
     /// One that opens segments and does nothing with them.
     Sink,
 }
@@ -209,8 +211,13 @@ pub(crate) fn take<L: Transport>(
     let clock = MonotonicClock::default();
     let first: Incoming<L> = accept(link, &plan.receive.limits, &clock)?;
     let mut journal = Journal::open(dir.join("target"))?;
-    let mut host = Host(bases.clone());
-    receive(first, &mut host, &mut journal, &never(), &plan.receive, &clock)?;
+    let (relinks, options) = (never(), &plan.receive);
+    if plan.far == Far::TargetOnBase {
+        let mut host = MemHost::new(bases.clone());
+        receive(first, &mut host, &mut journal, &relinks, options, &clock)?;
+    } else {
+        receive(first, &mut Host(bases.clone()), &mut journal, &relinks, options, &clock)?;
+    }
     Ok(())
 }
 
