@@ -43,6 +43,9 @@ const SHORTEST: Duration = Duration::from_micros(500);
 /// ... and an idle one only now and then.
 const IDLE: Duration = Duration::from_millis(20);
 
+/// Before so much was delivered, what a link's rate seems to be is mostly its slow start.
+const TRUSTED_BYTES: u64 = 256 << 10;
+
 /// Counters that the engine reads while the courier works.
 #[derive(Default)]
 pub(super) struct LinkStatus {
@@ -200,17 +203,17 @@ impl LinkStatus {
             self.rtt_min_us.store(micros(reading.min_rtt), Relaxed);
         }
         let rtt = Duration::from_micros(self.rtt_min_us.load(Relaxed));
-        self.ahead.link(LinkView { bytes_per_s, rtt, in_flight_bytes: in_flight });
-        let reading = reading?;
+        // Over a link that waited for the workers, ours is less than it can take.
         let said = (said > 0).then_some(said as f64);
-        Some(Flow {
-            unacked_bytes: reading.unacked_bytes,
-            min_rtt: reading.min_rtt,
-            bytes_per_s: match (bytes_per_s, said) {
-                (Some(ours), Some(said)) => Some(ours.max(said)),
-                (ours, said) => ours.or(said),
-            },
-        })
+        let bytes_per_s = match (bytes_per_s, said) {
+            (Some(ours), Some(said)) => Some(ours.max(said)),
+            (ours, said) => ours.or(said),
+        };
+        let is_known = self.delivered_bytes.load(Relaxed) >= TRUSTED_BYTES;
+        let trusted = bytes_per_s.filter(|_| is_known);
+        self.ahead.link(LinkView { bytes_per_s: trusted, rtt, in_flight_bytes: in_flight });
+        let reading = reading?;
+        Some(Flow { unacked_bytes: reading.unacked_bytes, min_rtt: reading.min_rtt, bytes_per_s })
     }
 
     /// The round trip of pings and the shortest of them. The transport's own measure is better: it
