@@ -61,10 +61,10 @@ fn base_with_memory(home: &Path) -> Result<PathBuf> {
 fn encode_ram(encoder: &mut Encoder, pid: &str, base_memory: &Path) -> Result<()> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
         .with_context(|| format!("process {pid} of the VM is gone"))?;
-    let maps = guest_maps(&maps);
     let memory = File::open(format!("/proc/{pid}/mem")).context("cannot read the VM's memory")?;
     let before = File::open(base_memory)?;
     let size = before.metadata()?.len();
+    let maps = guest_maps(&maps, size);
     let mapped: u64 = maps.iter().map(|map| map.bytes).sum();
     if mapped != size {
         bail!("{mapped} bytes of guest RAM are mapped from base memory, which has {size}");
@@ -97,20 +97,43 @@ struct GuestMap {
     offset: u64,
 }
 
-/// Writable private maps of base memory: that is what guest RAM is.
-fn guest_maps(maps: &str) -> Vec<GuestMap> {
-    let parse = |line: &str| {
-        let mut words = line.split_whitespace();
-        let (from, to) = words.next()?.split_once('-')?;
-        let (rights, offset) = (words.next()?, words.next()?);
-        let name = words.nth(2)?;
-        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-        let guest = rights.starts_with("rw") && rights.ends_with('p');
-        let map =
-            GuestMap { address: hex(from)?, bytes: hex(to)? - hex(from)?, offset: hex(offset)? };
-        (guest && Path::new(name).file_name()? == MEMORY).then_some(map)
-    };
-    maps.lines().filter_map(parse).collect()
+/// Guest RAM: writable private maps of base memory, and the anonymous ones right behind them, which
+/// stand where the base's memory is a hole. `size` is that of the base's memory.
+fn guest_maps(maps: &str, size: u64) -> Vec<GuestMap> {
+    let mut found: Vec<GuestMap> = Vec::new();
+    for map in maps.lines().filter_map(parse_map) {
+        let last = found.last().map(|last| (last.address + last.bytes, last.offset + last.bytes));
+        match (map.name, last) {
+            (Some(name), _) if Path::new(name).file_name().is_some_and(|name| name == MEMORY) => {
+                found.push(map.guest);
+            }
+            // The kernel may have joined it with what is behind.
+            (None, Some((address, offset))) if address == map.guest.address && offset < size => {
+                let bytes = map.guest.bytes.min(size - offset);
+                found.push(GuestMap { bytes, offset, ..map.guest });
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// A writable private map.
+struct PrivateMap<'a> {
+    guest: GuestMap,
+    /// The file; none if it is anonymous.
+    name: Option<&'a str>,
+}
+
+fn parse_map(line: &str) -> Option<PrivateMap<'_>> {
+    let mut words = line.split_whitespace();
+    let (from, to) = words.next()?.split_once('-')?;
+    let (rights, offset) = (words.next()?, words.next()?);
+    let name = words.nth(2);
+    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let (address, end) = (hex(from)?, hex(to)?);
+    let guest = GuestMap { address, bytes: end.checked_sub(address)?, offset: hex(offset)? };
+    (rights.starts_with("rw") && rights.ends_with('p')).then_some(PrivateMap { guest, name })
 }
 
 #[cfg(test)]
@@ -120,14 +143,19 @@ mod tests {
     #[test]
     fn guest_ram_is_the_private_map_of_base_memory() {
         let maps = "\
-7f0000000000-7f0040000000 rw-p 00000000 00:15 77   /a/store/bases/ff/memory.raw
+7f0000000000-7f0030000000 rw-p 00000000 00:15 77   /a/store/bases/ff/memory.raw
+7f0030000000-7f0038000000 rw-p 00000000 00:00 0 
+7f0038000000-7f0040000000 rw-p 38000000 00:15 77   /a/store/bases/ff/memory.raw
 7f0050000000-7f0090000000 r--s 00000000 00:15 77   /a/store/bases/ff/memory.raw
 7f00a0000000-7f00a0001000 rw-p 40000000 00:15 77   /a/store/bases/ff/memory.raw (deleted)
+7f00a0001000-7f00a0009000 rw-p 00000000 00:00 0 
 7f00b0000000-7f00b0001000 rw-p 00000000 00:15 78   /a/store/bases/ff/disk.raw
 7f00c0000000-7f00c0001000 rw-p 00000000 00:00 0 ";
-        let found = guest_maps(maps);
-        assert_eq!(found.len(), 2);
-        assert_eq!((found[0].bytes, found[0].offset), (1 << 30, 0));
-        assert_eq!((found[1].address, found[1].offset), (0x7f00_a000_0000, 1 << 30));
+        let found = guest_maps(maps, 0x4000_3000);
+        assert_eq!(found.len(), 5);
+        assert_eq!((found[1].bytes, found[1].offset), (0x800_0000, 0x3000_0000));
+        assert_eq!((found[3].address, found[3].offset), (0x7f00_a000_0000, 1 << 30));
+        assert_eq!((found[4].bytes, found[4].offset), (0x2000, 0x4000_1000));
+        assert_eq!(found.iter().map(|map| map.bytes).sum::<u64>(), 0x4000_3000);
     }
 }
