@@ -81,7 +81,8 @@ mod tests {
 
     #[test]
     fn each_of_the_ladder_is_stronger_and_slower_than_the_one_before() {
-        for pair in Mode::LADDER.windows(2) {
+        let (_text, ladder) = Mode::LADDER.split_last().unwrap();
+        for pair in ladder.windows(2) {
             let (fast, strong) = (of(pair[0]), of(pair[1]));
             assert!(fast.cpu_s_per_byte < strong.cpu_s_per_byte, "{pair:?}");
             assert!(fast.ratio > strong.ratio, "{pair:?}");

@@ -103,8 +103,10 @@ impl Mode {
     /// What is used where nothing says otherwise.
     pub const DEFAULT: Self = Self::at(Codec::Zstd, 3);
 
-    /// Those to choose from while running, from fast to strong: each is stronger than those before
-    /// it, and none of the others is both faster and stronger than one of them (ADR 0014).
+    /// Those to choose from while running, from fast to strong: on a guest's memory each is stronger
+    /// than those before it, and none of the others is both faster and stronger than one of them
+    /// (ADR 0014). The last is the exception: on memory it is worth nothing, on plain text nothing is
+    /// better, and the adapter finds out which it is.
     pub const LADDER: &'static [Self] = &[
         Self::NONE,
         Self::LZ4,
@@ -116,6 +118,7 @@ impl Mode {
         Self::at(Codec::Xz, 0),
         Self::at(Codec::Xz, 3),
         Self::at(Codec::Xz, 6),
+        Self::at(Codec::Bzip2, 9),
     ];
 
     /// Those that are compared where every one is tried.
