@@ -18,6 +18,7 @@ pub mod link;
 pub mod order;
 pub mod ownership;
 pub mod policy;
+mod priority;
 pub mod report;
 pub mod root;
 pub mod sim;

@@ -31,6 +31,7 @@ const DEBIAN: Profile = &[
     ("xz:1", 14.0, 0.189),
     ("xz:3", 7.0, 0.181),
     ("xz:6", 2.3, 0.1667),
+    ("bzip2:9", 11.0, 0.22),
 ];
 const NOISE: Profile = &[
     ("none", 5000.0, 1.0),
@@ -45,6 +46,7 @@ const NOISE: Profile = &[
     ("xz:1", 9.0, 1.0),
     ("xz:3", 6.0, 1.0),
     ("xz:6", 3.0, 1.0),
+    ("bzip2:9", 8.0, 1.0),
 ];
 const TEXT: Profile = &[
     ("none", 5000.0, 1.0),
@@ -59,6 +61,7 @@ const TEXT: Profile = &[
     ("xz:1", 9.0, 0.29),
     ("xz:3", 4.5, 0.265),
     ("xz:6", 2.0, 0.245),
+    ("bzip2:9", 14.0, 0.235),
 ];
 
 fn of(profile: Profile, mode: Mode) -> (f64, f64) {
@@ -78,6 +81,8 @@ struct Case {
     bodies: u64,
     /// How much slower this machine is than the profile's.
     slower: f64,
+    /// Seconds in which a body is made; none if they are all there.
+    supply_s: Option<f64>,
 }
 
 struct Outcome {
@@ -164,7 +169,8 @@ fn run(case: &Case, choice: ModeChoice) -> Outcome {
                 busy[worker] = Some((now + tried.took.as_secs_f64(), None));
                 continue;
             }
-            if !room || next >= case.bodies {
+            let made = case.supply_s.is_none_or(|each| next as f64 * each <= now);
+            if !room || next >= case.bodies || !made {
                 continue;
             }
             let view = View {
@@ -174,6 +180,7 @@ fn run(case: &Case, choice: ModeChoice) -> Outcome {
                 link_bytes_per_s: known,
                 rtt: Duration::ZERO,
                 workers: case.workers,
+                supply_s_per_byte: case.supply_s.map(|each| each / BODY),
                 paused: false,
             };
             let mode = adapter.choose(at(now), &view);
@@ -226,7 +233,7 @@ fn compare(profile: fn(u64) -> Profile, name: &str, slower: f64, most: f64) {
         for workers in [1, 2] {
             // Five seconds at least.
             let bodies = 200 + 4 * mbps;
-            let case = Case { profile, link, workers, bodies, slower };
+            let case = Case { profile, link, workers, bodies, slower, supply_s: None };
             let (best, mode) = best_static(&case, profile(0));
             let adaptive = run(&case, ModeChoice::Auto);
             let times = adaptive.seconds / best;
@@ -267,7 +274,14 @@ fn links_that_change() {
         &[(0.0, 5.0 * MBPS), (10.0, 35.0 * MBPS), (16.0, 5.0 * MBPS)][..],
     ] {
         for workers in [1, 2] {
-            let case = Case { profile: |_| DEBIAN, link, workers, bodies: 900, slower: 1.0 };
+            let case = Case {
+                profile: |_| DEBIAN,
+                link,
+                workers,
+                bodies: 900,
+                slower: 1.0,
+                supply_s: None,
+            };
             let adaptive = run(&case, ModeChoice::Auto);
             println!("{link:?} x{workers}: {:.2} s; {}", adaptive.seconds, told(&adaptive));
             let record = adaptive.adapter.record();
@@ -276,8 +290,14 @@ fn links_that_change() {
             for (n, (from, rate)) in link.iter().enumerate() {
                 let until = link.get(n + 1).map_or(f64::MAX, |next| next.0);
                 let phase: &'static [(f64, f64)] = Box::leak(Box::new([(0.0, *rate)]));
-                let alone =
-                    Case { profile: |_| DEBIAN, link: phase, workers, bodies: 200, slower: 1.0 };
+                let alone = Case {
+                    profile: |_| DEBIAN,
+                    link: phase,
+                    workers,
+                    bodies: 200,
+                    slower: 1.0,
+                    supply_s: None,
+                };
                 let each = best_static(&alone, DEBIAN).0 / 200.0;
                 let left = 900.0 - done;
                 let spends = (left * each).min(until - from);
@@ -315,7 +335,29 @@ fn starts_with_what_is_fast() {
         workers: 1,
         bodies: 4,
         slower: 1.0,
+        supply_s: None,
     };
     let outcome = run(&case, ModeChoice::Auto);
     assert_eq!(outcome.begun[0].1, Mode::DEFAULT);
+}
+
+/// Where link and workers wait for bodies, a stronger mode costs no time: less goes over the link.
+#[test]
+fn what_is_waited_for_anyway_is_made_small() {
+    let case = Case {
+        profile: |_| DEBIAN,
+        link: &[(0.0, 30.0 * MBPS)],
+        workers: 2,
+        bodies: 150,
+        slower: 1.0,
+        supply_s: Some(0.1),
+    };
+    let fast = run(&case, ModeChoice::Fixed("zstd:1".parse().unwrap()));
+    let adaptive = run(&case, ModeChoice::Auto);
+    let sent = |outcome: &Outcome| -> u64 {
+        outcome.adapter.record().modes.iter().map(|mode| mode.bytes_out).sum()
+    };
+    assert!(adaptive.seconds < 1.02 * fast.seconds, "{}", told(&adaptive));
+    let part = sent(&adaptive) as f64 / sent(&fast) as f64;
+    assert!(part < 0.85, "{part}: {}", told(&adaptive));
 }

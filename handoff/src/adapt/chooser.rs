@@ -13,6 +13,10 @@ use crate::stage::Mode;
 const BETTER: f64 = 1.03;
 /// Or for one that takes less than half the CPU, and promises no less than this.
 const LIGHTER: f64 = 1.002;
+/// Bodies come slowly if they take so many times as long as link and workers need for them.
+const UNHURRIED: f64 = 1.1;
+/// How much of the time between bodies a mode may fill then, of workers and of link.
+const SPARE: f64 = 0.75;
 /// The rate of the link is news when it changed by this factor.
 const LINK_NEWS: f64 = 1.2;
 /// Decisions that are kept.
@@ -69,6 +73,8 @@ pub(super) struct Chooser {
     sampled_s: f64,
     /// The mode that the plan would have, were it known better.
     wanted: Option<Mode>,
+    /// The mode for as long as all wait for those who make the bodies.
+    unhurried: Option<Mode>,
     decisions: Vec<ModeDecision>,
     left_out: u64,
 }
@@ -86,6 +92,7 @@ impl Chooser {
             sampling: None,
             sampled_s: 0.0,
             wanted: None,
+            unhurried: None,
             decisions: Vec::new(),
             left_out: 0,
         }
@@ -112,6 +119,9 @@ impl Chooser {
         let ahead = self.ahead(now, view, link);
         let usable = self.usable(view, ahead, modes, workers, link);
         self.replan(now, workers, link, modes, &usable);
+        if let Some(mode) = self.unhurried(now, view, workers, link, modes, &usable) {
+            return mode;
+        }
         let pick =
             match self.plan.and_then(|plan| Some((modes.get(plan.fast)?, modes.get(plan.strong)?)))
             {
@@ -196,6 +206,42 @@ impl Chooser {
         self.plan = Some(best);
         self.plan_link = link;
         self.record(now, workers, link, modes, best, why);
+    }
+
+    /// The strongest mode that keeps nobody waiting, where workers and link wait for bodies anyway:
+    /// what it takes costs no time, and what it brings is not on the link.
+    fn unhurried(
+        &mut self,
+        now: Duration,
+        view: &View,
+        workers: f64,
+        link: f64,
+        modes: &[Estimate],
+        usable: &[Estimate],
+    ) -> Option<Mode> {
+        let supply = view.supply_s_per_byte.filter(|_| !view.paused);
+        let slow =
+            supply.filter(|s| self.plan.is_some_and(|plan| *s > plan.s_per_byte * UNHURRIED));
+        let Some(supply) = slow else {
+            self.unhurried = None;
+            return None;
+        };
+        let within = |mode: &&Estimate, share: f64| {
+            mode.s_per_byte <= share * supply * workers && mode.ratio <= share * supply * link
+        };
+        let best = usable
+            .iter()
+            .filter(|mode| within(mode, SPARE))
+            .min_by(|a, b| a.ratio.total_cmp(&b.ratio))?;
+        let old = self.unhurried.and_then(|old| usable.iter().find(|mode| mode.mode == old));
+        if let Some(old) = old.filter(|old| within(old, 1.0) && old.ratio < best.ratio * BETTER) {
+            return Some(old.mode);
+        }
+        self.unhurried = Some(best.mode);
+        let at = modes.iter().position(|mode| mode.mode == best.mode)?;
+        let plan = Plan { fast: at, strong: at, s_per_byte: supply };
+        self.record(now, workers, link, modes, plan, "link and workers wait for what is read");
+        Some(best.mode)
     }
 
     fn record(

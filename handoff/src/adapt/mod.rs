@@ -97,6 +97,9 @@ pub struct View {
     pub rtt: Duration,
     /// Workers that compress at once.
     pub workers: usize,
+    /// Seconds in which those before the workers make each byte of a body, as far as nobody keeps them
+    /// waiting; none where that is not known.
+    pub supply_s_per_byte: Option<f64>,
     /// Whether the guest is paused and waits for what is left.
     pub paused: bool,
 }

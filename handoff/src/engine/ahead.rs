@@ -51,6 +51,8 @@ struct State {
     making: u32,
     /// What the newest took, and what was left of them.
     recent: VecDeque<(Duration, u64)>,
+    /// What the newest bodies took to be made before a worker had them, and their bytes.
+    supplies: VecDeque<(Duration, usize)>,
     /// How long the mode takes that the next body may be in, if it is in time.
     lead: Duration,
     /// The guest waits, or everything is over: nothing is held back any more.
@@ -58,6 +60,14 @@ struct State {
 }
 
 impl State {
+    fn supply_s_per_byte(&self) -> Option<f64> {
+        let (took, bytes) = self
+            .supplies
+            .iter()
+            .fold((0.0, 0), |sum, (took, bytes)| (sum.0 + took.as_secs_f64(), sum.1 + bytes));
+        (self.supplies.len() == RECENT && bytes > 0).then(|| took / bytes as f64)
+    }
+
     /// How long until a worker should look again; `None` if it may begin now.
     fn hold(&self) -> Option<Duration> {
         let rate = self.link.bytes_per_s.filter(|rate| *rate > 0.0 && !self.open)?;
@@ -128,6 +138,15 @@ impl Ahead {
         }
     }
 
+    /// A body of so many bytes took so long to be made, without waiting for room.
+    pub(super) fn supplied(&self, took: Duration, bytes: usize) {
+        let mut state = self.state();
+        state.supplies.push_back((took, bytes));
+        if state.supplies.len() > RECENT {
+            state.supplies.pop_front();
+        }
+    }
+
     /// The courier took so many bytes.
     pub(super) fn taken(&self, bytes: u64) {
         let mut state = self.state();
@@ -167,6 +186,7 @@ impl Ahead {
             link_bytes_per_s: state.link.bytes_per_s,
             rtt: state.link.rtt,
             workers,
+            supply_s_per_byte: state.supply_s_per_byte(),
             paused: state.open,
         }
     }
@@ -227,6 +247,9 @@ mod tests {
         assert!(ahead.state().hold().is_some());
         let view = ahead.view(1000, 3, 2);
         assert_eq!((view.in_flight_bytes, view.queued_bodies), (400_000, 3));
+        assert_eq!(view.supply_s_per_byte, None);
+        (0..RECENT).for_each(|_| ahead.supplied(100 * MS, 500_000));
+        assert_eq!(ahead.view(1000, 3, 2).supply_s_per_byte, Some(2e-7));
         ahead.taken(200_000);
         assert_eq!(ahead.state().hold(), None);
     }

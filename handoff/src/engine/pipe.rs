@@ -53,6 +53,8 @@ pub(super) struct Pipe<'a> {
     pub(super) limits: &'a Limits,
     pub(super) clock: &'a dyn Clock,
     pub(super) cancel: &'a AtomicBool,
+    /// When the last job was given, unless the link was waited for since.
+    pub(super) gave: Option<Duration>,
     /// When segments were last applied, and how many bytes then.
     pub(super) applied: (Duration, u64),
     pub(super) meter: Meter<'a>,
@@ -62,6 +64,9 @@ impl Pipe<'_> {
     /// Gives a job to the pipeline, waiting while it is full.
     pub(super) fn push(&mut self, job: Job) -> Result<(), KeptReason> {
         let began = self.clock.now();
+        if let (Some(gave), Job::Body { body, .. }) = (self.gave, &job) {
+            self.status.ahead.supplied(began.saturating_sub(gave), body.len());
+        }
         loop {
             self.check()?;
             match self.feed.ticket(TICK) {
@@ -73,6 +78,7 @@ impl Pipe<'_> {
         self.meter.waited(self.clock.now().saturating_sub(began));
         self.status.queued_jobs.fetch_add(1, Relaxed);
         self.feed.give(job).map_err(|PipelineEnded| self.pipeline_ended())?;
+        self.gave = Some(self.clock.now());
         if self.serial {
             self.drain(Duration::ZERO)?;
         }
@@ -81,6 +87,7 @@ impl Pipe<'_> {
 
     /// Waits until the link will run dry within its round trip and `ahead`.
     pub(super) fn drain(&mut self, ahead: Duration) -> Result<(), KeptReason> {
+        self.gave = None;
         loop {
             let low = self.meter.low_water_bytes(ahead);
             if self.backlog_bytes() <= low {

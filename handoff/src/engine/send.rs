@@ -106,8 +106,19 @@ pub fn send<C: Connect + Send>(
         let applied = (clock.now(), 0);
         let notices = notices_rx;
         let serial = options.pipeline.serial;
-        let pipe =
-            Pipe { feed, serial, orders, notices, status, limits, clock, cancel, applied, meter };
+        let pipe = Pipe {
+            feed,
+            serial,
+            orders,
+            notices,
+            status,
+            limits,
+            clock,
+            cancel,
+            gave: None,
+            applied,
+            meter,
+        };
         let outbound = outbound(&bases, guest.vm.geometry(), options, &buffers);
         let mut run = Run::new(guest, (pipe, outbound, buffers), journal, options, bases, handoff);
         let walked = walk(&mut run);

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     Clock,
     adapt::{Adapter, Trial},
+    priority,
     root::StateRoot,
     stage::{Buffers, Mode, SegmentKind, Share, SharedShare, seal::SEGMENT_OVERHEAD},
 };
@@ -100,6 +101,7 @@ impl Worker<'_> {
     /// Works until there are no more jobs, or nobody takes what it makes.
     pub(super) fn run(self) {
         let ending = Ending(&self.sequencer, &self.notices);
+        priority::give_way();
         if let Err(why) = self.work() {
             ending.fail(why);
         }
