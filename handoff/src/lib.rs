@@ -24,6 +24,7 @@ pub mod root;
 pub mod sim;
 pub mod source;
 pub mod stage;
+pub mod step;
 pub mod target;
 pub mod tcp;
 pub mod trace;

@@ -36,6 +36,7 @@ mod output;
 mod partial;
 mod receive;
 mod spawn;
+mod steps;
 mod visit;
 mod vmproc;
 

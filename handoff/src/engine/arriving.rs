@@ -17,6 +17,7 @@ use crate::{
         target::{self, Event, Say},
     },
     stage::{OpenError, Resolver, SegmentKind, SentCache},
+    step::{Side, Step as HandoffStep},
     target::{TargetEvent, TargetSession},
     vm::{Prepared, TargetVm},
     wire::{Prepare, Resumed},
@@ -213,8 +214,13 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             }
         };
         let mark = decoded.mark;
+        let applied = matches!(decoded.kind, SegmentKind::Chunks)
+            .then_some(HandoffStep::RoundApplied(mark.round));
         match self.apply(decoded) {
-            Ok(()) => self.session.applied(&mark, self.clock.now()),
+            Ok(()) => {
+                self.session.applied(&mark, self.clock.now());
+                self.options.steps.reached(applied);
+            }
             Err(why) => self.decline(why),
         }
         Ok(mark.bytes)
@@ -260,6 +266,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         if let Err(why) = self.verify(prepare) {
             return self.decline(why);
         }
+        self.options.steps.reached(HandoffStep::Verified);
         let peer = self.options.peer.clone();
         let event = Event::Prepare { offered: self.handoff, peer, root: prepare.root };
         match self.step(event) {
@@ -322,6 +329,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             return;
         }
         self.running = true;
+        self.options.steps.reached(HandoffStep::Running);
         let now = self.clock.now();
         self.since = now;
         self.session.resumed(Resumed {
@@ -370,6 +378,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         let step = target::step(self.journal.record(), event).map_err(|e| e.to_string())?;
         if let Some(record) = &step.write {
             self.journal.write(record.clone()).map_err(|e| e.to_string())?;
+            self.options.steps.reached(HandoffStep::durable(Side::Target, record));
         }
         Ok(step)
     }

@@ -22,6 +22,7 @@ use crate::{
     root::StateRoot,
     source::{Outgoing, SourceEvent, SourceSession},
     stage::Segment,
+    step::{Step, StepHook},
     wire::{FrameReader, FrameWriter},
 };
 
@@ -78,6 +79,9 @@ pub(super) struct Courier<'a, C: Connect> {
     pub(super) notices: Sender<Notice>,
     pub(super) status: &'a LinkStatus,
     pub(super) limits: &'a Limits,
+    pub(super) steps: &'a StepHook,
+    /// The step that is done when the frame under way is written.
+    pub(super) under_way: Option<Step>,
     pub(super) clock: &'a dyn Clock,
     pub(super) committed: bool,
     pub(super) over: bool,
@@ -274,6 +278,9 @@ impl<C: Connect> Courier<'_, C> {
         }
         let taken = writer.write(tx, most)?;
         self.status.bytes_sent.fetch_add(taken as u64, Relaxed);
+        if writer.left() == 0 {
+            self.steps.reached(self.under_way.take());
+        }
         Ok(true)
     }
 
@@ -282,8 +289,14 @@ impl<C: Connect> Courier<'_, C> {
     fn next_frame(&mut self, writer: &mut FrameWriter, room: bool) -> io::Result<bool> {
         loop {
             match self.session.poll_outgoing() {
-                Some(Outgoing::Frame(frame)) => writer.put(&frame)?,
-                Some(Outgoing::Segment(segment)) => writer.put_segment(segment)?,
+                Some(Outgoing::Frame(frame)) => {
+                    self.under_way = Step::sent(&frame);
+                    writer.put(&frame)?;
+                }
+                Some(Outgoing::Segment(segment)) => {
+                    self.under_way = Some(Step::sent_segment(&segment));
+                    writer.put_segment(segment)?;
+                }
                 None if room && self.take_work() => continue,
                 None => return Ok(false),
             }
@@ -298,9 +311,11 @@ impl<C: Connect> Courier<'_, C> {
             match heard.try_recv() {
                 Ok(Ok((frame, at))) => {
                     queued.fetch_sub(weight(&frame), Relaxed);
+                    let got = Step::got(&frame);
                     self.session
                         .handle(frame, at)
                         .map_err(|e| format!("the peer broke the protocol: {e}"))?;
+                    self.steps.reached(got);
                     busy = true;
                     while let Some(event) = self.session.poll_event() {
                         let last =

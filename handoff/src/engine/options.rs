@@ -11,6 +11,7 @@ use crate::{
     report::Report,
     root::StateTable,
     stage::{SentCache, StageOptions},
+    step::StepHook,
     vm::VmError,
     wire::Versions,
 };
@@ -94,6 +95,8 @@ pub struct SendOptions {
     pub known: Vec<StateTable>,
     /// Bounds on waits.
     pub limits: Limits,
+    /// Called at each step.
+    pub steps: StepHook,
 }
 
 impl SendOptions {
@@ -112,6 +115,7 @@ impl SendOptions {
             known: Vec::new(),
             contents: None,
             limits: Limits::default(),
+            steps: StepHook::default(),
         }
     }
 }
@@ -232,6 +236,8 @@ pub struct ReceiveOptions {
     pub contents_bytes: usize,
     /// Threads that decode segments, from 1 to [`MAX_DECODERS`]. One more applies what they decoded.
     pub workers: usize,
+    /// Called at each step.
+    pub steps: StepHook,
 }
 
 /// What tables and kept contents of one guest may take together: what a window, frames and decoders
@@ -253,6 +259,7 @@ impl ReceiveOptions {
             window_bytes,
             contents_bytes: CONTENTS_BYTES,
             workers: default_decoders(),
+            steps: StepHook::default(),
         }
     }
 }

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     Clock, Geometry, Offer, Refusal, StateTable, TargetHost, Transport,
     ownership::{Journal, answer, target},
+    step::{Step, StepHook},
     target::TargetSession,
     vm::{Prepared, TargetVm},
     wire::{Agreed, Frame, Hello, Intent, MAX_SEGMENT_BYTES, write_frame},
@@ -44,6 +45,7 @@ pub fn receive<L: Transport, H: TargetHost>(
     options: &ReceiveOptions,
     clock: &dyn Clock,
 ) -> Result<Received<H::Vm>, ReceiveError> {
+    options.steps.reached(Step::HelloGot);
     let counts = Counts::default();
     let admitted = {
         let Incoming { hello, tx, .. } = &mut first;
@@ -57,6 +59,7 @@ pub fn receive<L: Transport, H: TargetHost>(
             return Err(refusal.into());
         }
     };
+    options.steps.reached(Step::Reserved);
     let limits = &options.limits;
     let handoff = first.hello.handoff;
     let audit = first.hello.audit;
@@ -269,7 +272,7 @@ fn serve<L: Transport, Vm: TargetVm>(
             };
             read_link(reader, &to, clock, stop, &counts.received, (queued, most), pong);
         });
-        let mut talk = Talk { tx, heard, queued, counts, clock };
+        let mut talk = Talk { tx, heard, queued, counts, steps: &options.steps, clock };
         let served = talk.converse(arriving, relinks);
         if matches!(served, Served::Settled) {
             talk.linger();
@@ -286,6 +289,7 @@ struct Talk<'a, Tx> {
     heard: Receiver<Heard>,
     queued: &'a AtomicU64,
     counts: &'a Counts,
+    steps: &'a StepHook,
     clock: &'a dyn Clock,
 }
 
@@ -305,6 +309,7 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                     Ok(bytes) => self.counts.sent.fetch_add(bytes, Relaxed),
                     Err(e) => return Served::Broke(format!("the link broke: {e}")),
                 };
+                self.steps.reached(Step::sent(&frame));
             }
             if arriving.is_settled() {
                 return Served::Settled;
@@ -383,7 +388,9 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                 }
                 // Now and not when it came: a busy engine has not heard silence.
                 let now = self.clock.now();
+                let got = Step::got(&frame);
                 arriving.session.handle(frame, now).map_err(|e| e.to_string())?;
+                self.steps.reached(got);
                 arriving.act();
                 Ok(())
             }

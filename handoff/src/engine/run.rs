@@ -14,6 +14,7 @@ use crate::{
     },
     report::{Outcome, Report},
     stage::{Buffers, ClassifyError, Outbound, SegmentKind},
+    step::{Side, Step},
     vm::VmError,
     wire::Agreed,
 };
@@ -153,7 +154,9 @@ impl Run<'_> {
         let record = self.journal.record().ok_or(SendError::NoRecord)?;
         let step = source::step(record, event)?;
         if let Some(record) = step.write {
+            let durable = Step::durable(Side::Source, &record);
             self.journal.write(record)?;
+            self.options.steps.reached(durable);
         }
         Ok(step.guest)
     }
@@ -164,6 +167,7 @@ impl Run<'_> {
         if self.record(Event::Declined { handoff: self.handoff.handoff })? == Guest::Run {
             let restored = self.guest.restore();
             restored.map_err(|source| SendError::NotResumed { reason: why.clone(), source })?;
+            self.options.steps.reached(Step::RunsOn);
         }
         Ok(SendOutcome::KeptHere { reason: KeptReason::Declined(why), report })
     }

@@ -25,6 +25,7 @@ use crate::{
     root::{StateRoot, StateTable},
     source::SourceSession,
     stage::{BatchLimits, Sealer, SegmentKind, pack::MAX_BATCH_BYTES},
+    step::Step,
     vm::{MAX_ALSO, MAX_KNOWN},
     wire::{Hello, Intent, Resumed},
 };
@@ -59,6 +60,7 @@ pub fn send<C: Connect + Send>(
     let before = clock.now();
     if let Some(record) = source::step(record, begin)?.write {
         journal.write(record)?;
+        options.steps.reached(Step::BegunDurable);
     }
     let durable_took = clock.now().saturating_sub(before);
     let record = journal.record().ok_or(SendError::NoRecord)?;
@@ -74,7 +76,7 @@ pub fn send<C: Connect + Send>(
         Ok(hello) => hello,
         Err(reason) => {
             let told = meter.report(Outcome::KeptHere, Some(reason.to_string()), None, base_id);
-            return keep(&mut guest, journal, reason, told);
+            return keep(&mut guest, journal, options, reason, told);
         }
     };
     thread::scope(|scope| {
@@ -96,6 +98,8 @@ pub fn send<C: Connect + Send>(
             notices,
             status,
             limits,
+            steps: &options.steps,
+            under_way: None,
             clock,
             committed: false,
             over: false,
@@ -129,7 +133,7 @@ pub fn send<C: Connect + Send>(
             Err(reason) => {
                 let words = reason.to_string();
                 let report = run.report(Outcome::KeptHere, Some(words.clone()));
-                let kept = keep(&mut run.guest, run.journal, reason, report);
+                let kept = keep(&mut run.guest, run.journal, run.options, reason, report);
                 // After what was decided is durable; a courier that has ended needs no order.
                 let _ = run.pipe.orders.send(Order::Abort(words));
                 kept
@@ -194,6 +198,7 @@ fn hello(
 fn keep(
     guest: &mut HeldGuest<'_>,
     journal: &mut Journal,
+    options: &SendOptions,
     reason: KeptReason,
     report: Report,
 ) -> Result<SendOutcome, SendError> {
@@ -201,12 +206,16 @@ fn keep(
     guest
         .restore()
         .map_err(|source| SendError::NotResumed { reason: reason.to_string(), source })?;
+    options.steps.reached(Step::RunsOn);
     let record = journal.record().ok_or(SendError::NoRecord)?;
     if let Some(record) = source::step(record, Event::Abort)?.write {
         // Not fatal: the record still says that the guest may run here, and asking the target
         // after a crash settles the rest.
-        if let Err(e) = journal.write(record) {
-            tracing::warn!(error = %e, "the guest runs, but the end of the handoff is not on disk");
+        match journal.write(record) {
+            Ok(()) => options.steps.reached(Step::KeptDurable),
+            Err(e) => {
+                tracing::warn!(error = %e, "the guest runs, but the end of the handoff is not on disk");
+            }
         }
     }
     Ok(SendOutcome::KeptHere { reason, report })
@@ -295,6 +304,7 @@ impl<'r, 'a> Live<'r, 'a> {
         run.pipe.meter.pausing();
         run.guest.vm.pause().map_err(failed("pausing the guest"))?;
         run.pipe.meter.paused();
+        run.options.steps.reached(Step::Paused);
         left.union(&run.harvest()?);
         Ok(Paused { run, left })
     }
@@ -319,6 +329,7 @@ impl<'r, 'a> Paused<'r, 'a> {
             let why = format!("{} bytes, at most {MAX_MACHINE_STATE_BYTES}", state.len());
             return Err(KeptReason::Vm { doing: "saving the machine's state", source: why.into() });
         }
+        run.options.steps.reached(Step::StateSaved);
         // Saving may have written to guest memory.
         let touched = run.harvest()?;
         if !touched.is_empty() {

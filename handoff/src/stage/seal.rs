@@ -141,7 +141,8 @@ impl Segment {
 
     /// Where it stands.
     pub fn mark(&self) -> Mark {
-        Mark { seq: self.seq, chain: self.chain, bytes: self.encoded_len() as u64 }
+        let bytes = self.encoded_len() as u64;
+        Mark { seq: self.seq, round: self.round, chain: self.chain, bytes }
     }
 
     /// Appends its encoding.
@@ -274,6 +275,8 @@ pub enum OpenError {
 pub struct Mark {
     /// Its number.
     pub seq: u64,
+    /// The round it belongs to.
+    pub round: u32,
     /// The chain's value after it.
     pub chain: [u8; 32],
     /// Bytes of its encoding.

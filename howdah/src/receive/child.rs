@@ -30,7 +30,7 @@ use crate::{
     home::{Home, VmDir},
     lock::Lock,
     spawn::{self, Ready},
-    visit,
+    steps, visit,
     vmproc::{self, Coming, Event, Links, Process, machine::Machine},
 };
 
@@ -130,6 +130,7 @@ fn receive(
     let host = Host::new(host_args, home, dir, console, events.clone());
     let mut options = ReceiveOptions::new(peer);
     options.workers = args.workers.map_or(options.workers, usize::from);
+    options.steps = steps::from_env()?;
     let (tell, details) = bounded(1);
     std::thread::spawn(move || {
         let work = || work(incoming, host, &relinks, &options, &tell);

@@ -21,7 +21,7 @@ use crate::{
     control::{HandoffRequest, Pace},
     failure::{Exit, Failure},
     home::Home,
-    visit,
+    steps, visit,
 };
 
 /// How long to wait before a peer that did not confirm a commit is asked again.
@@ -92,6 +92,7 @@ impl KvmMachine {
         let machine = self.offer()?;
         let mut options = SendOptions::new(self.dir.name().to_string(), &request.peer, machine);
         options.audit = request.audit;
+        options.steps = steps::from_env()?;
         options.stages = request.encode.options();
         options.pipeline = request.pipeline.options();
         if options.stages.known {
