@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test handoff-perf traces unit soak bench lint deny setup build kernel images perf-images clean
+.PHONY: help demo test handoff-test fault-test fault-some handoff-perf traces unit soak bench lint deny setup build kernel images perf-images clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -12,10 +12,21 @@ help: ## list the verbs
 demo: build images ## watch a running Debian-kernel guest move from cloudlet A to cloudlet B over 10 Mbps
 	$(LAB) run --narrate tests/scenarios/demo.toml
 
-test: lint unit handoff-test ## all that CI runs: format, clippy, docs, unit and property tests, handoff-test
+test: lint unit handoff-test fault-some ## all that CI runs: format, clippy, docs, unit and property tests, handoff-test, some faults
 
 handoff-test: build images ## every scenario of tests/scenarios/handoff on real guests; results in target/lab/handoff-test.json
 	$(LAB) run --isolate --report target/lab/handoff-test.json tests/scenarios/handoff/*.toml
+
+fault-test: build images ## a kill and a link cut at every step of a handoff, and 200 random ones; results in target/lab/fault-test.json
+	$(LAB) faults --report target/lab/fault-test.json
+	$(LAB) run --isolate --timeout-s 900 --report target/lab/fault-scenarios.json tests/scenarios/faults/*.toml
+
+# Where a handoff is lost or doubled most easily: around the commit, and in the middle of a round.
+FAULTS := round-1-segment-cut paused-kill-source prepare-sent-kill-target committed-durable-kill-source \
+	commit-sent-cut owner-durable-kill-target running-kill-target resumed-sent-cut
+
+fault-some: build images
+	$(LAB) faults --random 0 --report target/lab/fault-some.json $(FAULTS:%=--only %)
 
 handoff-perf: build perf-images ## what handoffs cost: every scenario of tests/scenarios/perf; results in target/lab/handoff-perf.json
 	$(LAB) run --isolate --memory-mib 10240 --timeout-s 600 --report target/lab/handoff-perf.json tests/scenarios/perf/*.toml

@@ -76,8 +76,12 @@ pub(crate) fn compare(scenarios: &[&Scenario], outcomes: &mut [Outcome]) {
         let legs = scenario.leg_limits().enumerate();
         let mut compared: Vec<Comparison> =
             legs.flat_map(|(at, limits)| of_leg(outcome, at, limits, &all)).collect();
-        let figures = scenario.limits.figures.iter();
-        compared.extend(figures.map(|limit| of_figure(outcome, limit, &all)));
+        for limit in &scenario.limits.figures {
+            if limit.at_most.is_some() || limit.to.is_some() {
+                compared.push(of_figure(outcome, limit, &all));
+            }
+            compared.extend(limit.grows_at_most.map(|most| growth(outcome, &limit.figure, most)));
+        }
         for comparison in compared.iter().filter(|comparison| comparison.is_bound()) {
             let name = comparison.figure.replace([' ', '_', '.'], "-");
             let name = match &comparison.to {
@@ -105,7 +109,14 @@ fn of_leg(outcome: &Outcome, at: usize, limits: &LegLimits, all: &[Outcome]) -> 
             bound(leg_figure(at, figure.name()), value, most)
         })
         .collect();
-    compared.extend(limits.ratios.iter().map(|ratio| of_ratio(outcome, at, ratio, all)));
+    for ratio in &limits.ratios {
+        let (to_value, compares) = of_ratio(outcome, at, ratio, all);
+        if let Some(more) = ratio.max_more {
+            let most = to_value.map_or(f64::NAN, |other| other + more);
+            compared.push(bound(compares.figure.clone(), compares.value, Some(most)));
+        }
+        compared.push(compares);
+    }
     if let Some(most) = limits.encoder_ratio {
         let encoded = leg.and_then(|leg| leg.encoded.as_ref()).map(|made| made.bytes as f64);
         let value = leg.and_then(|leg| of(leg, Figure::Bytes));
@@ -115,7 +126,12 @@ fn of_leg(outcome: &Outcome, at: usize, limits: &LegLimits, all: &[Outcome]) -> 
     compared
 }
 
-fn of_ratio(outcome: &Outcome, at: usize, ratio: &Ratio, all: &[Outcome]) -> Comparison {
+fn of_ratio(
+    outcome: &Outcome,
+    at: usize,
+    ratio: &Ratio,
+    all: &[Outcome],
+) -> (Option<f64>, Comparison) {
     let value = outcome.legs.get(at).and_then(|leg| of(leg, ratio.of));
     let name = ratio.scenario.as_ref().unwrap_or(&outcome.name);
     let other = all.iter().find(|other| other.name == *name);
@@ -125,7 +141,17 @@ fn of_ratio(outcome: &Outcome, at: usize, ratio: &Ratio, all: &[Outcome]) -> Com
         Some(scenario) => format!("{scenario} leg {}", ratio.leg),
         None => format!("leg {}", ratio.leg),
     };
-    quotient(leg_figure(at, ratio.of.name()), value, to, to_value, ratio.max)
+    (to_value, quotient(leg_figure(at, ratio.of.name()), value, to, to_value, ratio.max))
+}
+
+/// Whether what was measured again and again stays as large as it was once it was warm.
+fn growth(outcome: &Outcome, figure: &str, most: f64) -> Comparison {
+    let values = outcome.figures.get(figure).map_or(&[][..], Vec::as_slice);
+    let quarter = values.len() / 4;
+    let second = values.get(quarter..2 * quarter).and_then(median);
+    let last = values.get(values.len() - quarter..).and_then(median);
+    let name = format!("{figure} at the end");
+    quotient(name, last, format!("{figure} when warm"), second, Some(most))
 }
 
 fn of_figure(outcome: &Outcome, limit: &FigureLimit, all: &[Outcome]) -> Comparison {
@@ -313,6 +339,38 @@ mod tests {
             let mut outcomes = [outcome("a", vec![moved])];
             compare(&[&one], &mut outcomes);
             assert_eq!(outcomes[0].passed, holds, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn growth_is_seen_from_the_second_quarter_on() {
+        let limits = "figures = [{ figure = 'size.kib', grows_at_most = 1.1 }]";
+        let one = scenario("a", "", limits);
+        for (values, holds) in [
+            (vec![1.0, 2.0, 100.0, 100.0, 103.0, 105.0, 108.0, 109.0], true),
+            (vec![1.0, 2.0, 100.0, 100.0, 103.0, 105.0, 112.0, 112.0], false),
+            (vec![100.0, 100.0], false),
+        ] {
+            let mut measured = outcome("a", vec![]);
+            measured.figures.insert("size.kib".into(), values.clone());
+            let mut outcomes = [measured];
+            compare(&[&one], &mut outcomes);
+            assert_eq!(outcomes[0].passed, holds, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn a_difference_is_held_against_a_bound() {
+        let limits = "ratios = [{ of = 'total_ms', scenario = 'b', max_more = 30 }]";
+        let one = scenario("a", &there(limits), "");
+        let other = scenario("b", &there(""), "");
+        for (total, holds) in [(130.0, true), (131.0, false)] {
+            let mut outcomes = [
+                outcome("a", vec![leg(total, 1, Expect::Moved)]),
+                outcome("b", vec![leg(100.0, 1, Expect::Moved)]),
+            ];
+            compare(&[&one, &other], &mut outcomes);
+            assert_eq!(outcomes[0].passed, holds, "{total}");
         }
     }
 

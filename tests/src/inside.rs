@@ -12,9 +12,11 @@ mod net;
 mod product;
 mod report;
 mod runner;
+mod sizes;
 mod state;
 mod stores;
 mod strangers;
+mod trial;
 
 use std::{
     fs,
@@ -23,9 +25,14 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Args;
+use serde::Serialize;
 
-use self::{kernel_log::Mark, narrator::Narrator, stores::Stores};
-use crate::{results::Outcome, say, scenario::Scenario};
+use self::{kernel_log::Mark, narrator::Narrator, net::Network, stores::Stores};
+use crate::{
+    fault::Case,
+    say,
+    scenario::{Link, Scenario},
+};
 
 pub(crate) use self::stores::IMAGES;
 
@@ -41,10 +48,17 @@ pub(crate) struct InsideArgs {
 
     /// Scenario files
     scenarios: Vec<PathBuf>,
+
+    /// A file with faults to try instead
+    #[arg(long)]
+    faults: Option<PathBuf>,
 }
 
 /// Runs scenarios; returns the exit status for the lab outside.
 pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
+    if let Some(plan) = &args.faults {
+        return try_faults(plan);
+    }
     let scenarios =
         args.scenarios.iter().map(|file| Scenario::load(file)).collect::<Result<Vec<_>>>()?;
     fs::create_dir_all(OUTCOMES).with_context(|| format!("cannot make {OUTCOMES}"))?;
@@ -63,7 +77,7 @@ pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
                 None => kernel_log::guest_lost(&scenario.name)?,
             };
         }
-        keep(&outcome)?;
+        keep(&outcome.name, &outcome)?;
         narrator.table(&outcome);
         say(&outcome.line());
         for complaint in outcome.complaints() {
@@ -73,8 +87,29 @@ pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
     Ok(i32::from(failed > 0))
 }
 
-fn keep(outcome: &Outcome) -> Result<()> {
-    let path = Path::new(OUTCOMES).join(format!("{}.json", outcome.name));
+/// Tries the faults of a plan, one after the other.
+fn try_faults(plan: &Path) -> Result<i32> {
+    let text = fs::read(plan).with_context(|| format!("cannot read {}", plan.display()))?;
+    let cases: Vec<Case> = serde_json::from_slice(&text).context("the plan is malformed")?;
+    fs::create_dir_all(OUTCOMES).with_context(|| format!("cannot make {OUTCOMES}"))?;
+    let scenario = trial::scenario()?;
+    let stores = Stores::import(std::slice::from_ref(&scenario), Path::new("/out/import"))?;
+    let network = Network::build(Link::default())?;
+    let mut failed = 0;
+    for case in &cases {
+        let verdict = trial::run(case, &scenario, &stores, &network);
+        failed += i32::from(!verdict.passed);
+        keep(&verdict.name, &verdict)?;
+        say(&verdict.line());
+        for complaint in verdict.complaints() {
+            say(&format!("         {complaint}"));
+        }
+    }
+    Ok(i32::from(failed > 0))
+}
+
+fn keep(name: &str, outcome: &impl Serialize) -> Result<()> {
+    let path = Path::new(OUTCOMES).join(format!("{name}.json"));
     fs::write(&path, serde_json::to_vec_pretty(outcome)?)
         .with_context(|| format!("cannot write {}", path.display()))
 }

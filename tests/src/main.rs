@@ -8,6 +8,8 @@
 mod compare;
 mod encode;
 mod exec;
+mod fault;
+mod faults;
 mod inside;
 mod machine;
 mod results;
@@ -35,6 +37,8 @@ enum Verb {
     Exec(exec::ExecArgs),
     /// Run scenarios in a lab host: guests handed off, faults, checks.
     Run(run::RunArgs),
+    /// Try faults: a kill or a cut at every step of a handoff and at random moments.
+    Faults(faults::FaultsArgs),
     /// Tell what an offline encoder makes of a state: the yardstick for bytes on the link.
     Encode(encode::EncodeArgs),
     /// The part of `lab run` that is inside the lab host.
@@ -53,6 +57,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Verb::Exec(args) => exec::exec(&args),
         Verb::Run(args) => run::run(&args),
+        Verb::Faults(args) => faults::run(&args),
         Verb::Encode(args) => encode::run(&args),
         Verb::Inside(args) => inside::main(&args),
     };

@@ -24,7 +24,7 @@ const PROGRAMS: [&str; 2] = ["howdah", "howdah-agent"];
 /// What an image directory holds.
 const IMAGE_PARTS: [&str; 4] = ["kernel", "initramfs", "disk.raw", "cmdline"];
 /// Time for the lab host and imports, whatever the number of scenarios.
-const BASE_TIME: Duration = Duration::from_secs(180);
+pub(crate) const BASE_TIME: Duration = Duration::from_secs(180);
 
 /// Arguments of `lab run`.
 #[derive(Args)]
@@ -183,8 +183,9 @@ fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded], cpus: u8) -> Result<
     if args.narrate {
         request.command.push("--narrate".into());
     }
-    add_programs(args, &mut request)?;
-    add_images(args, root, loaded, &mut request)?;
+    add_programs(args.programs.as_deref(), &mut request)?;
+    let names: Vec<&str> = loaded.iter().map(|one| one.scenario.vm.image.as_str()).collect();
+    add_images(args.images.as_deref(), root, names, &mut request)?;
     for Loaded { file, scenario } in loaded {
         let to = format!("/lab/scenarios/{}.toml", scenario.name);
         request.extras.push(Extra::File { from: file.clone(), to: to.clone().into() });
@@ -218,7 +219,8 @@ fn clear(out: &Path, loaded: &[Loaded]) -> Result<()> {
     Ok(())
 }
 
-fn outcomes_dir(out: &Path) -> PathBuf {
+/// Where outcomes are found outside.
+pub(crate) fn outcomes_dir(out: &Path) -> PathBuf {
     out.join(OUTCOMES.trim_start_matches("/out/"))
 }
 
@@ -238,9 +240,10 @@ fn outcome_of(out: &Path, name: &str, problem: &str, lost: bool) -> Outcome {
     })
 }
 
-fn add_programs(args: &RunArgs, request: &mut Request) -> Result<()> {
-    let dir = match &args.programs {
-        Some(dir) => dir.clone(),
+/// Puts the programs under test into the lab host.
+pub(crate) fn add_programs(programs: Option<&Path>, request: &mut Request) -> Result<()> {
+    let dir = match programs {
+        Some(dir) => dir.to_owned(),
         None => {
             let lab = env::current_exe().context("cannot tell which file this program is")?;
             lab.parent().context("this program is in no directory")?.to_owned()
@@ -261,9 +264,14 @@ fn add_programs(args: &RunArgs, request: &mut Request) -> Result<()> {
     Ok(())
 }
 
-fn add_images(args: &RunArgs, root: &Root, loaded: &[Loaded], request: &mut Request) -> Result<()> {
-    let images = args.images.clone().unwrap_or_else(|| root.path("target/images"));
-    let mut names: Vec<&str> = loaded.iter().map(|one| one.scenario.vm.image.as_str()).collect();
+/// Shows the guest images of these names to the lab host.
+pub(crate) fn add_images(
+    images: Option<&Path>,
+    root: &Root,
+    mut names: Vec<&str>,
+    request: &mut Request,
+) -> Result<()> {
+    let images = images.map_or_else(|| root.path("target/images"), Path::to_owned);
     names.sort_unstable();
     names.dedup();
     for name in names {

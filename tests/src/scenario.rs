@@ -251,6 +251,19 @@ pub(crate) enum Step {
         #[serde(default = "every_100_ms")]
         every_ms: u64,
     },
+    /// Note what memory and files the cloudlets take: figures `NAME.vm_kib`, `NAME.listener_kib`,
+    /// `NAME.descriptors`, `NAME.files_kib`.
+    Sizes {
+        /// What the figures are called.
+        name: String,
+    },
+    /// Do some steps several times.
+    Repeat {
+        /// How often.
+        times: u32,
+        /// What.
+        steps: Vec<Step>,
+    },
     /// Hand the guest off.
     Handoff {
         /// From where.
@@ -278,6 +291,9 @@ pub(crate) enum Step {
         /// How howdah is to encode what changed a little, as `--delta` takes it.
         #[serde(default)]
         delta: Option<String>,
+        /// More of howdah's flags.
+        #[serde(default)]
+        flags: Vec<String>,
         /// Whether an offline encoder shows what it makes of the state that arrived.
         #[serde(default)]
         encode: bool,
@@ -317,6 +333,29 @@ fn every_100_ms() -> u64 {
     100
 }
 
+/// The most steps that a scenario may have, repetitions counted.
+const MAX_STEPS: usize = 10_000;
+
+/// Puts what is repeated one after the other.
+fn unrolled(steps: Vec<Step>) -> Result<Vec<Step>> {
+    let mut all = Vec::new();
+    for step in steps {
+        match step {
+            Step::Repeat { times, steps } => {
+                let once = unrolled(steps)?;
+                for _ in 0..times {
+                    all.extend(once.iter().cloned());
+                    if all.len() > MAX_STEPS {
+                        bail!("steps: more than {MAX_STEPS}, repetitions counted");
+                    }
+                }
+            }
+            step => all.push(step),
+        }
+    }
+    Ok(all)
+}
+
 /// How a handoff must end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -351,7 +390,8 @@ impl Scenario {
 
     /// Reads the text of a file.
     pub(crate) fn parse(text: &str) -> Result<Self> {
-        let scenario: Self = toml::from_str(text)?;
+        let mut scenario: Self = toml::from_str(text)?;
+        scenario.steps = unrolled(scenario.steps)?;
         scenario.validate()?;
         Ok(scenario)
     }
@@ -511,6 +551,18 @@ mod tests {
             let error = error_of(&with_steps(steps));
             assert!(error.contains(word), "{steps}: {error}");
         }
+    }
+
+    #[test]
+    fn what_is_repeated_comes_one_after_the_other() {
+        let there = "{ do = 'wait', seconds = 1 }";
+        let inner = format!("{{ do = 'repeat', times = 2, steps = [{there}] }}");
+        let outer = format!("{{ do = 'repeat', times = 3, steps = [{inner}, {there}] }}");
+        let scenario = Scenario::parse(&with_steps(&outer)).unwrap();
+        assert_eq!(scenario.steps.len(), 1 + 3 * 3);
+        assert!(error_of(&with_steps(&inner.replace("= 2", "= 20000"))).contains("more than"));
+        let start = "{ do = 'repeat', times = 1, steps = [{ do = 'start' }] }";
+        assert!(error_of(&with_steps(start)).contains("second guest"));
     }
 
     #[test]

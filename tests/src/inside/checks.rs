@@ -33,7 +33,7 @@ const AROUND_NS: i64 = 2_000_000_000;
 const OVERHEAD_PART: f64 = 0.25;
 const OVERHEAD_BYTES: u64 = 128 << 10;
 /// States of a VM that has vCPUs, or soon may have.
-const ACTIVE: [&str; 6] =
+pub(super) const ACTIVE: [&str; 6] =
     ["starting", "running", "paused", "handing-off", "receiving", "not answering"];
 /// The records, in the guest's file system.
 const RECORDS: &str = "/data/records";
@@ -179,17 +179,9 @@ fn on_the_disk(stage: &mut Stage<'_>, promised: u64, lives: bool) -> Result<()> 
         let usable = matches!(replay.status.code(), Some(0 | 1));
         stage.outcome.check("disk-replays", usable, one_line(&replay));
     }
-    let fsck = tool("/usr/sbin/e2fsck", &["-fn"], &disk)?;
-    let clean = fsck.status.success();
-    // Of a clean disk the totals are enough; of another one everything counts.
-    let totals = String::from_utf8_lossy(&fsck.stdout).lines().last().map(str::to_owned);
-    let detail = totals.filter(|_| clean).unwrap_or_else(|| one_line(&fsck));
+    let (clean, detail) = is_clean(&disk)?;
     stage.outcome.check("disk-clean", clean, detail);
-    let records = stage.work.join("records");
-    records_of(&disk, &records)?;
-    let verify = Command::new(AGENT).arg("verify").arg(&records).output()?;
-    let found: Records = serde_json::from_slice(&verify.stdout)
-        .with_context(|| format!("howdah-agent verify: {}", one_line(&verify)))?;
+    let found = Records::on(&disk, &stage.work)?;
     stage.outcome.check(
         "records",
         found.ok && found.last_seq >= promised,
@@ -204,14 +196,25 @@ fn on_the_disk(stage: &mut Stage<'_>, promised: u64, lives: bool) -> Result<()> 
 
 /// What `howdah-agent verify` prints.
 #[derive(Deserialize)]
-struct Records {
-    last_seq: u64,
-    ok: bool,
-    first_error: Option<String>,
+pub(super) struct Records {
+    pub(super) last_seq: u64,
+    pub(super) ok: bool,
+    pub(super) first_error: Option<String>,
+}
+
+impl Records {
+    /// Reads and verifies those on a disk image; `work` is a scratch directory.
+    pub(super) fn on(disk: &Path, work: &Path) -> Result<Self> {
+        let records = work.join("records");
+        records_of(disk, &records)?;
+        let verify = Command::new(AGENT).arg("verify").arg(&records).output()?;
+        serde_json::from_slice(&verify.stdout)
+            .with_context(|| format!("howdah-agent verify: {}", one_line(&verify)))
+    }
 }
 
 /// Lets the guest power off; whether it did.
-fn shut_down(cloudlet: &Cloudlet) -> Result<bool> {
+pub(super) fn shut_down(cloudlet: &Cloudlet) -> Result<bool> {
     // The answer may be lost with the guest.
     let _ = guest::ask("poweroff");
     let started = Instant::now();
@@ -262,6 +265,15 @@ fn bytes_agree(leg: &Leg) -> (bool, String) {
     let most = reported + (reported as f64 * OVERHEAD_PART) as u64 + OVERHEAD_BYTES;
     let agree = (reported..=most).contains(&counted);
     (agree, format!("{reported} reported, {counted} through the link's counters"))
+}
+
+/// Whether a file system is clean, and in words.
+pub(super) fn is_clean(disk: &Path) -> Result<(bool, String)> {
+    let fsck = tool("/usr/sbin/e2fsck", &["-fn"], disk)?;
+    let clean = fsck.status.success();
+    // Of a clean disk the totals are enough; of another one everything counts.
+    let totals = String::from_utf8_lossy(&fsck.stdout).lines().last().map(str::to_owned);
+    Ok((clean, totals.filter(|_| clean).unwrap_or_else(|| one_line(&fsck))))
 }
 
 fn tool(program: &str, args: &[&str], disk: &Path) -> Result<Output> {

@@ -211,6 +211,12 @@ impl Watched {
         Ok(Self { summary, received_ns })
     }
 
+    /// From a moment of CLOCK_MONOTONIC until the next answer, in milliseconds.
+    pub(crate) fn first_after_ms(&self, from_ns: i64) -> Option<f64> {
+        let next = self.received_ns.iter().find(|received| **received >= from_ns)?;
+        Some((next - from_ns) as f64 / 1e6)
+    }
+
     /// The longest silence, in milliseconds, that touches a stretch of CLOCK_MONOTONIC.
     pub(crate) fn longest_gap_ms(&self, from_ns: i64, to_ns: i64) -> f64 {
         let gaps = self.received_ns.windows(2).filter_map(|pair| match pair {
@@ -250,5 +256,7 @@ mod tests {
         assert_eq!(watched.longest_gap_ms(500_000_000, 950_000_000), 1097.0);
         assert_eq!(watched.longest_gap_ms(500_000_000, 600_000_000), 891.0);
         assert_eq!(watched.longest_gap_ms(0, 5_000_000), 10.0);
+        assert_eq!(watched.first_after_ms(500_000_000), Some(402.0));
+        assert_eq!(watched.first_after_ms(5_000_000_000), None);
     }
 }

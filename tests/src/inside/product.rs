@@ -17,6 +17,10 @@ use super::{
 };
 use crate::scenario::{Side, VmPlan};
 
+/// The verbs of processes that hold a VM.
+pub(super) const HOLDERS: [&str; 3] = ["vm-process", "receive-process", "restore-process"];
+/// That of the listener.
+pub(super) const LISTENER: &str = "receive";
 /// Where the lab puts the product.
 const HOWDAH: &str = "/usr/local/bin/howdah";
 /// The port on which cloudlets receive.
@@ -43,6 +47,8 @@ pub(crate) struct Cloudlet {
     pub(crate) home: PathBuf,
     /// Where logs of the scenario go.
     pub(crate) logs: PathBuf,
+    /// Put into the environment of every command here.
+    pub(crate) env: Vec<(&'static str, String)>,
 }
 
 /// How a command ended.
@@ -65,13 +71,20 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    fn spawn(namespace: Namespace, args: &[&str], logs: &Path, name: &str) -> Result<Self> {
+    fn spawn(
+        namespace: Namespace,
+        env: &[(&'static str, String)],
+        args: &[&str],
+        logs: &Path,
+        name: &str,
+    ) -> Result<Self> {
         let (stdout, stderr) =
             (logs.join(format!("{name}.stdout")), logs.join(format!("{name}.stderr")));
         let create = |path: &Path| {
             File::create(path).with_context(|| format!("cannot make {}", path.display()))
         };
         let mut command = namespace.command(Path::new(HOWDAH))?;
+        command.envs(env.iter().map(|(name, value)| (name, value)));
         command.args(args).stdin(Stdio::null()).stdout(create(&stdout)?).stderr(create(&stderr)?);
         let what = format!("howdah {}", args.join(" "));
         let child = command.spawn().with_context(|| format!("cannot run {what}"))?;
@@ -120,6 +133,11 @@ impl Ended {
 }
 
 impl Cloudlet {
+    /// One with nothing in its environment.
+    pub(crate) fn new(side: Side, home: PathBuf, logs: &Path) -> Self {
+        Self { side, home, logs: logs.to_owned(), env: Vec::new() }
+    }
+
     /// Runs a command to its end; an exit status other than 0 is an error.
     pub(crate) fn howdah(&self, args: &[&str]) -> Result<Ended> {
         self.howdah_within(PATIENCE, args)
@@ -145,7 +163,7 @@ impl Cloudlet {
         let home = self.home.to_string_lossy().into_owned();
         let all: Vec<&str> = ["--home", &home].into_iter().chain(args.iter().copied()).collect();
         let name = format!("{}-{name}", self.side.letter());
-        Running::spawn(self.side.namespace(), &all, &self.logs, &name)
+        Running::spawn(self.side.namespace(), &self.env, &all, &self.logs, &name)
     }
 
     fn json(&self, args: &[&str]) -> Result<Value> {
@@ -277,6 +295,16 @@ impl Cloudlet {
 
 fn read_text(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// Processes of a cloudlet whose command line has one of these words.
+pub(super) fn processes_of(side: Side, words: &[&str]) -> Result<Vec<i32>> {
+    let mut found = side.namespace().processes()?;
+    found.retain(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|word| words.iter().any(|one| word == one.as_bytes()))
+    });
+    Ok(found)
 }
 
 /// Whether somebody listens on a TCP port in the thread's namespace. A connection to try it would

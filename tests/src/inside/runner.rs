@@ -22,7 +22,7 @@ use super::{
     narrator::Narrator,
     net::{Network, kill_all},
     product::{Cloudlet, Ended, PORT, Running, VM},
-    report, state,
+    report, sizes, state,
     stores::Stores,
     strangers::LaterVersion,
 };
@@ -122,7 +122,7 @@ impl<'a> Stage<'a> {
             link.rate_mbps
         ));
         let homes = stores.furnish(scenario, work)?;
-        let cloudlet = |side, home| Cloudlet { side, home, logs: logs.clone() };
+        let cloudlet = |side, home| Cloudlet::new(side, home, &logs);
         let [a, b] = homes;
         Ok(Self {
             scenario,
@@ -214,6 +214,13 @@ impl<'a> Stage<'a> {
                 }
                 Ok(())
             }
+            Step::Sizes { name } => {
+                for (figure, value) in sizes::take(&[&self.a, &self.b])? {
+                    self.outcome.figure(format!("{name}.{figure}"), value);
+                }
+                Ok(())
+            }
+            Step::Repeat { .. } => bail!("a repetition that was not unrolled"),
             Step::Handoff { background, .. } => {
                 self.hand_off(step)?;
                 if *background { Ok(()) } else { self.finish_handoff() }
@@ -273,8 +280,19 @@ impl<'a> Stage<'a> {
     }
 
     fn hand_off(&mut self, step: &Step) -> Result<()> {
-        let Step::Handoff { from, to, audit, expect, says, peer, without, delta, encode, .. } =
-            step
+        let Step::Handoff {
+            from,
+            to,
+            audit,
+            expect,
+            says,
+            peer,
+            without,
+            delta,
+            flags,
+            encode,
+            ..
+        } = step
         else {
             bail!("not a handoff");
         };
@@ -297,6 +315,7 @@ impl<'a> Stage<'a> {
         if let Some(mode) = delta {
             args.extend(["--delta", mode]);
         }
+        args.extend(flags.iter().map(String::as_str));
         if !self.narrator.talks() {
             args.insert(0, "--json");
         }

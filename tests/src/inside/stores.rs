@@ -37,7 +37,7 @@ impl Stores {
         for scenario in scenarios {
             let plan = &scenario.vm;
             let home = stores.dir.join(&plan.image);
-            let cloudlet = |home| Cloudlet { side: Side::A, home, logs: logs.to_owned() };
+            let cloudlet = |home| Cloudlet::new(Side::A, home, logs);
             if !home.exists() {
                 fs::create_dir_all(&home)?;
                 cloudlet(home.clone()).import(&Path::new(IMAGES).join(&plan.image))?;
@@ -85,7 +85,7 @@ impl Stores {
 }
 
 /// What a tree takes on its file system.
-fn used_bytes(dir: &Path) -> Result<u64> {
+pub(super) fn used_bytes(dir: &Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     let mut used = 0;
     for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {

@@ -69,6 +69,8 @@ pub(crate) struct Ratio {
     pub(crate) leg: usize,
     /// The most that it may be; when absent it is only stated.
     pub(crate) max: Option<f64>,
+    /// How much more than the other one the figure may be, in its own unit.
+    pub(crate) max_more: Option<f64>,
 }
 
 fn first() -> usize {
@@ -92,6 +94,9 @@ pub(crate) struct FigureLimit {
     /// noise; that it is faster is no harm.
     #[serde(default)]
     pub(crate) no_slower: bool,
+    /// What it may have grown to: the median of the last quarter, as a multiple of that of the second.
+    /// The first quarter is what it takes to get warm.
+    pub(crate) grows_at_most: Option<f64>,
 }
 
 impl Limits {
@@ -99,8 +104,11 @@ impl Limits {
     pub(crate) fn validate(&self) -> Result<()> {
         for limit in &self.figures {
             let figure = &limit.figure;
-            if limit.at_most.is_none() && limit.to.is_none() {
-                bail!("limits: {figure} is held against nothing: give at_most or to");
+            let bounds = [limit.at_most, limit.grows_at_most];
+            if bounds.iter().all(Option::is_none) && limit.to.is_none() {
+                bail!(
+                    "limits: {figure} is held against nothing: give at_most, grows_at_most or to"
+                );
             }
             if limit.to.is_none() && (limit.no_slower || limit.scenario.is_some()) {
                 bail!("limits: {figure} is compared with no figure: give to");

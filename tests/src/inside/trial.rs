@@ -1,0 +1,356 @@
+//! One fault: a guest that works, a handoff, a kill or a cut at its moment, and what must hold after.
+
+mod lives;
+mod moment;
+mod recovery;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+use self::{
+    lives::Lives,
+    moment::{resume_stopped, strike, wait_for},
+    recovery::Settled,
+};
+use super::{
+    checks::{Records, is_clean, shut_down},
+    guest::{self, Client},
+    kernel_log::{self, Mark},
+    net::{Network, kill_all},
+    product::{Cloudlet, PORT, Running, VM},
+    runner::monotonic_ns,
+    stores::Stores,
+};
+use crate::{
+    fault::{Case, Hit, Moment, Verdict},
+    scenario::{Link, Scenario, Side},
+};
+
+/// The guest and the network of every case.
+const PLAN: &str = "
+name = 'faults'
+description = 'a kill or a cut in the middle of a handoff'
+ends_on = 'a'
+steps = [{ do = 'start' }]
+[vm]
+memory_mib = 256
+base_memory = true
+";
+
+/// What the guest does meanwhile: records that are fsynced, and RAM that is written.
+const WORKLOAD: [&str; 2] = ["write on 50", "dirty 50 4"];
+/// How long the guest may take to answer when it starts.
+const STARTS: Duration = Duration::from_secs(60);
+/// How long it works before it is handed off.
+const WORKS: Duration = Duration::from_millis(300);
+/// The client asks so often.
+const PROBE_MS: u32 = 20;
+/// From the return of the link or the process until the guest runs on one side; and, if its RAM is
+/// still there, until the client has an answer from it.
+const RUNS_WITHIN: Duration = Duration::from_secs(10);
+/// How long a guest that must boot may take to answer.
+const BOOTS_WITHIN: Duration = Duration::from_secs(120);
+/// How long it is watched after that.
+const WATCHED: Duration = Duration::from_millis(500);
+/// How long `howdah handoff` may go on after both sides should have settled.
+const HANDOFF_ENDS: Duration = Duration::from_secs(30);
+/// The variable by which a process of howdah stops at a step.
+const STEP_VARIABLE: &str = "HOWDAH_STEP";
+
+/// The scenario that all cases are played in.
+pub(super) fn scenario() -> Result<Scenario> {
+    Scenario::parse(PLAN)
+}
+
+/// Runs a case; never fails, since failing is a verdict.
+pub(super) fn run(case: &Case, scenario: &Scenario, stores: &Stores, network: &Network) -> Verdict {
+    let started = Instant::now();
+    let place = format!("faults/{}", case.name);
+    let logs = Path::new("/out").join(&place);
+    let work = Path::new("/run/scenario").join(&case.name);
+    let mut verdict =
+        Verdict { name: case.name.clone(), case: Some(case.clone()), ..Verdict::default() };
+    let mark = Mark::now();
+    let played = Trial::set(case, scenario, stores, network, &logs, &work).and_then(|mut trial| {
+        let played = trial.play(&mut verdict);
+        trial.clear();
+        played
+    });
+    if let Err(error) = played {
+        verdict.error = Some(format!("{error:#}"));
+    }
+    verdict.conclude();
+    if verdict.passed {
+        // Thousands of logs that nobody needs.
+        let _ = fs::remove_dir_all(&logs);
+    } else {
+        let lost = mark.and_then(|mark| mark.lost_since(&place)).ok().flatten();
+        verdict.host_fault = lost.or_else(|| kernel_log::guest_lost(&place).ok().flatten());
+    }
+    let _ = fs::remove_dir_all(&work);
+    verdict.took_ms = started.elapsed().as_millis() as u64;
+    verdict
+}
+
+/// A case under way.
+struct Trial<'a> {
+    case: &'a Case,
+    scenario: &'a Scenario,
+    network: &'a Network,
+    a: Cloudlet,
+    b: Cloudlet,
+    work: PathBuf,
+    client: Option<Client>,
+    receivers: Vec<Running>,
+}
+
+impl<'a> Trial<'a> {
+    fn set(
+        case: &'a Case,
+        scenario: &'a Scenario,
+        stores: &Stores,
+        network: &'a Network,
+        logs: &Path,
+        work: &Path,
+    ) -> Result<Self> {
+        fs::create_dir_all(logs).with_context(|| format!("cannot make {}", logs.display()))?;
+        let [a, b] = stores.furnish(scenario, work)?;
+        let mut trial = Self {
+            case,
+            scenario,
+            network,
+            a: Cloudlet::new(Side::A, a, logs),
+            b: Cloudlet::new(Side::B, b, logs),
+            work: work.to_owned(),
+            client: None,
+            receivers: Vec::new(),
+        };
+        if let Moment::Step { step, side, .. } = &case.moment {
+            trial.cloudlet_mut(*side).env = vec![(STEP_VARIABLE, format!("{step}:stop"))];
+        }
+        network.shape(trial.link())?;
+        Ok(trial)
+    }
+
+    fn link(&self) -> Link {
+        Link { rate_mbps: f64::from(self.case.rate_mbps), delay_ms: 2.0, loss_percent: 0.0 }
+    }
+
+    fn cloudlet(&self, side: Side) -> &Cloudlet {
+        match side {
+            Side::A => &self.a,
+            Side::B => &self.b,
+        }
+    }
+
+    fn cloudlet_mut(&mut self, side: Side) -> &mut Cloudlet {
+        match side {
+            Side::A => &mut self.a,
+            Side::B => &mut self.b,
+        }
+    }
+
+    fn play(&mut self, verdict: &mut Verdict) -> Result<()> {
+        let played = self.hurt_and_heal(verdict);
+        if played.is_err() {
+            for cloudlet in [&self.a, &self.b] {
+                cloudlet.keep_logs();
+            }
+        }
+        played?;
+        if !verdict.checks.iter().all(|check| check.passed) {
+            for cloudlet in [&self.a, &self.b] {
+                cloudlet.keep_logs();
+            }
+        }
+        Ok(())
+    }
+
+    fn hurt_and_heal(&mut self, verdict: &mut Verdict) -> Result<()> {
+        self.start()?;
+        let mut handoff = self.ask_for_handoff()?;
+        let asked = Instant::now();
+        if self.case.cancelled {
+            moment::cancel_soon(&self.a)?;
+        }
+        let reached = wait_for(&self.case.moment, asked, &mut handoff)?;
+        verdict.check("moment-reached", reached.came, reached.detail);
+        strike(&self.case.hits, self.network)?;
+        resume_stopped()?;
+        thread::sleep(Duration::from_millis(self.case.back_after_ms));
+        for cloudlet in [&mut self.a, &mut self.b] {
+            cloudlet.env.clear();
+        }
+        self.network.shape(self.link())?;
+        let (returned, returned_ns) = (Instant::now(), monotonic_ns()?);
+        self.bring_back(verdict)?;
+        let settled = recovery::settle(&self.a, &self.b, &mut handoff)?;
+        let ended = handoff.wait(HANDOFF_ENDS)?;
+        verdict.handoff = Some(match ended.status {
+            Some(0) => "0".to_owned(),
+            status => format!("{status:?}: {}", ended.complaint()),
+        });
+        let home = self.judge_owner(verdict, &settled, returned)?;
+        self.judge_guest(verdict, home, returned_ns)
+    }
+
+    /// Both cloudlets listen, the guest runs on A and works, the client watches it.
+    fn start(&mut self) -> Result<()> {
+        for side in [Side::A, Side::B] {
+            let receiver = self.cloudlet(side).receive()?;
+            self.receivers.push(receiver);
+        }
+        self.a.run_vm(&self.scenario.vm)?;
+        guest::wait_ready(STARTS)?;
+        guest::renew()?;
+        for command in WORKLOAD {
+            guest::ask(command)?;
+        }
+        self.client = Some(Client::start(PROBE_MS, &self.a.logs)?);
+        thread::sleep(WORKS);
+        Ok(())
+    }
+
+    fn ask_for_handoff(&self) -> Result<Running> {
+        let address = format!("{}:{PORT}", Side::B.address());
+        let mut args = vec!["--json", "handoff", VM, &address];
+        if let Some(commit) = &self.case.commit {
+            args.extend(["--commit", commit]);
+        }
+        self.a.start_howdah(&args, "handoff")
+    }
+
+    /// What a person, or the cloudlet's own start, does after a process died.
+    fn bring_back(&mut self, verdict: &mut Verdict) -> Result<()> {
+        let mut killed = Vec::new();
+        for hit in &self.case.hits {
+            if let Hit::KillCloudlet(side) = hit {
+                let receiver = self.cloudlet(*side).receive()?;
+                self.receivers.push(receiver);
+            }
+            killed.extend(hit.kills().map(|side| self.cloudlet(side)));
+        }
+        let said = recovery::run_again(&killed)?;
+        for (side, again) in said {
+            let detail = format!("{}: {}", side.letter(), again.said);
+            verdict.check(&format!("recovers-{}", side.letter()), again.settled, detail.clone());
+            verdict.recovered.push(detail);
+        }
+        Ok(())
+    }
+
+    /// The guest runs on one side, soon, and on one only.
+    fn judge_owner(
+        &self,
+        verdict: &mut Verdict,
+        settled: &Settled,
+        returned: Instant,
+    ) -> Result<Side> {
+        verdict.check("never-two", !settled.ever_two, settled.detail.clone());
+        verdict.check("one-owner", settled.home.is_some(), settled.detail.clone());
+        let Some((home, since)) = settled.home else {
+            bail!("the guest runs nowhere: {}", settled.detail);
+        };
+        let after = since.saturating_duration_since(returned);
+        verdict.ran_on = Some(home);
+        verdict.runs_after_ms = Some(after.as_millis() as u64);
+        let detail = format!("{:.1} s of {} s", after.as_secs_f64(), RUNS_WITHIN.as_secs());
+        verdict.check("runs-soon", after <= RUNS_WITHIN, detail);
+        Ok(home)
+    }
+
+    /// It is the guest that was started, it works, and nothing that it was promised is lost.
+    fn judge_guest(&mut self, verdict: &mut Verdict, home: Side, returned_ns: i64) -> Result<()> {
+        let answers = guest::wait_ready(BOOTS_WITHIN)?;
+        thread::sleep(WATCHED);
+        let ram = guest::ask("verify-ram");
+        let now = guest::vitals()?;
+        verdict.check(
+            "works",
+            ram.is_ok() && now.ram_errors == 0 && now.write_errors == 0,
+            format!("{} wrong pages, {} failed writes", now.ram_errors, now.write_errors),
+        );
+        verdict.check(
+            "counts-on",
+            now.counter > answers.counter && now.boot_id == answers.boot_id,
+            format!("counter {}, then {}", answers.counter, now.counter),
+        );
+        let client = self.client.take().context("the client was never started")?;
+        let watched = client.stop()?;
+        verdict.client_gap_ms = Some(watched.longest_gap_ms(i64::MIN, i64::MAX));
+        let lives = Lives::read(&self.a.logs.join("client.jsonl"))?;
+        self.judge_lives(verdict, &lives, home);
+        let after_ms = watched.first_after_ms(returned_ns);
+        verdict.answers_after_ms = after_ms.map(|ms| ms as u64);
+        let within = if verdict.rebooted { BOOTS_WITHIN } else { RUNS_WITHIN };
+        verdict.check(
+            "answers-soon",
+            after_ms.is_some_and(|ms| ms <= within.as_secs_f64() * 1e3),
+            format!("{:.1} s after the return", after_ms.unwrap_or(f64::NAN) / 1e3),
+        );
+        let twice = watched.summary.duplicates;
+        verdict.check("answers-once", twice == 0, format!("{twice} probes answered twice"));
+        let still = recovery::states(&self.a, &self.b)?;
+        verdict.check("still-one-owner", still.home() == Some(home), still.detail());
+        self.judge_disk(verdict, home, lives.promised.max(now.durable_seq))
+    }
+
+    /// RAM is lost only with the process that held it, and no older guest comes back.
+    fn judge_lives(&self, verdict: &mut Verdict, lives: &Lives, home: Side) {
+        verdict.rebooted = lives.count > 1;
+        let killed_here = self.case.hits.iter().any(|hit| hit.kills() == Some(home));
+        let lost_with_reason = lives.count <= 1 + usize::from(killed_here);
+        verdict.check(
+            "ram-kept",
+            lost_with_reason,
+            format!("{} lives of the guest, which ended on {}", lives.count, home.letter()),
+        );
+        let detail = lives.broken.clone().unwrap_or("one guest after the other".into());
+        verdict.check("nothing-back", lives.broken.is_none(), detail);
+    }
+
+    fn judge_disk(&self, verdict: &mut Verdict, home: Side, promised: u64) -> Result<()> {
+        let cloudlet = self.cloudlet(home);
+        let gently = shut_down(cloudlet)?;
+        verdict.check(
+            "shutdown",
+            gently,
+            if gently { "it powered off" } else { "it had to be stopped" },
+        );
+        let disk = self.work.join("disk.raw");
+        cloudlet.howdah(&["vm", "export-disk", VM, &disk.to_string_lossy()])?;
+        let (clean, detail) = is_clean(&disk)?;
+        verdict.check("disk-clean", clean, detail);
+        let found = Records::on(&disk, &self.work)?;
+        verdict.check(
+            "records",
+            found.ok && found.last_seq >= promised,
+            format!(
+                "{promised} promised, {} on the disk{}",
+                found.last_seq,
+                found.first_error.map(|error| format!(", {error}")).unwrap_or_default()
+            ),
+        );
+        Ok(())
+    }
+
+    /// Leaves the network as it was for the next case.
+    fn clear(&mut self) {
+        if let Some(client) = self.client.take() {
+            // Only for its file: the case has failed already.
+            let _ = client.stop();
+        }
+        // What cannot be killed shows in the next case, which then fails by name.
+        let _ = resume_stopped();
+        for side in [Side::A, Side::B] {
+            let _ = kill_all(side.namespace());
+        }
+        self.receivers.clear();
+    }
+}
