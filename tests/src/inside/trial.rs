@@ -228,14 +228,14 @@ impl<'a> Trial<'a> {
 
     /// What a person, or the cloudlet's own start, does after a process died.
     fn bring_back(&mut self, verdict: &mut Verdict) -> Result<()> {
-        let mut killed = Vec::new();
         for hit in &self.case.hits {
             if let Hit::KillCloudlet(side) = hit {
                 let receiver = self.cloudlet(*side).receive()?;
                 self.receivers.push(receiver);
             }
-            killed.extend(hit.kills().map(|side| self.cloudlet(side)));
         }
+        let killed = self.case.hits.iter().filter_map(|hit| hit.kills());
+        let killed: Vec<&Cloudlet> = killed.map(|side| self.cloudlet(side)).collect();
         let said = recovery::run_again(&killed)?;
         for (side, again) in said {
             let detail = format!("{}: {}", side.letter(), again.said);

@@ -23,7 +23,7 @@ use crate::{
 /// How long a handoff may take to reach a step.
 const REACHED_WITHIN: Duration = Duration::from_secs(40);
 /// How often a process is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(2);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// When a handoff is given up, after it was asked for.
 const CANCEL_AFTER: Duration = Duration::from_millis(900);
 /// How long a killed process may take to be gone.
