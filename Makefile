@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test fault-test fault-some handoff-perf traces unit soak bench lint deny setup build kernel images perf-images clean
+.PHONY: help demo test handoff-test fault-test fault-some handoff-perf traces unit soak fuzz bench lint deny setup build kernel images perf-images clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ unit: setup ## unit and property tests
 soak: setup ## 10,000 random segments, whole and damaged, and the engine's tests, under address sanitizer (x86-64)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/soak \
 		cargo test --target x86_64-unknown-linux-gnu -p handoff --test soak --test engine -- --include-ignored --nocapture
+
+fuzz: setup ## every fuzz target for ten minutes, with coverage and address sanitizer (x86-64); FUZZ="-s 60 batch" for others
+	fuzz/run $(FUZZ)
 
 bench: setup ## the engine's stages against memcmp, BLAKE3 and zstd; results in target/bench/engine.json
 	cargo run --release --quiet --package howdah-bench

@@ -1,0 +1,104 @@
+//! Every target over its seeds, and for a moment over random mutations of them.
+//!
+//! `HOWDAH_SMOKE_MS` is how long each target is tried (500), `HOWDAH_SMOKE_SEED` where chance begins.
+//! What a target does not survive is left in a file, and the seed is printed: `fuzz/README.md`.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::{
+    env, fs, panic,
+    path::{Path, PathBuf},
+    process,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use howdah_fuzz::{TARGETS, Target, mutate::mutate, targets};
+use rand::{RngExt, SeedableRng, rngs::SmallRng};
+
+/// What is tried at present, by target: for the message when it fails.
+static TRIED: Mutex<Vec<(&str, Vec<u8>)>> = Mutex::new(Vec::new());
+
+/// A target fails where any thread panics, also one that the product has started and would survive.
+fn fail_on_panic_in_any_thread() {
+    let usual = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        usual(info);
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        for (name, input) in TRIED.lock().unwrap().iter() {
+            let path = dir.join(format!("{name}-{}", blake3::hash(input).to_hex().split_at(16).0));
+            let written = fs::write(&path, input);
+            eprintln!("target {name} did not survive {} ({written:?})", path.display());
+        }
+        process::abort();
+    }));
+}
+
+fn committed(target: &Target) -> Vec<Vec<u8>> {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target.name);
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+fn try_one(target: &Target, input: &[u8]) {
+    let key = |(name, _): &(&str, Vec<u8>)| *name == target.name;
+    {
+        let mut tried = TRIED.lock().unwrap();
+        tried.retain(|entry| !key(entry));
+        tried.push((target.name, input.to_vec()));
+    }
+    (target.run)(input);
+    TRIED.lock().unwrap().retain(|entry| !key(entry));
+}
+
+fn number(name: &str) -> Option<u64> {
+    env::var(name).ok().map(|text| text.parse().unwrap())
+}
+
+fn smoke(target: &Target, patience: Duration, seed: u64) {
+    let mut seeds = (target.seeds)();
+    assert!(!seeds.is_empty(), "{} has seeds", target.name);
+    seeds.extend(committed(target));
+    for seed in &seeds {
+        assert!(seed.len() <= target.max_len, "a seed of {} is too long", target.name);
+        try_one(target, seed);
+    }
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let (begun, mut runs) = (Instant::now(), 0);
+    while begun.elapsed() < patience {
+        let [one, other] = [(); 2].map(|()| &seeds[rng.random_range(0..seeds.len())]);
+        let mut input = one.clone();
+        mutate(&mut rng, &mut input, other, target.max_len);
+        try_one(target, &input);
+        runs += 1;
+    }
+    println!("{}: {} seeds, {runs} mutations", target.name, seeds.len());
+}
+
+#[test]
+fn every_target_survives_its_seeds_and_mutations_of_them() {
+    fail_on_panic_in_any_thread();
+    let patience = Duration::from_millis(number("HOWDAH_SMOKE_MS").unwrap_or(500));
+    let seed = number("HOWDAH_SMOKE_SEED").unwrap_or_else(rand::random);
+    println!("seed {seed}");
+    for target in TARGETS {
+        smoke(target, patience, seed);
+    }
+}
+
+#[test]
+fn every_target_has_a_program_and_no_seeds_are_left_behind() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for target in TARGETS {
+        let program = root.join("fuzz_targets").join(format!("{}.rs", target.name));
+        assert!(program.exists(), "{} is missing", program.display());
+    }
+    for kind in ["seeds", "fuzz_targets"] {
+        for entry in fs::read_dir(root.join(kind)).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            let name = path.file_stem().unwrap().to_string_lossy();
+            assert!(targets::find(&name).is_some(), "{} is of no target", path.display());
+        }
+    }
+}
