@@ -10,7 +10,10 @@ use std::{
     io,
     ops::Range,
     os::unix::fs::FileExt,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use guest_images::CHUNK_SIZE;
@@ -42,6 +45,22 @@ pub(crate) fn changed_in(
     }))
 }
 
+/// This process's page tables. Opened once: later some threads may open nothing any more.
+fn own_pagemap() -> io::Result<&'static File> {
+    static OPEN: OnceLock<File> = OnceLock::new();
+    if let Some(file) = OPEN.get() {
+        return Ok(file);
+    }
+    let file = File::open("/proc/self/pagemap")?;
+    Ok(OPEN.get_or_init(|| file))
+}
+
+/// Opens what [`changed`] asks, before threads that will ask are confined. A failure is told when
+/// it is asked.
+pub(crate) fn open() {
+    let _ = own_pagemap();
+}
+
 fn words(pages: u64) -> usize {
     pages.div_ceil(64) as usize
 }
@@ -49,9 +68,9 @@ fn words(pages: u64) -> usize {
 /// Asks in the way that this kernel has: found out by trying once.
 fn ask(address: u64, pages: u64) -> io::Result<Vec<u64>> {
     static NO_SCAN: AtomicBool = AtomicBool::new(false);
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = own_pagemap()?;
     if !NO_SCAN.load(Ordering::Relaxed) {
-        match scan(&pagemap, address, pages) {
+        match scan(pagemap, address, pages) {
             Ok(changed) => return Ok(changed),
             Err(error) => {
                 tracing::debug!(%error, "no PAGEMAP_SCAN here: reading /proc/self/pagemap");
@@ -59,7 +78,7 @@ fn ask(address: u64, pages: u64) -> io::Result<Vec<u64>> {
             }
         }
     }
-    read(&pagemap, address, pages)
+    read(pagemap, address, pages)
 }
 
 // Of linux/fs.h, since 6.7.

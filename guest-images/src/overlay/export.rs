@@ -31,7 +31,8 @@ impl Overlay {
         written
     }
 
-    fn write_image(&self, file: &File, to: &Path) -> Result<(), OverlayError> {
+    /// Writes the disk to an empty file, as [`Overlay::export`] does; `to` names it in errors.
+    pub fn write_image(&self, file: &File, to: &Path) -> Result<(), OverlayError> {
         file.set_len(self.disk_bytes).map_err(io_error("writing", to))?;
         let mut chunk = 0;
         while chunk < self.chunks() {

@@ -5,6 +5,7 @@
 //! machine gives to KVM.
 
 pub mod bus;
+pub(crate) mod complaints;
 pub mod legacy;
 pub mod serial;
 pub mod virtio;

@@ -8,6 +8,8 @@ use std::sync::{
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::complaints::Complaints;
+
 /// The interrupt line and its status register.
 ///
 /// The line is edge-triggered: every cause raises it anew. The driver acknowledges a cause before it
@@ -114,4 +116,15 @@ pub struct Shared {
     pub config: ConfigSpace,
     /// Set when the device met something it cannot go on from.
     pub(crate) needs_reset: AtomicBool,
+    /// How often the driver brought that about.
+    pub(crate) breakdowns: Complaints,
+}
+
+impl Shared {
+    /// Says why the device needs a reset, unless the driver makes it need one all the time.
+    pub(crate) fn tell_breakdown(&self, device: &str, error: &dyn std::error::Error) {
+        if let Some(times) = self.breakdowns.due() {
+            tracing::error!(%error, device, times, "device needs a reset");
+        }
+    }
 }

@@ -34,7 +34,11 @@ use super::{
     },
     worker::{Worker, WorkerHandle},
 };
-use crate::{devices::bus::BusDevice, memory::GuestRam};
+use crate::{
+    devices::{bus::BusDevice, complaints::Complaints},
+    memory::GuestRam,
+    threads::ThreadHook,
+};
 
 /// Offset of the register that notifies a queue: KVM can be told to turn writes of a queue's index
 /// to it into writes to that queue's event descriptor.
@@ -94,11 +98,13 @@ pub struct VirtioMmio {
 }
 
 impl VirtioMmio {
-    /// A device with its worker started. `irq` is its interrupt line, edge-triggered.
+    /// A device with its worker started, confined by `threads`. `irq` is its interrupt line,
+    /// edge-triggered.
     pub fn new(
         backend: Box<dyn VirtioBackend>,
         ram: GuestRam,
         irq: EventFd,
+        threads: &ThreadHook,
     ) -> Result<Self, VirtioError> {
         let (device_type, name) = (backend.device_type(), backend.name());
         let queue_sizes = backend.queue_sizes().to_vec();
@@ -110,6 +116,7 @@ impl VirtioMmio {
             interrupt: Interrupt::new(irq),
             config: ConfigSpace::new(backend.config()),
             needs_reset: AtomicBool::new(false),
+            breakdowns: Complaints::default(),
         });
         let setup = |what| move |source| VirtioError::Setup { device: name, what, source };
         let notify = queue_sizes
@@ -117,7 +124,7 @@ impl VirtioMmio {
             .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
             .collect::<Result<Vec<_>, _>>()
             .map_err(setup("making event descriptors"))?;
-        let worker = Worker::start(backend, ram.clone(), shared.clone(), &notify)?;
+        let worker = Worker::start(backend, ram.clone(), shared.clone(), &notify, threads)?;
         let registers = Mutex::new(Registers::new(&queue_sizes));
         let paused = AtomicBool::new(true);
         Ok(Self {
@@ -255,7 +262,7 @@ impl VirtioMmio {
     }
 
     fn break_device(&self, error: &VirtioError) {
-        tracing::error!(%error, device = self.name, "device needs a reset");
+        self.shared.tell_breakdown(self.name, error);
         self.shared.needs_reset.store(true, Ordering::Release);
         self.shared.interrupt.config();
     }

@@ -15,7 +15,7 @@ use super::{
     mmio::VirtioMmio,
     state::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, TransportState},
 };
-use crate::{devices::bus::BusDevice, memory::GuestRam};
+use crate::{devices::bus::BusDevice, memory::GuestRam, threads::ThreadHook};
 
 pub(crate) const VERSION_1: u64 = 1 << 32;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
@@ -95,7 +95,8 @@ impl Driver {
     pub(crate) fn attach(backend: Box<dyn VirtioBackend>, ram: GuestRam, rings: Rings) -> Self {
         let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let line = irq.try_clone().unwrap();
-        let device = Arc::new(VirtioMmio::new(backend, ram.clone(), line).unwrap());
+        let device =
+            Arc::new(VirtioMmio::new(backend, ram.clone(), line, &ThreadHook::default()).unwrap());
         Self { ram, device, irq, rings }
     }
 

@@ -27,7 +27,10 @@ use super::{
     queue::VirtQueue,
     state::{SavedQueue, VirtioError},
 };
-use crate::memory::GuestRam;
+use crate::{
+    memory::GuestRam,
+    threads::{ThreadHook, ThreadKind},
+};
 
 /// The longest a command may take: draining a slow disk is the longest of them.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
@@ -155,6 +158,7 @@ impl Worker {
         ram: GuestRam,
         shared: Arc<Shared>,
         notify: &[EventFd],
+        threads: &ThreadHook,
     ) -> Result<WorkerHandle, VirtioError> {
         let device = backend.name();
         let setup = |what| move |source| VirtioError::Setup { device, what, source };
@@ -181,9 +185,14 @@ impl Worker {
             backend,
         };
         worker.watch(&event_fds).map_err(setup("watching the device's descriptors"))?;
+        let hook = threads.clone();
         let thread = std::thread::Builder::new()
             .name(format!("virtio-{device}"))
-            .spawn(move || worker.run())
+            .spawn(move || match hook.begin(ThreadKind::Device) {
+                Ok(()) => worker.run(),
+                // Without its worker the device cannot be resumed: the guest does not run.
+                Err(error) => tracing::error!(%error, device, "its thread cannot be confined"),
+            })
             .map_err(setup("starting the worker thread"))?;
         Ok(WorkerHandle { device, commands: sender, wake, thread: Some(thread) })
     }
@@ -259,8 +268,10 @@ impl Worker {
         if !self.runnable() {
             return;
         }
+        // What breaks the device on the way leaves the rest alone: it waits for the reset.
         for event in 0..self.event_pending.len() {
-            if std::mem::take(&mut self.event_pending[event])
+            if self.runnable()
+                && std::mem::take(&mut self.event_pending[event])
                 && let Some(Some(queue)) =
                     self.with_backend(|backend, ctx| backend.handle_event(event, ctx))
                 && let Some(pending) = self.queue_pending.get_mut(queue)
@@ -269,7 +280,7 @@ impl Worker {
             }
         }
         for queue in 0..self.queue_pending.len() {
-            if std::mem::take(&mut self.queue_pending[queue]) {
+            if self.runnable() && std::mem::take(&mut self.queue_pending[queue]) {
                 let again =
                     self.with_backend(|backend, ctx| process(backend, queue, ctx)).unwrap_or(false);
                 self.queue_pending[queue] |= again;
@@ -282,11 +293,8 @@ impl Worker {
         &mut self,
         call: impl FnOnce(&mut dyn VirtioBackend, &mut DeviceContext<'_>) -> Result<T, DeviceError>,
     ) -> Option<T> {
-        self.try_backend(call)
-            .inspect_err(|error| {
-                tracing::error!(%error, device = self.name, "device needs a reset");
-            })
-            .ok()
+        let result = self.try_backend(call);
+        result.inspect_err(|error| self.shared.tell_breakdown(self.name, error)).ok()
     }
 
     fn try_backend<T>(
@@ -382,7 +390,7 @@ impl Worker {
             match self.try_backend(|backend, ctx| backend.drain(ctx)) {
                 Ok(()) => return Ok(()),
                 Err(error @ DeviceError::Stuck { .. }) => return Err(error.to_string()),
-                Err(error) => tracing::error!(%error, device = self.name, "device needs a reset"),
+                Err(error) => self.shared.tell_breakdown(self.name, &error),
             }
         }
         self.backend.reset();

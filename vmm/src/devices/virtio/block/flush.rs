@@ -11,6 +11,7 @@ use guest_images::overlay::{DirtyMap, Overlay, OverlayError};
 use uring::Action;
 
 use super::ring::{Operation, Ring, Token};
+use crate::devices::complaints::Complaints;
 
 enum Step {
     SyncData,
@@ -31,6 +32,7 @@ struct Running {
 pub(super) struct Flusher {
     running: Option<Running>,
     waiting: Vec<usize>,
+    failures: Complaints,
 }
 
 /// Requests whose flush has ended, and whether it succeeded.
@@ -61,9 +63,9 @@ impl Flusher {
             }
             // Someone else makes the overlay durable right now: wait, as this thread may.
             Err(OverlayError::FlushRunning) => {
-                Some(Ended { members, durable: report(overlay.flush()) })
+                Some(Ended { members, durable: self.report(overlay.flush()) })
             }
-            Err(error) => Some(Ended { members, durable: report(Err(error)) }),
+            Err(error) => Some(Ended { members, durable: self.report(Err(error)) }),
         }
     }
 
@@ -105,7 +107,17 @@ impl Flusher {
             }
             Step::SyncData | Step::WriteMap { .. } | Step::SyncMap => {}
         }
-        self.running.take().map(Running::end)
+        self.running.take().map(|running| running.end(&self.failures))
+    }
+
+    /// Whether it was durable; tells why not.
+    fn report(&self, result: Result<(), OverlayError>) -> bool {
+        if let Err(error) = &result
+            && let Some(times) = self.failures.due()
+        {
+            tracing::error!(%error, times, "flush of the disk failed");
+        }
+        result.is_ok()
     }
 
     /// Forgets the running flush, which the caller has stopped, and who waits. Its map pages are
@@ -117,12 +129,14 @@ impl Flusher {
 }
 
 impl Running {
-    fn end(self) -> Ended {
+    fn end(self, failures: &Complaints) -> Ended {
         let durable = self.failed.is_none();
         match self.failed {
             None => self.map.done(),
             Some((error, was_sync)) => {
-                tracing::error!(%error, was_sync, "flush of the disk failed");
+                if let Some(times) = failures.due() {
+                    tracing::error!(%error, was_sync, times, "flush of the disk failed");
+                }
                 if was_sync {
                     self.map.sync_failed();
                 }
@@ -137,8 +151,4 @@ fn sync(ring: &mut Ring, file: i32) {
     // SAFETY: there is no memory, and the device keeps the overlay with its files for as long as its
     // ring.
     unsafe { ring.push(Operation::plain(Token::Flush, file, Action::Sync)) };
-}
-
-fn report(result: Result<(), OverlayError>) -> bool {
-    result.inspect_err(|error| tracing::error!(%error, "flush of the disk failed")).is_ok()
 }

@@ -162,7 +162,9 @@ impl Block {
             Ok(()) => Ok(()),
             Err(BeginError::Device(error)) => Err(error),
             Err(BeginError::Disk(error)) => {
-                tracing::error!(%error, "disk request fails");
+                if let Some(times) = self.failures.due() {
+                    tracing::error!(%error, times, "disk request fails");
+                }
                 if let Some(entry) = self.entries.get_mut(index) {
                     entry.failed = true;
                 }

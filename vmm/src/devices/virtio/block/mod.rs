@@ -46,7 +46,7 @@ use self::{
     ring::{Ring, Token},
 };
 use super::device::{DeviceContext, DeviceError, Progress, VirtioBackend};
-use crate::memory::GuestRam;
+use crate::{devices::complaints::Complaints, memory::GuestRam};
 
 /// The unit in which drivers address a disk.
 pub const SECTOR_BYTES: u64 = 512;
@@ -88,6 +88,8 @@ pub struct Block {
     write_through: bool,
     id: [u8; VIRTIO_BLK_ID_BYTES as usize],
     dirty: Arc<DiskDirty>,
+    /// Requests that the host's disk failed.
+    failures: Complaints,
     overlay: Arc<Overlay>,
     ram: Option<GuestRam>,
 }
@@ -106,6 +108,7 @@ impl Block {
             write_through: true,
             id: padded,
             dirty: Arc::new(DiskDirty::new(overlay.chunks())),
+            failures: Complaints::default(),
             overlay,
             ram: None,
         })

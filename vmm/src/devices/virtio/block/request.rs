@@ -1,9 +1,9 @@
 //! What the driver asks of a disk, parsed and checked.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
-    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use super::{MAX_RANGE_SECTORS, MAX_RANGES, MAX_REQUEST_BYTES, SECTOR_BYTES};
@@ -82,7 +82,11 @@ impl Request {
                 (transfer(sector, &to_device, disk_bytes).map(Operation::Write), to_device)
             }
             VIRTIO_BLK_T_FLUSH => (Ok(Operation::Flush), Buffers::default()),
-            VIRTIO_BLK_T_GET_ID => (Ok(Operation::GetId), from_device),
+            VIRTIO_BLK_T_GET_ID => {
+                // All of the data counts as written, so it ends where the name does.
+                let name = from_device.slice(0, VIRTIO_BLK_ID_BYTES.into());
+                (Ok(Operation::GetId), name)
+            }
             VIRTIO_BLK_T_DISCARD => {
                 let ranges = ranges(&to_device, ram, disk_bytes, 0)?;
                 (ranges.map(Operation::Discard), Buffers::default())
