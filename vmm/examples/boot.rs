@@ -26,7 +26,7 @@ use std::{
 
 use guest_images::{Base, CHUNK_SIZE, overlay::Overlay};
 use vmm::{
-    HostCheck, NetConfig, Paused, Vm, VmConfig,
+    HostCheck, NetConfig, Paused, Tap, ThreadHook, Vm, VmConfig,
     devices::virtio::balloon::BalloonHandle,
     memory::{self, GuestRam},
 };
@@ -39,7 +39,7 @@ struct Options {
     memory_mib: u64,
     vcpus: u8,
     base: Option<PathBuf>,
-    tap: Option<String>,
+    tap: Option<Tap>,
     seconds: u64,
     cycle_ms: Option<u64>,
     first_ms: Option<u64>,
@@ -82,7 +82,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--memory-mib" => options.memory_mib = value.parse()?,
             "--vcpus" => options.vcpus = value.parse()?,
             "--base" => options.base = Some(value.into()),
-            "--tap" => options.tap = Some(value),
+            "--tap" => options.tap = Some(Tap::open(&value)?),
             "--seconds" => options.seconds = value.parse()?,
             "--cycle" => options.cycle_ms = Some(value.parse()?),
             "--first" => options.first_ms = Some(value.parse()?),
@@ -146,6 +146,7 @@ fn config(
         keep_free_pages: options.keep,
         console: Box::new(Console),
         events,
+        threads: ThreadHook::default(),
     }
 }
 

@@ -20,7 +20,11 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::{devices::bus::Bus, throttle::Brake};
+use crate::{
+    devices::bus::Bus,
+    threads::{ThreadHook, ThreadKind},
+    throttle::Brake,
+};
 
 /// What a machine tells its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +44,7 @@ pub(crate) struct RunContext {
     pub(crate) mmio: Arc<Bus>,
     pub(crate) halt: Halt,
     pub(crate) brake: Arc<Brake>,
+    pub(crate) threads: ThreadHook,
 }
 
 /// How a guest ends: once, and its owner is told.
@@ -52,9 +57,10 @@ pub(crate) struct Halt {
 
 impl RunContext {
     /// A context without devices.
-    pub(crate) fn new(events: Sender<VmEvent>) -> Self {
+    pub(crate) fn new(events: Sender<VmEvent>, threads: ThreadHook) -> Self {
         let (ports, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        Self { ports, mmio, halt: Halt { events, halted: Arc::default() }, brake: Arc::default() }
+        let halt = Halt { events, halted: Arc::default() };
+        Self { ports, mmio, halt, brake: Arc::default(), threads }
     }
 }
 
@@ -192,7 +198,13 @@ impl VcpuThread {
             let taken = theirs.lock().ok().and_then(|mut slot| slot.take());
             // The slot is filled until this one thread takes it.
             let Some(mut vcpu) = taken else { unreachable!("a vCPU is started once") };
+            let confined = context.threads.begin(ThreadKind::Vcpu);
             if !gate.wait() {
+                return vcpu;
+            }
+            if let Err(error) = confined {
+                let fault = format!("vCPU {}: its thread cannot be confined: {error}", vcpu.id);
+                context.halt.now(VmEvent::Fault(fault));
                 return vcpu;
             }
             let run = AssertUnwindSafe(|| vcpu.run(&context, &id_stop));

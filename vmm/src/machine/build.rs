@@ -17,8 +17,10 @@ use crate::{
     host::{Host, HostCheck},
     layout::{HIMEM_START, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS},
     memory::{self, GuestRam},
+    pagemap,
     profile::{HostProfile, MachineProfile},
     state::{DeviceStates, VmState},
+    threads::ThreadHook,
     vcpu::{RunContext, Vcpu, VmEvent},
 };
 
@@ -37,16 +39,19 @@ struct Parts {
     board: Board,
     disk: Option<Disk>,
     events: Sender<VmEvent>,
+    threads: ThreadHook,
 }
 
 impl Parts {
     fn open(config: VmConfig, bare: &Bare) -> Result<Self, MachineError> {
+        // The balloon's thread asks which pages are the guest's own.
+        pagemap::open();
         let backends = Backends::open(&config)?;
-        let VmConfig { disk, console, events, .. } = config;
+        let VmConfig { disk, console, events, threads, .. } = config;
         let disk =
             disk.zip(backends.disk_dirty.clone()).map(|(overlay, dirty)| Disk { overlay, dirty });
-        let board = Board::new(&bare.vm, &bare.ram, backends, console)?;
-        Ok(Self { board, disk, events })
+        let board = Board::new(&bare.vm, &bare.ram, backends, console, &threads)?;
+        Ok(Self { board, disk, events, threads })
     }
 }
 
@@ -162,8 +167,8 @@ impl Bare {
         parts: Parts,
         saved: Option<&DeviceStates>,
     ) -> Result<Vm<Paused>, MachineError> {
-        let Parts { board, disk, events } = parts;
-        let mut context = RunContext::new(events);
+        let Parts { board, disk, events, threads } = parts;
+        let mut context = RunContext::new(events, threads);
         let devices = board.complete(saved, &mut context)?;
         let overlay = disk.as_ref().map(|disk| disk.overlay.clone());
         let tracker = Tracker::new(self.log, self.ram.clone(), disk);

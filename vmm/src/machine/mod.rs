@@ -41,7 +41,7 @@ use crate::{
             VirtioError,
             balloon::{BalloonHandle, FreeHints},
             block::RingError,
-            net::TapError,
+            net::Tap,
         },
     },
     dirty::{DirtyError, Disk, KvmLog, Tracker},
@@ -49,6 +49,7 @@ use crate::{
     memory::{self, GuestRam, MemoryError},
     profile::{Incompatible, MachineProfile, ProfileError},
     state::{StateError, VmState},
+    threads::ThreadHook,
     throttle::Throttle,
     vcpu::{Gate, RunContext, Vcpu, VcpuThread, VmEvent},
 };
@@ -57,10 +58,10 @@ pub use snapshot::MachineSnapshot;
 use wiring::Devices;
 
 /// The network device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct NetConfig {
-    /// Name of a TAP device of the host.
-    pub tap: String,
+    /// An open TAP device of the host.
+    pub tap: Tap,
     /// The guest's address.
     pub mac: [u8; 6],
 }
@@ -90,6 +91,8 @@ pub struct VmConfig {
     pub console: Box<dyn Write + Send>,
     /// Who is told when the guest ends.
     pub events: Sender<VmEvent>,
+    /// Confines the machine's threads.
+    pub threads: ThreadHook,
 }
 
 impl std::fmt::Debug for VmConfig {
@@ -104,6 +107,7 @@ impl std::fmt::Debug for VmConfig {
             .field("disk", &self.disk.is_some())
             .field("net", &self.net)
             .field("keep_free_pages", &self.keep_free_pages)
+            .field("threads", &self.threads)
             .finish_non_exhaustive()
     }
 }
@@ -164,9 +168,6 @@ pub enum MachineError {
     /// The disk device cannot be made.
     #[error("cannot set up the disk: {0}")]
     Disk(#[source] RingError),
-    /// The host's TAP device.
-    #[error(transparent)]
-    Tap(#[from] TapError),
     /// The network cannot be told where the guest is.
     #[error("cannot announce the guest on its TAP device: {0}")]
     Announce(#[source] io::Error),

@@ -92,6 +92,7 @@ impl Bench {
             keep_free_pages: false,
             console: Box::new(self.screen.clone()),
             events: self.sender.clone(),
+            threads: ThreadHook::default(),
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::{
             balloon::{Balloon, BalloonHandle},
             block::{Block, DiskDirty},
             mmio::QUEUE_NOTIFY_OFFSET,
-            net::{Announcer, Net, Tap},
+            net::{Announcer, Net},
             rng::Rng,
         },
     },
@@ -30,6 +30,7 @@ use crate::{
     },
     memory::GuestRam,
     state::{DeviceStates, SlotState},
+    threads::ThreadHook,
     vcpu::{RunContext, VmEvent},
 };
 
@@ -74,7 +75,7 @@ impl Backends {
             backends.slots.push((DISK_SLOT, Box::new(block)));
         }
         if let Some(net) = &config.net {
-            let device = Net::new(Tap::open(&net.tap)?, net.mac);
+            let device = Net::new(net.tap.clone(), net.mac);
             backends.announcer = Some(device.announcer());
             backends.slots.push((NET_SLOT, Box::new(device)));
         }
@@ -125,9 +126,10 @@ impl Slot {
         backend: Box<dyn VirtioBackend>,
         ram: &GuestRam,
         mmio: &mut Bus,
+        threads: &ThreadHook,
     ) -> Result<Self, MachineError> {
         let line = line(vm, virtio_gsi(number))?;
-        let device = Arc::new(VirtioMmio::new(backend, ram.clone(), line)?);
+        let device = Arc::new(VirtioMmio::new(backend, ram.clone(), line, threads)?);
         let address = virtio_mmio_address(number);
         let notify = IoEventAddress::Mmio(address + QUEUE_NOTIFY_OFFSET);
         for (fd, queue) in device.notify_fds().iter().zip(0u32..) {
@@ -159,13 +161,14 @@ impl Board {
         ram: &GuestRam,
         backends: Backends,
         console: Box<dyn Write + Send>,
+        threads: &ThreadHook,
     ) -> Result<Self, MachineError> {
         let Backends { slots, announcer, balloon, .. } = backends;
         let serial_line = line(vm, COM1_GSI)?;
         let mut mmio = Bus::new();
         let slots = slots
             .into_iter()
-            .map(|(number, backend)| Slot::new(vm, number, backend, ram, &mut mmio))
+            .map(|(number, backend)| Slot::new(vm, number, backend, ram, &mut mmio, threads))
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self { slots, announcer, balloon, mmio, serial_line, console })
     }
