@@ -3,7 +3,7 @@
 mod pipeline;
 mod trace;
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
 use clap::{
     Args, Parser, Subcommand, ValueEnum,
@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     failure::{Exit, Failure},
     home::VmName,
+    jail::RunAs,
     mac::Mac,
 };
 
@@ -199,6 +200,8 @@ pub(crate) struct BootArgs {
     /// How long the guest's disk must be quiet before the snapshot is taken
     #[arg(long, default_value_t = 2, value_name = "S", requires = "booted")]
     pub(crate) settle_s: u64,
+    #[command(flatten)]
+    pub(crate) jail: JailArgs,
 }
 
 /// What a guest says on its serial console when its workload is up.
@@ -302,6 +305,33 @@ pub(crate) struct VmRunArgs {
     /// Run it in the background; return when the guest runs
     #[arg(long)]
     pub(crate) detach: bool,
+    #[command(flatten)]
+    pub(crate) jail: JailArgs,
+}
+
+/// How the process of a VM is confined.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct JailArgs {
+    /// Do not confine the VM's process: to find out whether that is what makes something fail
+    #[arg(long)]
+    pub(crate) no_jail: bool,
+    /// Whom the VM's process becomes when root starts it [default: root without capabilities]
+    #[arg(long, env = "HOWDAH_RUN_AS", value_name = "USER[:GROUP]")]
+    pub(crate) run_as: Option<RunAs>,
+}
+
+impl JailArgs {
+    /// The same, to be typed.
+    pub(crate) fn words(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        if self.no_jail {
+            words.push("--no-jail".into());
+        }
+        if let Some(user) = &self.run_as {
+            words.extend(["--run-as".into(), user.into()]);
+        }
+        words
+    }
 }
 
 #[derive(Debug, Args)]
@@ -324,6 +354,8 @@ pub(crate) struct ReceiveArgs {
     /// Threads that decode what comes, for each VM [default: one for each core, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=4))]
     pub(crate) workers: Option<u8>,
+    #[command(flatten)]
+    pub(crate) jail: JailArgs,
 }
 
 #[derive(Debug, Args)]
@@ -437,6 +469,8 @@ pub(crate) struct RestoreArgs {
     /// Run it in the background; return when the guest runs
     #[arg(long)]
     pub(crate) detach: bool,
+    #[command(flatten)]
+    pub(crate) jail: JailArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -452,6 +486,8 @@ pub(crate) enum OverlayCommand {
 pub(crate) struct VmProcessArgs {
     /// Name of the VM
     pub(crate) name: VmName,
+    #[command(flatten)]
+    pub(crate) jail: JailArgs,
 }
 
 #[derive(Debug, Args)]
@@ -467,6 +503,8 @@ pub(crate) struct ReceiveProcessArgs {
     /// Threads that decode
     #[arg(long)]
     pub(crate) workers: Option<u8>,
+    #[command(flatten)]
+    pub(crate) jail: JailArgs,
 }
 
 /// Puts what clap says about a wrong command line into one line with a way out.

@@ -32,6 +32,8 @@ use crate::{
     visit,
 };
 
+/// The file that a VM's process has locked.
+const LOCK: &str = "lock";
 /// The longest VM name.
 const MAX_NAME_BYTES: usize = 48;
 /// No JSON file of a VM directory is larger.
@@ -157,6 +159,11 @@ impl Home {
         self.root.join("store")
     }
 
+    /// What every VM's process looks at.
+    pub(crate) fn shared(&self) -> [PathBuf; 3] {
+        ["store", "identity", "peers"].map(|name| self.root.join(name))
+    }
+
     /// Where receiving processes log; creates its directory.
     pub(crate) fn receive_log(&self) -> Result<PathBuf, Failure> {
         fs::create_dir_all(&self.root).map_err(|e| Failure::file("create", &self.root, &e))?;
@@ -252,7 +259,7 @@ impl VmDir {
 
     /// Takes the VM for this process, or says who has it.
     pub(crate) fn lock(&self) -> Result<Lock, Failure> {
-        let path = self.path.join("lock");
+        let path = self.path.join(LOCK);
         match Lock::take(&path) {
             Ok(Some(lock)) => Ok(lock),
             Ok(None) => Err(self.in_use()),
@@ -262,7 +269,7 @@ impl VmDir {
 
     /// Whether a process has the VM, without disturbing it.
     pub(crate) fn probe(&self) -> Result<Probe, Failure> {
-        let path = self.path.join("lock");
+        let path = self.path.join(LOCK);
         Lock::probe(&path).map_err(|e| Failure::file("look at", &path, &e))
     }
 
@@ -328,6 +335,31 @@ impl VmDir {
             }
         }
         Ok(())
+    }
+
+    /// Empties the directory, for a process that is confined to it: whoever started that process
+    /// removes the rest with [`VmDir::remove_if_empty`]. The lock must be held; its file goes last.
+    pub(crate) fn clear(&self, lock: Lock) -> Result<(), Failure> {
+        let failed = |e: io::Error| Failure::file("empty", &self.path, &e);
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let is_dir = entry.file_type().map_err(failed)?.is_dir();
+            match entry.file_name().to_str() {
+                Some(LOCK) => Ok(()),
+                _ if is_dir => fs::remove_dir_all(entry.path()),
+                _ => fs::remove_file(entry.path()),
+            }
+            .map_err(failed)?;
+        }
+        let removed = fs::remove_file(self.path.join(LOCK)).map_err(failed);
+        drop(lock);
+        removed
+    }
+
+    /// Removes the directory if nothing is in it: then nobody has it.
+    pub(crate) fn remove_if_empty(&self) {
+        // Most are not empty, and somebody else may have been faster.
+        let _ = fs::remove_dir(&self.path);
     }
 
     /// Removes the directory and all in it. The lock must be held, so that nobody runs the VM;

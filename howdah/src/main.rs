@@ -28,6 +28,7 @@ mod control;
 mod disk;
 mod failure;
 mod home;
+mod jail;
 mod lock;
 mod logging;
 mod mac;
@@ -76,7 +77,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         ),
         Command::VmProcess(args) => {
             let dir = home.existing(&args.name)?;
-            telling_the_starter(vmproc::run(&dir, &home, Front::Detached).map(|_| ()))
+            telling_the_starter(vmproc::run(&dir, &home, Front::Detached, &args.jail).map(|_| ()))
         }
         Command::ReceiveProcess(args) => telling_the_starter(receive::run_child(&args, &home)),
     }

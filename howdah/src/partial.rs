@@ -41,11 +41,6 @@ impl Partial {
         &self.file
     }
 
-    /// Its name until it is finished.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Makes it durable, under its name.
     pub(crate) fn finish(self, path: &Path) -> Result<(), Failure> {
         let done = self

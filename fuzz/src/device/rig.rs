@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
 use vmm::{
+    ThreadHook,
     devices::{
         bus::BusDevice,
         virtio::{TransportState, VirtioBackend, VirtioMmio},
@@ -330,5 +331,5 @@ impl<B: Backend> Rig<B> {
 
 fn device(backend: &mut impl Backend, ram: &GuestRam) -> VirtioMmio {
     let irq = EventFd::new(libc::EFD_NONBLOCK).expect("an event descriptor");
-    VirtioMmio::new(backend.device(), ram.clone(), irq).expect("a device")
+    VirtioMmio::new(backend.device(), ram.clone(), irq, &ThreadHook::default()).expect("a device")
 }

@@ -1,7 +1,7 @@
 //! Virtio devices: queues and registers, under a driver that does as it likes. [`crate::device`] says
 //! what must hold.
 
-use vmm::devices::virtio::VirtioMmio;
+use vmm::{ThreadHook, devices::virtio::VirtioMmio};
 
 use super::{Origin, Target};
 use crate::{
@@ -93,7 +93,8 @@ fn hostile(begin: &Driver) -> Vec<Vec<u8>> {
 fn restoring(backend: Box<dyn vmm::devices::virtio::VirtioBackend>) -> Vec<u8> {
     let ram = vmm::memory::GuestRam::from_ranges(&[(vm_memory::GuestAddress(0), 4096)]);
     let irq = vmm_sys_util::eventfd::EventFd::new(0).expect("an event descriptor");
-    let device = VirtioMmio::new(backend, ram.expect("a page"), irq).expect("a device");
+    let device = VirtioMmio::new(backend, ram.expect("a page"), irq, &ThreadHook::default());
+    let device = device.expect("a device");
     let state = device.save().expect("a paused device can be saved");
     let blob = postcard::to_allocvec(&state).expect("a state can be written");
     Program::new().u8(1).u8(op::RESTORE).block(&blob).finish()

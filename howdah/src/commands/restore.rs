@@ -1,8 +1,7 @@
 //! `howdah restore`: a new VM out of a file, on any cloudlet that holds its base.
 
-use std::{ffi::OsString, process::Stdio, sync::Arc};
+use std::{ffi::OsString, fs::File, io::BufReader, process::Stdio, sync::Arc};
 
-use crossbeam_channel::Sender;
 use handoff::{
     Refusal, TargetVm,
     engine::{self, saved::RestoreError},
@@ -12,13 +11,12 @@ use handoff::{
 use crate::{
     cli::RestoreArgs,
     commands::{overlay, run::say_running, vm::say},
-    console::Console,
     failure::{Exit, Failure},
     home::{Home, VmDir},
     output::Output,
     receive::{Host, HostArgs},
     spawn,
-    vmproc::{self, Brought, End, Event, Front, Origin},
+    vmproc::{self, Brought, End, Front, HeldTap, Origin},
 };
 
 /// Runs `howdah restore`.
@@ -46,7 +44,7 @@ pub(crate) fn run(
     dir.create()?;
     let log = dir.vm_log();
     let child = spawn::start(process_arguments(home, verbose, args)?, Stdio::null(), &log)?;
-    let started = spawn::await_ready(child, &log)?;
+    let started = spawn::await_ready(child, &log).inspect_err(|_| dir.remove_if_empty())?;
     say_running(output, &args.name, started);
     Ok(())
 }
@@ -65,6 +63,7 @@ fn process_arguments(
         words.extend(["--tap".into(), tap.into()]);
     }
     words.extend(["--min-free-mib".into(), args.min_free_mib.to_string().into()]);
+    words.extend(args.jail.words());
     words.extend(["--".into(), file.into()]);
     Ok(words)
 }
@@ -73,13 +72,27 @@ fn process_arguments(
 pub(crate) fn run_here(args: &RestoreArgs, home: &Home, front: Front) -> anyhow::Result<End> {
     let dir = home.vm(&args.name);
     dir.create()?;
+    let from = overlay::open(&args.file)?;
+    let tap = HeldTap::open(args.tap.as_deref());
     let (bringing, bringing_home, bringing_dir) = (args.clone(), home.clone(), dir.clone());
-    let ended = vmproc::run_with(&dir, front, move |console, events| {
-        bring(&bringing, &bringing_home, &bringing_dir, console, events)
+    let ended = vmproc::run_with(&dir, home, front, &args.jail, move |console, events| {
+        let host_args = HostArgs {
+            tap: bringing.tap.clone(),
+            held_tap: tap,
+            min_free_mib: bringing.min_free_mib,
+        };
+        let host = Host::new(
+            host_args,
+            &bringing_home,
+            &bringing_dir,
+            Arc::clone(console),
+            events.clone(),
+        );
+        bring(&bringing, host, &bringing_dir, from)
     });
     if ended.is_err() && matches!(dir.record(), Ok(None)) {
-        match dir.lock().and_then(|lock| dir.remove(lock)) {
-            Ok(()) => {}
+        match dir.lock().and_then(|lock| dir.clear(lock)) {
+            Ok(()) => dir.remove_if_empty(),
             Err(failure) => tracing::warn!("{failure}"),
         }
     }
@@ -88,19 +101,15 @@ pub(crate) fn run_here(args: &RestoreArgs, home: &Home, front: Front) -> anyhow:
 
 fn bring(
     args: &RestoreArgs,
-    home: &Home,
+    mut host: Host,
     dir: &VmDir,
-    console: &Arc<Console>,
-    events: &Sender<Event>,
+    from: BufReader<File>,
 ) -> Result<Brought, Failure> {
     let what = || format!("VM {}", dir.name());
     let mut journal = dir.journal()?;
     if let Some(record) = journal.record() {
         return Err(Failure::new(Exit::Conflict, what(), record, "choose another --name"));
     }
-    let from = overlay::open(&args.file)?;
-    let host_args = HostArgs { tap: args.tap.clone(), min_free_mib: args.min_free_mib };
-    let mut host = Host::new(host_args, home, dir, Arc::clone(console), events.clone());
     let mut restored = engine::restore(&mut host, from).map_err(|e| failure(args, &e))?;
     // From here on the VM exists, and is ours; the guest runs only when that is durable.
     let record = Record::created(VmId::random());

@@ -27,7 +27,7 @@ pub(crate) fn run(args: VmRunArgs, home: &Home, output: Output, verbose: u8) -> 
     create_or_check(&dir, &args, home)?;
     vmproc::warn_of_slow_host(output);
     if !args.detach {
-        let end = vmproc::run(&dir, home, Front::Terminal)?;
+        let end = vmproc::run(&dir, home, Front::Terminal, &args.jail)?;
         return say(output, &args.name, if end == End::Stopped { "stopped" } else { "handed off" });
     }
     let log = dir.vm_log();
@@ -59,6 +59,7 @@ fn process_arguments(home: &Home, verbose: u8, args: &VmRunArgs) -> Vec<OsString
     let mut words = vec![OsString::from("--home"), home.root().into()];
     words.extend((0..verbose).map(|_| "-v".into()));
     words.extend(["vm-process".into(), args.name.to_string().into()]);
+    words.extend(args.jail.words());
     words
 }
 

@@ -9,6 +9,7 @@ use crate::{
     failure::{Exit, Failure},
     home::Home,
     output::{Output, bytes, shares},
+    partial::Partial,
 };
 
 /// How long a save may take.
@@ -24,18 +25,19 @@ pub(crate) fn run(args: SaveArgs, home: &Home, output: Output) -> anyhow::Result
     })?;
     let request = SaveRequest {
         path: path.to_owned(),
-        stop: args.stop,
+        hold: args.stop,
         encode: args.encode.into(),
         pipeline: args.compress.into(),
     };
-    let mut channel = client::ask(&dir, Request::Save(request), None)?;
-    channel.set_timeout(Some(SAVE_TIMEOUT))?;
-    let report = match client::next_reply(&dir, &mut channel)? {
+    // The file is there when it is whole and durable, or not at all; only then the guest may go.
+    let written = Partial::beside(&file)?;
+    let report = match client::fill(&dir, Request::Save(request), written.file(), SAVE_TIMEOUT)? {
         Reply::Saved(report) => report,
-        Reply::Failed(failure) => return Err(failure.into()),
         _ => anyhow::bail!("VM {}: its process gave an answer that is none", dir.name()),
     };
+    written.finish(&file)?;
     if args.stop {
+        client::call(&dir, Request::Stop { force: false }, KEEP_TIMEOUT)?;
         await_exit(&dir, KEEP_TIMEOUT)?;
     }
     output.result(&report, |report| {

@@ -30,6 +30,7 @@ use crate::{
     failure::{Exit, Failure},
     home::Home,
     output::{Output, bytes, table},
+    partial::Partial,
 };
 
 /// How long compressing and writing a trace may take, beyond the recording.
@@ -62,13 +63,13 @@ fn record(args: &RecordArgs, home: &Home, output: Output) -> anyhow::Result<()> 
         most_mib: args.most_mib,
     };
     on_interrupt(&dir, Request::EndRecording)?;
-    let mut channel = client::ask(&dir, Request::Record(request), None)?;
-    channel.set_timeout(Some(Duration::from_secs(args.for_s) + WRITE_TIMEOUT))?;
-    let said = match client::next_reply(&dir, &mut channel)? {
+    let written = Partial::beside(&file)?;
+    let timeout = Duration::from_secs(args.for_s) + WRITE_TIMEOUT;
+    let said = match client::fill(&dir, Request::Record(request), written.file(), timeout)? {
         Reply::Recorded(said) => said,
-        Reply::Failed(failure) => return Err(failure.into()),
         _ => anyhow::bail!("VM {}: its process gave an answer that is none", dir.name()),
     };
+    written.finish(&file)?;
     output.result(&said, |said| {
         let number = |key: &str| said.get(key).and_then(serde_json::Value::as_f64).unwrap_or(0.0);
         let mut text = format!(

@@ -19,6 +19,7 @@ use crate::{
     home::{Home, VmConfig, VmDir, VmName, read_json},
     lock::Probe,
     output::{Output, bytes, table},
+    partial::Partial,
     visit,
 };
 
@@ -299,7 +300,10 @@ fn export(dir: &VmDir, file: &Path, home: &Home, output: Output) -> anyhow::Resu
         let path = file.to_str().ok_or_else(|| {
             Failure::new(Exit::Usage, file.display(), "not a UTF-8 path", "choose another")
         })?;
-        client::call(dir, Request::ExportDisk { path: path.to_owned() }, EXPORT_TIMEOUT)?;
+        let written = Partial::beside(&file)?;
+        let request = Request::ExportDisk { path: path.to_owned() };
+        client::fill(dir, request, written.file(), EXPORT_TIMEOUT)?;
+        written.finish(&file)?;
     } else {
         let _lock = dir.lock()?;
         let config = dir.config()?;

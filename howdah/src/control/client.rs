@@ -1,6 +1,14 @@
 //! The commands' end: one request to a VM's process.
 
-use std::{io, os::fd::BorrowedFd, os::unix::net::UnixStream, time::Duration};
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    time::Duration,
+};
 
 use super::{
     Envelope, Reply, Request, Status, VERSION,
@@ -61,6 +69,21 @@ pub(crate) fn call(dir: &VmDir, request: Request, timeout: Duration) -> Result<(
     match next_reply(dir, &mut channel)? {
         Reply::Failed(failure) => Err(failure),
         _ => Ok(()),
+    }
+}
+
+/// A request for which the process writes a file; its answer, within `timeout`.
+pub(crate) fn fill(
+    dir: &VmDir,
+    request: Request,
+    file: &File,
+    timeout: Duration,
+) -> Result<Reply, Failure> {
+    let mut channel = ask(dir, request, Some(file.as_fd()))?;
+    let _ = channel.set_timeout(Some(timeout));
+    match next_reply(dir, &mut channel)? {
+        Reply::Failed(failure) => Err(failure),
+        reply => Ok(reply),
     }
 }
 

@@ -7,8 +7,9 @@
 //!                                   ◄──    {"moved":{...}} or {"failed":{...}}
 //! ```
 //!
-//! One request a connection. A file descriptor (an incoming link) travels with the first byte of
-//! the request it belongs to. After `attached` the connection carries the raw serial console.
+//! One request a connection. A file descriptor (an incoming link, a file to write) travels with the
+//! first byte of the request it belongs to: the process opens nothing for its clients, as it may see
+//! less than they do. Whoever passes a file makes it durable, and gives it its name. After `attached` the connection carries the raw serial console.
 //! Who may open the socket is decided by the directory's mode.
 
 pub(crate) mod channel;
@@ -28,7 +29,7 @@ use crate::{
 };
 
 /// Version of these messages. Both ends are this binary, but an upgrade may happen between.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// What a client asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,14 +62,14 @@ pub(crate) enum Request {
     Handoff(HandoffRequest),
     /// Give up a handoff that is not committed.
     CancelHandoff,
-    /// Write the paused VM's disk, flattened, to a file.
+    /// Write the paused VM's disk, flattened, to the file that comes along.
     ExportDisk {
-        /// An absolute path.
+        /// What the file will be called, for messages.
         path: String,
     },
-    /// Write the VM to a file.
+    /// Write the VM to the file that comes along.
     Save(SaveRequest),
-    /// Record what the running guest changes.
+    /// Record what the running guest changes, into the file that comes along.
     Record(RecordRequest),
     /// End a recording early, and write what there is of it.
     EndRecording,
@@ -120,10 +121,10 @@ impl From<PaceArgs> for Pace {
 /// How to save a VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SaveRequest {
-    /// An absolute path.
+    /// What the file will be called, for messages.
     pub(crate) path: String,
-    /// End the VM afterwards.
-    pub(crate) stop: bool,
+    /// Leave the VM paused when it is written: it is to be stopped when the file is durable.
+    pub(crate) hold: bool,
     /// How it is made small.
     pub(crate) encode: Encode,
     /// How that is compressed.
@@ -133,7 +134,7 @@ pub(crate) struct SaveRequest {
 /// How to record a VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RecordRequest {
-    /// An absolute path.
+    /// What the file will be called, for messages.
     pub(crate) path: String,
     /// For how long.
     pub(crate) for_ms: u64,

@@ -28,10 +28,11 @@ use crate::{
     control::{Envelope, Phase, Reply, Request, channel::Channel, server, server::Asked},
     failure::{Exit, Failure, guarded},
     home::{Home, VmDir},
+    jail::{self, Kind},
     lock::Lock,
     spawn::{self, Ready},
     steps, visit,
-    vmproc::{self, Coming, Event, Links, Process, machine::Machine},
+    vmproc::{self, Coming, Event, HeldTap, Links, Process, machine::Machine},
 };
 
 /// How long the listener may take to pass its link.
@@ -43,11 +44,16 @@ const MAX_WAITING_LINKS: usize = 4;
 pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> {
     spawn::detach();
     let dir = home.vm(&args.name);
+    // Made before the process is confined to it, and before a byte of the peer's is looked at.
+    dir.create()?;
+    let held_tap = HeldTap::open(args.tap.as_deref());
+    jail::enter(&args.jail, &dir, home)?;
     let (incoming, peer) = first_link()?;
     let (incoming, lock) = admit(&dir, incoming)?;
     spawn::log_to(&dir.vm_log())?;
     let fresh = dir.record()?.is_none();
-    match receive(args, home, &dir, incoming, peer) {
+    let host_args = HostArgs { tap: args.tap.clone(), held_tap, min_free_mib: args.min_free_mib };
+    match receive(args, host_args, home, &dir, incoming, peer) {
         Ok(_) => Ok(()),
         Err(error) => {
             clean_up(&dir, lock, fresh);
@@ -75,7 +81,7 @@ fn adopt(hello: &str, fd: OwnedFd) -> anyhow::Result<(Incoming<Replayed>, String
 
 /// Takes the name for the newcomer, or tells the peer who has it.
 fn admit(dir: &VmDir, incoming: Incoming<Replayed>) -> Result<(Incoming<Replayed>, Lock), Failure> {
-    let lock = dir.create().and_then(|()| dir.lock()).and_then(|lock| {
+    let lock = dir.lock().and_then(|lock| {
         let record = dir.record()?;
         match record.and_then(|record| conflict(&record, &incoming)) {
             Some(why) => Err(Failure::new(
@@ -114,6 +120,7 @@ fn conflict(record: &Record, incoming: &Incoming<Replayed>) -> Option<String> {
 
 fn receive(
     args: &ReceiveProcessArgs,
+    host_args: HostArgs,
     home: &Home,
     dir: &VmDir,
     incoming: Incoming<Replayed>,
@@ -126,14 +133,16 @@ fn receive(
     let shown = Arc::clone(&console);
     let (relink, relinks) = bounded(MAX_WAITING_LINKS);
     let links = take_links(incoming.hello.id(), relink);
-    let host_args = HostArgs { tap: args.tap.clone(), min_free_mib: args.min_free_mib };
     let host = Host::new(host_args, home, dir, console, events.clone());
     let mut options = ReceiveOptions::new(peer);
     options.workers = args.workers.map_or(options.workers, usize::from);
     options.steps = steps::from_env()?;
     let (tell, details) = bounded(1);
     std::thread::spawn(move || {
-        let work = || work(incoming, host, &relinks, &options, &tell);
+        let work = || {
+            jail::confine(Kind::Handoff)?;
+            work(incoming, host, &relinks, &options, &tell)
+        };
         let arrived = guarded("reception", work).and_then(|received| received);
         let _ = events.send(Event::Arrived(arrived));
     });
@@ -203,7 +212,7 @@ fn take_links(handoff: HandoffId, relink: Sender<Incoming<Replayed>>) -> Links {
 fn clean_up(dir: &VmDir, lock: Lock, fresh: bool) {
     let record = dir.record();
     let removed = match record {
-        Ok(None) if fresh => dir.remove(lock),
+        Ok(None) if fresh => dir.clear(lock),
         Ok(Some(record))
             if matches!(record.state, State::Declined { .. } | State::Released { .. }) =>
         {

@@ -19,7 +19,7 @@ use crate::{
     offer::MachineOffer,
     visit::{Unusable, Visit},
     vmproc::{
-        Event,
+        Event, HeldTap,
         kvm::{self, KvmMachine},
         machine::Machine,
     },
@@ -33,6 +33,7 @@ pub(crate) struct Host {
     home: Home,
     dir: VmDir,
     tap: Option<String>,
+    held_tap: HeldTap,
     min_free_bytes: u64,
     console: Arc<Console>,
     events: Sender<Event>,
@@ -41,10 +42,12 @@ pub(crate) struct Host {
 }
 
 /// What of this host a VM gets.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct HostArgs {
-    /// The TAP device for its network.
+    /// The name of the TAP device for its network.
     pub(crate) tap: Option<String>,
+    /// The device.
+    pub(crate) held_tap: HeldTap,
     /// Disk space that stays free.
     pub(crate) min_free_mib: u64,
 }
@@ -67,6 +70,7 @@ impl Host {
             home: home.clone(),
             dir: dir.clone(),
             tap: args.tap,
+            held_tap: args.held_tap,
             min_free_bytes: args.min_free_mib.saturating_mul(1 << 20),
             console,
             events,
@@ -225,7 +229,7 @@ impl Host {
         disk: &Disk,
         profile: &MachineProfile,
     ) -> Result<IncomingVm, Refusal> {
-        let build = kvm::build(config, base, disk, &self.console, &self.events)
+        let build = kvm::build(config, base, disk, &self.held_tap, &self.console, &self.events)
             .map_err(|e| Refusal::Machine(e.message))?;
         IncomingVm::new(profile.clone(), build).map_err(|e| Refusal::Machine(e.to_string()))
     }

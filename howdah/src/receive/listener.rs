@@ -174,7 +174,10 @@ impl Listener {
         let vm = name.to_string();
         match self.spawn(name, &handed) {
             Ok(details) => Event::Received { vm, peer, details },
-            Err(failure) => Event::NotReceived { vm, peer, why: failure.message },
+            Err(failure) => {
+                self.home.vm(name).remove_if_empty();
+                Event::NotReceived { vm, peer, why: failure.message }
+            }
         }
     }
 
@@ -197,6 +200,7 @@ impl Listener {
             words.extend(["--tap".into(), tap.into()]);
         }
         words.extend(["--min-free-mib".into(), self.args.min_free_mib.to_string().into()]);
+        words.extend(self.args.jail.words());
         if let Some(workers) = self.args.workers {
             words.extend(["--workers".into(), workers.to_string().into()]);
         }

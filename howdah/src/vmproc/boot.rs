@@ -11,12 +11,14 @@ use crossbeam_channel::{Sender, bounded};
 use serde::{Deserialize, Serialize};
 use vmm::host::{HostCheck, HostError};
 
-use super::{Coming, End, Event, Process, kvm, machine::Machine, settle::settle, signals};
+use super::{Coming, End, Event, HeldTap, Process, kvm, machine::Machine, settle::settle, signals};
 use crate::{
+    cli::JailArgs,
     console::Console,
     control::{Phase, server, server::Server},
     failure::{Exit, Failure, guarded},
     home::{Home, VmDir},
+    jail::{self, Kind},
     output::Output,
     spawn::{self, Ready},
     visit,
@@ -90,17 +92,22 @@ pub(crate) fn host_failure(error: &HostError) -> Failure {
 }
 
 /// Runs the VM of `dir` in this process until it ends.
-pub(crate) fn run(dir: &VmDir, home: &Home, front: Front) -> anyhow::Result<End> {
+pub(crate) fn run(dir: &VmDir, home: &Home, front: Front, jail: &JailArgs) -> anyhow::Result<End> {
+    // A configuration that cannot be read is told of when the machine is made of it.
+    let tap = HeldTap::open(dir.config().ok().and_then(|config| config.tap).as_deref());
     let (starting_dir, starting_home) = (dir.clone(), home.clone());
-    run_with(dir, front, move |console, events| {
-        start(&starting_dir, &starting_home, console, events)
+    run_with(dir, home, front, jail, move |console, events| {
+        start(&starting_dir, &starting_home, &tap, console, events)
     })
 }
 
-/// Runs the machine that `bring` makes, in this process until it ends.
+/// Runs the machine that `bring` makes, in this process until it ends. Confines the process; what
+/// `bring` needs from outside must be open already.
 pub(crate) fn run_with(
     dir: &VmDir,
+    home: &Home,
     front: Front,
+    jail: &JailArgs,
     bring: impl FnOnce(&Arc<Console>, &Sender<Event>) -> Result<Brought, Failure> + Send + 'static,
 ) -> anyhow::Result<End> {
     let begun = Instant::now();
@@ -108,6 +115,7 @@ pub(crate) fn run_with(
         spawn::detach();
     }
     let lock = dir.lock()?;
+    jail::enter(jail, dir, home)?;
     let console = Arc::new(Console::new(&dir.console_log())?);
     let (process, events) = Process::new(dir.clone());
     signals::watch(events.clone())?;
@@ -119,6 +127,7 @@ pub(crate) fn run_with(
     let (tell, started) = bounded(1);
     std::thread::spawn(move || {
         let work = || {
+            jail::confine(Kind::Handoff)?;
             let (machine, from) = bring(&console, &events)?;
             let _ = tell.send(Started { from, started_ms: begun.elapsed().as_millis() });
             Ok(machine)
@@ -162,12 +171,13 @@ pub(crate) fn finish(
 fn start(
     dir: &VmDir,
     home: &Home,
+    tap: &HeldTap,
     console: &Arc<Console>,
     events: &Sender<Event>,
 ) -> Result<Brought, Failure> {
     let mut journal = dir.journal()?;
     settle(dir, &mut journal)?;
-    kvm::start(dir, home, journal, console, events)
+    kvm::start(dir, home, journal, tap, console, events)
 }
 
 /// A viewer like any other: a stuck terminal does not hold the guest up.

@@ -17,7 +17,7 @@ use handoff::{
     trace::record::{RecordOptions, Recorded, record},
     vm::VmError,
 };
-use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
+use vmm::{AnyVm, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
     Event,
@@ -25,15 +25,15 @@ use super::{
     leaving,
     machine::{HandoffEnd, Machine, Watch},
     save,
+    tap::HeldTap,
 };
 use crate::{
     commands::base,
     console::{Console, Sink},
     control::{HandoffRequest, RecordRequest, SaveRequest},
-    disk,
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir},
-    mac::Mac,
+    jail,
     offer::MachineOffer,
 };
 
@@ -55,6 +55,7 @@ pub(crate) fn start(
     dir: &VmDir,
     home: &Home,
     journal: Journal,
+    tap: &HeldTap,
     console: &Arc<Console>,
     events: &Sender<Event>,
 ) -> Result<Brought, Failure> {
@@ -65,7 +66,7 @@ pub(crate) fn start(
     let disk = Overlay::open(dir.path(), Arc::clone(&base))
         .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     let disk = Arc::new(disk);
-    let build = build(&config, &base, &disk, console, events)?;
+    let build = build(&config, &base, &disk, tap, console, events)?;
     let boot = |build| {
         let booted = Vm::boot(build).and_then(|vm| vm.resume().map_err(|e| e.error));
         booted.map_err(machine_failure(&what))
@@ -148,6 +149,7 @@ pub(crate) fn build(
     config: &VmConfig,
     base: &Base,
     disk: &Arc<Overlay>,
+    tap: &HeldTap,
     console: &Arc<Console>,
     events: &Sender<Event>,
 ) -> Result<Build, Failure> {
@@ -159,29 +161,12 @@ pub(crate) fn build(
         cmdline: cmdline(base, &config.append),
         base_memory: base_memory(base)?,
         disk: Some(Arc::clone(disk)),
-        net: net(config)?,
+        net: tap.network(config.mac.as_deref())?,
         keep_free_pages: config.keep_free_pages,
         console: Box::new(Sink(Arc::clone(console))),
         events: forward(events)?,
+        threads: jail::thread_hook(),
     })
-}
-
-fn net(config: &VmConfig) -> Result<Option<NetConfig>, Failure> {
-    let Some(mac) = &config.mac else { return Ok(None) };
-    let mac: Mac =
-        mac.parse().map_err(|e| Failure::new(Exit::Corrupt, "config.json", e, "correct it"))?;
-    let what = "network of the VM";
-    let way_out = "name one with --tap (`ip tuntap add NAME mode tap` makes one)";
-    let Some(tap) = &config.tap else {
-        let why = "it has a network device, and no TAP device of this host is named for it";
-        return Err(Failure::new(Exit::Host, what, why, way_out));
-    };
-    // Opening a TAP device that is not there would make one, joined to nothing.
-    if nix::net::if_::if_nametoindex(tap.as_str()).is_err() {
-        let why = format!("this host has no network device {tap}");
-        return Err(Failure::new(Exit::Host, what, why, way_out));
-    }
-    Ok(Some(NetConfig { tap: tap.clone(), mac: mac.0 }))
 }
 
 /// The VMM's events, as this process's.
@@ -233,12 +218,12 @@ impl Machine for KvmMachine {
         Ok(self.disk.flush()?)
     }
 
-    fn export_disk(&mut self, to: &Path) -> anyhow::Result<()> {
-        Ok(disk::export(&self.disk, to)?)
+    fn export_disk(&mut self, to: &File) -> anyhow::Result<()> {
+        Ok(self.disk.write_image(to, Path::new("image of the disk"))?)
     }
 
-    fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure> {
-        save::save(self, request)
+    fn save(&mut self, request: &SaveRequest, to: &File) -> Result<serde_json::Value, Failure> {
+        save::save(self, request, to)
     }
 
     fn record(

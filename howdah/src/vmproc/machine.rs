@@ -2,7 +2,7 @@
 //! without KVM.
 
 use std::{
-    path::Path,
+    fs::File,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -27,12 +27,12 @@ pub(crate) trait Machine: Send {
     /// Stops the guest and makes its disk durable.
     fn stop(self: Box<Self>) -> anyhow::Result<()>;
 
-    /// Writes the paused machine's disk, flattened, to a new file.
-    fn export_disk(&mut self, to: &Path) -> anyhow::Result<()>;
+    /// Writes the paused machine's disk, flattened, to an empty file.
+    fn export_disk(&mut self, to: &File) -> anyhow::Result<()>;
 
-    /// Writes the paused machine, as what differs from its base, to a new file. Called on a thread
-    /// of its own, like [`Machine::hand_off`].
-    fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure>;
+    /// Writes the paused machine, as what differs from its base, to an empty file. Called on a
+    /// thread of its own, like [`Machine::hand_off`].
+    fn save(&mut self, request: &SaveRequest, to: &File) -> Result<serde_json::Value, Failure>;
 
     /// Records what the running guest changes, until the time is over or `cancel` is set. Called on a
     /// thread of its own.

@@ -11,6 +11,7 @@ mod save;
 mod settle;
 mod signals;
 pub(crate) mod snapshot;
+mod tap;
 
 pub(crate) use boot::{
     Brought, Front, Origin, Started, check_host, finish, run, run_with, warn_of_slow_host,
@@ -18,3 +19,4 @@ pub(crate) use boot::{
 pub(crate) use kvm::cmdline;
 pub(crate) use process::{Coming, End, Event, Links, Process};
 pub(crate) use signals::watch as watch_signals;
+pub(crate) use tap::HeldTap;

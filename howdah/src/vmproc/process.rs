@@ -6,7 +6,7 @@ mod saving;
 #[cfg(test)]
 mod tests;
 
-use std::{path::Path, time::Duration};
+use std::{fs::File, os::fd::OwnedFd, time::Duration};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -189,10 +189,19 @@ impl Process {
             Request::Stop { force } => return self.stop(Some(answer), force),
             Request::Handoff(request) => self.hand_off(request, answer),
             Request::CancelHandoff => self.cancel(answer),
-            Request::Save(request) => self.save(request, answer),
-            Request::Record(request) => self.record(request, answer),
+            Request::Save(request) => match passed(fd) {
+                Ok(to) => self.save(request, to, answer),
+                Err(failure) => answer.last(failure),
+            },
+            Request::Record(request) => match passed(fd) {
+                Ok(to) => self.record(request, to, answer),
+                Err(failure) => answer.last(failure),
+            },
             Request::EndRecording => self.end_recording(answer),
-            Request::ExportDisk { path } => self.export(Path::new(&path), answer),
+            Request::ExportDisk { .. } => match passed(fd) {
+                Ok(to) => self.export(&to, answer),
+                Err(failure) => answer.last(failure),
+            },
             Request::AdoptLink { .. } => match &self.state {
                 State::Coming(Coming { links: Some(links), .. }) => {
                     links(Asked { request, answer, fd });
@@ -295,9 +304,9 @@ impl Process {
         }
     }
 
-    fn export(&mut self, path: &Path, answer: Answer) {
+    fn export(&mut self, to: &File, answer: Answer) {
         match &mut self.state {
-            State::Paused(machine) => match machine.export_disk(path) {
+            State::Paused(machine) => match machine.export_disk(to) {
                 Ok(()) => answer.last(Reply::Done),
                 Err(e) => answer.last(describe(&e)),
             },
@@ -390,4 +399,12 @@ impl Process {
             format!("see {}; `howdah vm run {name}` boots it again", self.dir.vm_log().display());
         Failure::new(Exit::Failed, format!("VM {name}"), why, way_out).into()
     }
+}
+
+/// The file that a client passed to be written.
+fn passed(fd: Option<OwnedFd>) -> Result<File, Failure> {
+    fd.map(File::from).ok_or_else(|| {
+        let way_out = "use the howdah that started this VM";
+        Failure::new(Exit::Usage, "control", "no file came along to write", way_out)
+    })
 }

@@ -10,12 +10,14 @@ use std::{
 use guest_images::{Base, overlay::Overlay};
 use vmm::{Paused, Vm};
 
-use super::{kvm, ready, signals};
+use super::{HeldTap, kvm, ready, signals};
 use crate::{
+    cli::JailArgs,
     console::Console,
     disk,
     failure::{Exit, Failure},
     home::VmConfig,
+    jail,
 };
 
 /// When to take the snapshot.
@@ -46,15 +48,18 @@ pub(crate) fn take(
     base: Arc<Base>,
     dir: &Path,
     wanted: &Wanted,
+    jail: &JailArgs,
 ) -> Result<Snapshot, Failure> {
     // The log of an earlier build would be read as this one's.
     let _ = fs::remove_file(&wanted.console_log);
+    let tap = HeldTap::open(config.tap.as_deref());
+    jail::enter_with_filters_only(jail)?;
     let (tell, events) = crossbeam_channel::unbounded();
     signals::watch(tell.clone()).map_err(failed)?;
     let console = Arc::new(Console::new(&wanted.console_log)?);
     let said = console.view();
     let overlay = Arc::new(Overlay::create(dir, Arc::clone(&base)).map_err(failed)?);
-    let build = kvm::build(config, &base, &overlay, &console, &tell)?;
+    let build = kvm::build(config, &base, &overlay, &tap, &console, &tell)?;
     let vm = Vm::boot(build).map_err(kvm::machine_failure(&"guest of the base"))?;
     let vm = vm.resume().map_err(|e| failed(e.error))?;
     let wait = || {

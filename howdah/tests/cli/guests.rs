@@ -92,7 +92,7 @@ fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
 }
 
 /// The cloudlets of a test; their VMs end with it.
-struct Site(Cloudlet);
+pub(crate) struct Site(pub(crate) Cloudlet);
 
 impl Drop for Site {
     fn drop(&mut self) {
@@ -105,7 +105,7 @@ impl Drop for Site {
 
 impl Site {
     /// `None`, and a word about it, where there is no KVM.
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         if let Err(error) = vmm::HostCheck::run() {
             eprintln!("skipped: {error}");
             return None;
@@ -113,7 +113,7 @@ impl Site {
         Some(Self(Cloudlet::new()))
     }
 
-    fn cold_base(&self) {
+    pub(crate) fn cold_base(&self) {
         self.0.file("kernel", &kernel());
         self.0.file("disk.raw", &disk());
         self.0.line("base import cold --disk disk.raw --kernel kernel").ok();
@@ -152,7 +152,7 @@ impl Site {
     }
 
     /// Waits until the guest has counted beyond `before`; what it wrote then.
-    fn counts_beyond(&self, vm: &str, before: &str) -> String {
+    pub(crate) fn counts_beyond(&self, vm: &str, before: &str) -> String {
         wait_for("the guest counts", || self.last_count(vm).filter(|count| count.as_str() > before))
     }
 

@@ -1,9 +1,10 @@
-//! The binary, run as a user runs it. Nothing here needs KVM: guests are the lab's business.
+//! The binary, run as a user runs it. What needs KVM is skipped where there is none.
 #![allow(clippy::unwrap_used, reason = "the helpers of a test fail it")]
 
 mod bases;
 mod common;
 mod errors;
 mod guests;
+mod jail;
 mod saved;
 mod traces;

@@ -132,7 +132,7 @@ fn boot(
         settle: Duration::from_secs(args.settle_s),
         console_log: home.root().join("base-build.console.log"),
     };
-    let taken = snapshot::take(&config, Arc::new(base), &staging.0, &wanted)?;
+    let taken = snapshot::take(&config, Arc::new(base), &staging.0, &wanted, &args.jail)?;
     let memory = Some(MemorySpec { ram: taken.ram, machine: taken.machine });
     let spec = ImportSpec { name, disk: taken.disk, kernel, initramfs, cmdline, memory };
     import(&spec, home, output)

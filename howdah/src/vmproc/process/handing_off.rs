@@ -10,6 +10,7 @@ use crate::{
     control::{HandoffRequest, Progress, Reply, server::Answer},
     failure::{Exit, Failure, guarded},
     home::write_json,
+    jail::{self, Kind},
     vmproc::machine::{Cancel, HandoffEnd, Machine, Watch},
 };
 
@@ -44,8 +45,11 @@ impl Process {
         let (give, take) = bounded::<Box<dyn Machine>>(1);
         let work = move || {
             let Ok(machine) = take.recv() else { return };
-            let end = guarded("handoff", || machine.hand_off(&request, &watch))
-                .unwrap_or_else(|failure| HandoffEnd::Undecided { failure });
+            let end = guarded("handoff", || match jail::confine(Kind::Handoff) {
+                Ok(()) => machine.hand_off(&request, &watch),
+                Err(failure) => HandoffEnd::Kept { machine, failure },
+            })
+            .unwrap_or_else(|failure| HandoffEnd::Undecided { failure });
             let _ = watch.events.send(Event::HandoffEnded(end));
         };
         if let Err(e) = std::thread::Builder::new().name("handoff".into()).spawn(work) {

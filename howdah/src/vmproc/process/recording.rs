@@ -1,7 +1,7 @@
 //! A guest that is recorded while it runs: the machine is with a thread meanwhile, and comes back
 //! before the trace is written.
 
-use std::path::Path;
+use std::fs::File;
 
 use crossbeam_channel::bounded;
 use handoff::trace::{
@@ -13,7 +13,7 @@ use super::{End, Event, Process, State};
 use crate::{
     control::{RecordRequest, Reply, server::Answer},
     failure::{Exit, Failure, guarded},
-    partial::Partial,
+    jail::{self, Kind},
     vmproc::machine::{Cancel, Machine},
 };
 
@@ -37,20 +37,12 @@ impl Recording {
 }
 
 impl Process {
-    pub(super) fn record(&mut self, request: RecordRequest, answer: Answer) {
+    pub(super) fn record(&mut self, request: RecordRequest, to: File, answer: Answer) {
         let machine = match std::mem::replace(&mut self.state, State::Gone) {
             State::Running(machine) => machine,
             other => {
                 self.state = other;
                 return answer.last(self.busy());
-            }
-        };
-        let path = Path::new(&request.path).to_owned();
-        let to = match Partial::beside(&path) {
-            Ok(to) => to,
-            Err(failure) => {
-                self.state = State::Running(machine);
-                return answer.last(failure);
             }
         };
         let cancel = Cancel::default();
@@ -60,7 +52,8 @@ impl Process {
         let work = move || {
             let Ok(mut machine) = take.recv() else { return };
             let recorded = guarded("recording", || {
-                let recorded = machine.record(&request, flag.flag());
+                let confined = jail::confine(Kind::Handoff);
+                let recorded = confined.and_then(|()| machine.record(&request, flag.flag()));
                 (machine, recorded)
             });
             let (machine, recorded) = match recorded {
@@ -69,7 +62,7 @@ impl Process {
             };
             // The guest is free again while the trace is compressed.
             let _ = events.send(Event::RecordEnded(machine));
-            match recorded.and_then(|recorded| write(&recorded, to, &path)) {
+            match recorded.and_then(|recorded| write(&recorded, &to, &request.path)) {
                 Ok(said) => asked.last(Reply::Recorded(said)),
                 Err(failure) => asked.last(failure),
             }
@@ -125,12 +118,11 @@ impl Process {
     }
 }
 
-fn write(recorded: &Recorded, to: Partial, path: &Path) -> Result<serde_json::Value, Failure> {
+fn write(recorded: &Recorded, to: &File, name: &str) -> Result<serde_json::Value, Failure> {
     let Recorded { trace, ended } = recorded;
-    let out = std::io::BufWriter::new(to.file());
+    let out = std::io::BufWriter::new(to);
     let bytes = file::write(trace, out)
-        .map_err(|e| Failure::plain(Exit::Failed, format!("write {}", path.display()), e))?;
-    to.finish(path)?;
+        .map_err(|e| Failure::plain(Exit::Failed, format!("write {name}"), e))?;
     let mut said = serde_json::to_value(trace.summary(WINDOWS)).unwrap_or_default();
     if let Some(fields) = said.as_object_mut() {
         let ended = match ended {

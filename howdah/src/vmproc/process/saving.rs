@@ -1,11 +1,14 @@
 //! A guest that is written to a file: paused meanwhile, on a thread of its own.
 
+use std::fs::File;
+
 use crossbeam_channel::bounded;
 
 use super::{End, Event, Process, State};
 use crate::{
     control::{Reply, SaveRequest, server::Answer},
     failure::{Exit, Failure, describe, guarded},
+    jail::{self, Kind},
     vmproc::machine::Machine,
 };
 
@@ -13,8 +16,8 @@ use crate::{
 pub(super) struct Saving {
     answer: Answer,
     was_paused: bool,
-    /// End the guest when it is saved.
-    stop: bool,
+    /// Leave the guest paused when it is saved.
+    hold: bool,
     /// End it whether or not it is saved: asked for since.
     pub(super) must_end: bool,
     /// Who waits for that.
@@ -30,7 +33,7 @@ pub(crate) struct SaveEnd {
 }
 
 impl Process {
-    pub(super) fn save(&mut self, request: SaveRequest, answer: Answer) {
+    pub(super) fn save(&mut self, request: SaveRequest, to: File, answer: Answer) {
         let (mut machine, was_paused) = match std::mem::replace(&mut self.state, State::Gone) {
             State::Running(machine) => (machine, false),
             State::Paused(machine) => (machine, true),
@@ -43,20 +46,20 @@ impl Process {
             self.state = State::Running(machine);
             return answer.last(describe(&e.context("pause")));
         }
-        let stop = request.stop;
+        let hold = request.hold;
         let events = self.sender.clone();
         // As in a handoff: the machine follows when the thread is there.
         let (give, take) = bounded::<Box<dyn Machine>>(1);
         let work = move || {
             let Ok(mut machine) = take.recv() else { return };
             let end = guarded("save", || {
-                let saved = machine.save(&request);
+                let saved = jail::confine(Kind::Handoff).and_then(|()| machine.save(&request, &to));
                 SaveEnd { machine: Some(machine), saved }
             });
             let lost = |failure| SaveEnd { machine: None, saved: Err(failure) };
             let _ = events.send(Event::SaveEnded(end.unwrap_or_else(lost)));
         };
-        let saving = Saving { answer, was_paused, stop, must_end: false, end: Vec::new() };
+        let saving = Saving { answer, was_paused, hold, must_end: false, end: Vec::new() };
         match std::thread::Builder::new().name("save".into()).spawn(work) {
             Ok(_) => {
                 let _ = give.send(machine);
@@ -74,17 +77,17 @@ impl Process {
         let State::Saving(saving) = std::mem::replace(&mut self.state, State::Gone) else {
             return Ok(None);
         };
-        let Saving { answer, was_paused, stop, must_end, end: waiting } = saving;
+        let Saving { answer, was_paused, hold, must_end, end: waiting } = saving;
         let Some(machine) = end.machine else {
             let failure = end.saved.err().unwrap_or_else(|| self.busy());
             answer.last(failure.clone());
             waiting.into_iter().for_each(|other| other.last(failure.clone()));
             return Err(failure.into());
         };
-        // Whoever asked for the file and the end has neither if there is no file.
-        let stop = must_end || (stop && end.saved.is_ok());
-        self.go_on(machine, was_paused || stop);
-        let ended = if stop { self.stop(None, true) } else { Ok(None) };
+        // Whoever wants the file and the end has neither if there is no file.
+        let hold = hold && end.saved.is_ok();
+        self.go_on(machine, was_paused || hold || must_end);
+        let ended = if must_end { self.stop(None, true) } else { Ok(None) };
         match (&ended, end.saved) {
             (Err(e), _) => answer.last(Failure::line(Exit::Failed, &format!("{e:#}"))),
             (Ok(_), Ok(report)) => answer.last(Reply::Saved(report)),

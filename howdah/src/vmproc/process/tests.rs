@@ -41,10 +41,10 @@ impl Machine for Fake {
     fn stop(self: Box<Self>) -> anyhow::Result<()> {
         self.note("stop")
     }
-    fn export_disk(&mut self, _: &Path) -> anyhow::Result<()> {
+    fn export_disk(&mut self, _: &File) -> anyhow::Result<()> {
         self.note("export")
     }
-    fn save(&mut self, request: &SaveRequest) -> Result<serde_json::Value, Failure> {
+    fn save(&mut self, request: &SaveRequest, _: &File) -> Result<serde_json::Value, Failure> {
         self.note("save").unwrap();
         match request.path.as_str() {
             "/full" => Err(Failure::new(Exit::Failed, "/full", "no room", "make some")),
@@ -121,8 +121,14 @@ fn bench(outcome: &'static str) -> Bench {
 
 impl Bench {
     fn send(&self, request: Request) -> Receiver<Reply> {
+        self.send_with(request, Some(tempfile::tempfile().unwrap()))
+    }
+
+    /// Sends a request with a file that the process may write.
+    fn send_with(&self, request: Request, file: Option<File>) -> Receiver<Reply> {
         let (answer, replies) = Answer::new();
-        self.events.send(Event::Asked(Asked { request, fd: None, answer })).unwrap();
+        let fd = file.map(OwnedFd::from);
+        self.events.send(Event::Asked(Asked { request, fd, answer })).unwrap();
         replies
     }
 
@@ -154,8 +160,8 @@ fn refused(reply: &Reply) -> bool {
     matches!(reply, Reply::Failed(failure) if failure.exit == Exit::Conflict)
 }
 
-fn save(path: &str, stop: bool) -> Request {
-    Request::Save(SaveRequest { path: path.into(), stop, ..SaveRequest::default() })
+fn save(path: &str, hold: bool) -> Request {
+    Request::Save(SaveRequest { path: path.into(), hold, ..SaveRequest::default() })
 }
 
 #[test]
@@ -168,11 +174,17 @@ fn a_guest_is_paused_while_it_is_saved_and_then_goes_on() {
     assert_eq!(bench.call(Request::Pause), Reply::Done);
     assert!(matches!(bench.call(save("/file", false)), Reply::Saved(_)));
     assert_eq!(bench.phase(), Phase::Paused);
+    assert_eq!(bench.call(Request::Resume), Reply::Done);
+    // Whoever saves it and wants it to end does not want what it would do in between.
     assert!(matches!(bench.call(save("/file", true)), Reply::Saved(_)));
+    assert_eq!(bench.phase(), Phase::Paused);
+    let unpassed = bench.send_with(save("/file", true), None).iter().last();
+    assert!(matches!(unpassed, Some(Reply::Failed(_))), "{unpassed:?}");
+    assert_eq!(bench.call(Request::Stop { force: false }), Reply::Done);
     assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
     let done = bench.done.lock().unwrap();
     let once = ["pause", "save", "resume", "pause", "save", "resume", "pause", "save"];
-    assert_eq!(*done, [&once[..], &["save", "stop"]].concat());
+    assert_eq!(*done, [&once[..], &["resume", "pause", "save", "stop"]].concat());
 }
 
 #[test]
@@ -182,8 +194,8 @@ fn a_save_that_panics_is_an_error_of_the_process() {
     bench.thread.join().unwrap().unwrap_err();
 }
 
-fn record(path: &Path, for_ms: u64) -> Request {
-    let path = path.to_str().unwrap().to_owned();
+fn record(for_ms: u64) -> Request {
+    let path = "trace".into();
     Request::Record(RecordRequest { path, for_ms, every_ms: 1, most_mib: 1 })
 }
 
@@ -191,27 +203,25 @@ fn record(path: &Path, for_ms: u64) -> Request {
 #[test]
 fn a_recording_gives_way() {
     let bench = bench("kept");
-    let dir = tempfile::tempdir().unwrap();
-    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
-    let recorded = bench.send(record(&first, 1));
+    let written = tempfile::NamedTempFile::new().unwrap();
+    let recorded = bench.send_with(record(1), Some(written.reopen().unwrap()));
     bench.await_phase(Phase::Recording);
-    assert!(refused(&bench.call(record(&second, 1))), "one at a time");
+    assert!(refused(&bench.call(record(1))), "one at a time");
     assert_eq!(bench.call(Request::EndRecording), Reply::Done);
     let Some(Reply::Recorded(said)) = recorded.iter().last() else { panic!("not recorded") };
     assert_eq!(said["ended"], "early");
-    let bytes = std::fs::read(&first).unwrap();
+    let bytes = std::fs::read(written.path()).unwrap();
     assert_eq!(file::read(&bytes[..]).unwrap().duration(), Duration::from_secs(1));
     bench.await_phase(Phase::Running);
     assert!(refused(&bench.call(Request::EndRecording)));
-    assert!(matches!(bench.call(record(&first, 1)), Reply::Failed(_)), "it exists");
-    let recorded = bench.send(record(&second, 1));
+    let recorded = bench.send(record(1));
     bench.await_phase(Phase::Recording);
     assert_eq!(bench.call(Request::Pause), Reply::Done);
     assert!(matches!(recorded.iter().last(), Some(Reply::Recorded(_))));
     assert_eq!(bench.phase(), Phase::Paused);
-    assert!(refused(&bench.call(record(&second, 1))), "it does not run");
+    assert!(refused(&bench.call(record(1))), "it does not run");
     assert_eq!(bench.call(Request::Resume), Reply::Done);
-    let third = bench.send(record(&dir.path().join("third"), 1));
+    let third = bench.send(record(1));
     bench.await_phase(Phase::Recording);
     assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
     assert!(matches!(third.iter().last(), Some(Reply::Recorded(_))));
@@ -223,8 +233,7 @@ fn a_recording_gives_way() {
 #[test]
 fn a_recording_that_panics_is_an_error_of_the_process() {
     let bench = bench("kept");
-    let dir = tempfile::tempdir().unwrap();
-    assert!(matches!(bench.call(record(&dir.path().join("a"), 0)), Reply::Failed(_)));
+    assert!(matches!(bench.call(record(0)), Reply::Failed(_)));
     bench.thread.join().unwrap().unwrap_err();
 }
 
