@@ -42,9 +42,9 @@ pub(crate) enum Moment {
         then_ms: u64,
     },
     /// So long after the handoff was asked for.
-    Time {
-        /// Milliseconds.
-        ms: u64,
+    Part {
+        /// Thousandths of the time that a handoff takes there which nothing disturbs.
+        permille: u64,
     },
 }
 
@@ -58,6 +58,21 @@ pub(crate) enum Hit {
     KillCloudlet(Side),
     /// Every packet on the link is lost.
     CutLink,
+}
+
+impl Case {
+    /// No fault at all: whether the lab works, and how long a handoff takes in it.
+    pub(crate) fn undisturbed() -> Self {
+        Self {
+            name: "undisturbed".into(),
+            moment: Moment::Part { permille: 0 },
+            hits: Vec::new(),
+            back_after_ms: 0,
+            rate_mbps: plan::RATE_MBPS,
+            cancelled: false,
+            commit: None,
+        }
+    }
 }
 
 impl Hit {
@@ -81,6 +96,8 @@ pub(crate) struct Verdict {
     pub(crate) passed: bool,
     /// How long it took in all.
     pub(crate) took_ms: u64,
+    /// When each part of it was done, from its start.
+    pub(crate) done_ms: Vec<(String, u64)>,
     /// Where the guest ran in the end.
     pub(crate) ran_on: Option<Side>,
     /// Whether it lost its RAM and booted from its disk.
@@ -91,6 +108,8 @@ pub(crate) struct Verdict {
     pub(crate) answers_after_ms: Option<u64>,
     /// The longest silence that the client met, the fault included.
     pub(crate) client_gap_ms: Option<f64>,
+    /// How long the handoff took by its own report, if it moved the guest.
+    pub(crate) total_ms: Option<f64>,
     /// What `howdah handoff` said: its exit status, and its last line if that was not 0.
     pub(crate) handoff: Option<String>,
     /// What `howdah vm run` said where something had been killed.

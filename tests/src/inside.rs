@@ -21,6 +21,7 @@ mod trial;
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -95,9 +96,14 @@ fn try_faults(plan: &Path) -> Result<i32> {
     let scenario = trial::scenario()?;
     let stores = Stores::import(std::slice::from_ref(&scenario), Path::new("/out/import"))?;
     let network = Network::build(Link::default())?;
+    let first = trial::run(&Case::undisturbed(), &scenario, &stores, &network, Duration::ZERO);
+    // Without it the moments are wrong, but what must hold still must.
+    let usual = Duration::from_secs_f64(first.total_ms.unwrap_or(1000.0) / 1e3);
+    say(&format!("{}, handoff {:.1} s", first.line(), usual.as_secs_f64()));
+    first.complaints().iter().for_each(|complaint| say(&format!("         {complaint}")));
     let mut failed = 0;
     for case in &cases {
-        let verdict = trial::run(case, &scenario, &stores, &network);
+        let verdict = trial::run(case, &scenario, &stores, &network, usual);
         failed += i32::from(!verdict.passed);
         keep(&verdict.name, &verdict)?;
         say(&verdict.line());

@@ -9,16 +9,15 @@ use super::{Case, Hit, Moment};
 use crate::scenario::Side;
 
 /// The link's rate where nothing speaks against it: a handoff is over within seconds.
-const RATE_MBPS: u32 = 50;
+pub(super) const RATE_MBPS: u32 = 50;
 /// Slow enough that a handoff can be given up in the middle.
 const SLOW_MBPS: u32 = 2;
-/// How long what was cut or killed at a step stays so: less than the time for which a broken link is
-/// tried again.
+/// How long what was cut or killed at a step stays so: less than a paused guest waits for a link.
 const BACK_AFTER_MS: u64 = 2000;
-/// Longer than that.
+/// Longer than that, and than the silence after which a link is given up.
 const LONG_MS: u64 = 14_000;
-/// Random moments lie within so long after the handoff was asked for. Most handoffs take less.
-const TIME_MS: u64 = 3000;
+/// Random moments lie within so much of the time that a handoff takes.
+const PERMILLE: u64 = 1200;
 /// Moments relative to a step lie within so long after it.
 const AFTER_STEP_MS: u64 = 80;
 
@@ -126,7 +125,7 @@ fn side_of(step: Step) -> Side {
 fn random(seed: u64, number: u32) -> Case {
     let mut dice = Dice::new(seed, number);
     let moment = if dice.below(5) < 3 {
-        Moment::Time { ms: dice.below(TIME_MS) }
+        Moment::Part { permille: dice.below(PERMILLE) }
     } else {
         let step = STEPS[dice.below(STEPS.len() as u64) as usize];
         let then_ms = 1 + dice.below(AFTER_STEP_MS);

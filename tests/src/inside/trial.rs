@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use self::{
     lives::Lives,
@@ -24,6 +24,7 @@ use super::{
     kernel_log::{self, Mark},
     net::{Network, kill_all},
     product::{Cloudlet, PORT, Running, VM},
+    report,
     runner::monotonic_ns,
     stores::Stores,
 };
@@ -69,7 +70,15 @@ pub(super) fn scenario() -> Result<Scenario> {
 }
 
 /// Runs a case; never fails, since failing is a verdict.
-pub(super) fn run(case: &Case, scenario: &Scenario, stores: &Stores, network: &Network) -> Verdict {
+///
+/// `usual` is how long a handoff takes that nothing disturbs.
+pub(super) fn run(
+    case: &Case,
+    scenario: &Scenario,
+    stores: &Stores,
+    network: &Network,
+    usual: Duration,
+) -> Verdict {
     let started = Instant::now();
     let place = format!("faults/{}", case.name);
     let logs = Path::new("/out").join(&place);
@@ -78,7 +87,7 @@ pub(super) fn run(case: &Case, scenario: &Scenario, stores: &Stores, network: &N
         Verdict { name: case.name.clone(), case: Some(case.clone()), ..Verdict::default() };
     let mark = Mark::now();
     let played = Trial::set(case, scenario, stores, network, &logs, &work).and_then(|mut trial| {
-        let played = trial.play(&mut verdict);
+        let played = trial.play(&mut verdict, usual);
         trial.clear();
         played
     });
@@ -106,6 +115,7 @@ struct Trial<'a> {
     a: Cloudlet,
     b: Cloudlet,
     work: PathBuf,
+    began: Instant,
     client: Option<Client>,
     receivers: Vec<Running>,
 }
@@ -128,6 +138,7 @@ impl<'a> Trial<'a> {
             a: Cloudlet::new(Side::A, a, logs),
             b: Cloudlet::new(Side::B, b, logs),
             work: work.to_owned(),
+            began: Instant::now(),
             client: None,
             receivers: Vec::new(),
         };
@@ -156,8 +167,8 @@ impl<'a> Trial<'a> {
         }
     }
 
-    fn play(&mut self, verdict: &mut Verdict) -> Result<()> {
-        let played = self.hurt_and_heal(verdict);
+    fn play(&mut self, verdict: &mut Verdict, usual: Duration) -> Result<()> {
+        let played = self.hurt_and_heal(verdict, usual);
         if played.is_err() {
             for cloudlet in [&self.a, &self.b] {
                 cloudlet.keep_logs();
@@ -172,15 +183,17 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
-    fn hurt_and_heal(&mut self, verdict: &mut Verdict) -> Result<()> {
+    fn hurt_and_heal(&mut self, verdict: &mut Verdict, usual: Duration) -> Result<()> {
         self.start()?;
+        self.done(verdict, "start");
         let mut handoff = self.ask_for_handoff()?;
         let asked = Instant::now();
         if self.case.cancelled {
             moment::cancel_soon(&self.a)?;
         }
-        let reached = wait_for(&self.case.moment, asked, &mut handoff)?;
+        let reached = wait_for(&self.case.moment, usual, asked, &mut handoff)?;
         verdict.check("moment-reached", reached.came, reached.detail);
+        self.done(verdict, "moment");
         strike(&self.case.hits, self.network)?;
         resume_stopped()?;
         thread::sleep(Duration::from_millis(self.case.back_after_ms));
@@ -189,9 +202,15 @@ impl<'a> Trial<'a> {
         }
         self.network.shape(self.link())?;
         let (returned, returned_ns) = (Instant::now(), monotonic_ns()?);
+        self.done(verdict, "return");
         self.bring_back(verdict)?;
         let settled = recovery::settle(&self.a, &self.b, &mut handoff)?;
         let ended = handoff.wait(HANDOFF_ENDS)?;
+        self.done(verdict, "settled");
+        verdict.total_ms = serde_json::from_str(&ended.stdout)
+            .ok()
+            .filter(|_| ended.status == Some(0))
+            .and_then(|report| report::number(&report, "total_ms"));
         verdict.handoff = Some(match ended.status {
             Some(0) => "0".to_owned(),
             status => format!("{status:?}: {}", ended.complaint()),
@@ -200,13 +219,21 @@ impl<'a> Trial<'a> {
         self.judge_guest(verdict, home, returned_ns)
     }
 
+    /// Notes that a part of the case is done.
+    fn done(&self, verdict: &mut Verdict, part: &str) {
+        verdict.done_ms.push((part.to_owned(), self.began.elapsed().as_millis() as u64));
+    }
+
     /// Both cloudlets listen, the guest runs on A and works, the client watches it.
     fn start(&mut self) -> Result<()> {
-        for side in [Side::A, Side::B] {
-            let receiver = self.cloudlet(side).receive()?;
-            self.receivers.push(receiver);
-        }
-        self.a.run_vm(&self.scenario.vm)?;
+        let (a, b) = (&self.a, &self.b);
+        let started = thread::scope(|scope| {
+            let listeners = [scope.spawn(|| a.receive()), scope.spawn(|| b.receive())];
+            a.run_vm(&self.scenario.vm)?;
+            let listeners = listeners.map(|thread| thread.join());
+            listeners.into_iter().map(|one| one.map_err(|_| anyhow!("a start panicked"))?).collect()
+        });
+        self.receivers = started.map_err(|error: anyhow::Error| error.context("the start"))?;
         guest::wait_ready(STARTS)?;
         guest::renew()?;
         for command in WORKLOAD {
@@ -268,6 +295,7 @@ impl<'a> Trial<'a> {
     /// It is the guest that was started, it works, and nothing that it was promised is lost.
     fn judge_guest(&mut self, verdict: &mut Verdict, home: Side, returned_ns: i64) -> Result<()> {
         let answers = guest::wait_ready(BOOTS_WITHIN)?;
+        self.done(verdict, "answers");
         thread::sleep(WATCHED);
         let ram = guest::ask("verify-ram");
         let now = guest::vitals()?;
@@ -316,8 +344,10 @@ impl<'a> Trial<'a> {
     }
 
     fn judge_disk(&self, verdict: &mut Verdict, home: Side, promised: u64) -> Result<()> {
+        self.done(verdict, "judged");
         let cloudlet = self.cloudlet(home);
         let gently = shut_down(cloudlet)?;
+        self.done(verdict, "shutdown");
         verdict.check(
             "shutdown",
             gently,

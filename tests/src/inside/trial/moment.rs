@@ -39,12 +39,19 @@ pub(super) struct Reached {
     pub(super) detail: String,
 }
 
-/// Waits for the moment. A handoff that is over before a step was reached is a finding.
-pub(super) fn wait_for(moment: &Moment, asked: Instant, handoff: &mut Running) -> Result<Reached> {
+/// Waits for the moment; `usual` is what a handoff takes. A handoff that is over before a step was reached is a finding.
+pub(super) fn wait_for(
+    moment: &Moment,
+    usual: Duration,
+    asked: Instant,
+    handoff: &mut Running,
+) -> Result<Reached> {
     match moment {
-        Moment::Time { ms } => {
-            thread::sleep(Duration::from_millis(*ms).saturating_sub(asked.elapsed()));
-            Ok(Reached { came: true, detail: format!("{ms} ms after it was asked for") })
+        Moment::Part { permille } => {
+            let at = usual.mul_f64(*permille as f64 / 1e3);
+            thread::sleep(at.saturating_sub(asked.elapsed()));
+            let detail = format!("{} ms after it was asked for", at.as_millis());
+            Ok(Reached { came: true, detail })
         }
         Moment::Step { step, side, then_ms } => {
             while stopped(*side)?.is_empty() {

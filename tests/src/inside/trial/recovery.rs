@@ -109,9 +109,14 @@ fn active(states: &[String]) -> usize {
     states.iter().filter(|state| ACTIVE.contains(&state.as_str())).count()
 }
 
-/// Asks both sides.
+/// Asks both sides, at once.
 pub(super) fn states(a: &Cloudlet, b: &Cloudlet) -> Result<States> {
-    Ok(States { a: a.states()?, b: b.states()? })
+    thread::scope(|scope| {
+        let of_a = scope.spawn(|| a.states());
+        let b = b.states()?;
+        let a = of_a.join().map_err(|_| anyhow!("asking A panicked"))??;
+        Ok(States { a, b })
+    })
 }
 
 /// How it was settled who runs the guest.
