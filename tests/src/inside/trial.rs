@@ -227,13 +227,15 @@ impl<'a> Trial<'a> {
     /// Both cloudlets listen, the guest runs on A and works, the client watches it.
     fn start(&mut self) -> Result<()> {
         let (a, b) = (&self.a, &self.b);
-        let started = thread::scope(|scope| {
+        let receivers = thread::scope(|scope| {
             let listeners = [scope.spawn(|| a.receive()), scope.spawn(|| b.receive())];
             a.run_vm(&self.scenario.vm)?;
-            let listeners = listeners.map(|thread| thread.join());
-            listeners.into_iter().map(|one| one.map_err(|_| anyhow!("a start panicked"))?).collect()
+            let started = listeners.into_iter().map(|listener| {
+                listener.join().map_err(|_| anyhow!("the start of a listener panicked"))?
+            });
+            started.collect::<Result<Vec<Running>>>()
         });
-        self.receivers = started.map_err(|error: anyhow::Error| error.context("the start"))?;
+        self.receivers = receivers?;
         guest::wait_ready(STARTS)?;
         guest::renew()?;
         for command in WORKLOAD {
