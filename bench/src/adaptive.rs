@@ -31,9 +31,9 @@ const BOUND_CHANGING: f64 = 1.1;
 /// In which a change of the link must change the mode.
 const REACTS_S: f64 = 3.0;
 /// What a handoff takes, about, in the best mode.
-const WANT_S: f64 = 2.5;
+const WANT_S: f64 = 5.0;
 /// A mode is tried if the stages' rates promise at most so many times what the best promises, ...
-const HOPE: f64 = 1.35;
+const HOPE: f64 = 1.15;
 /// ... and given up after so many times what the best so far took.
 const PATIENCE: f64 = 1.5;
 /// Turns of the engine's own choice and of the best fixed one.
@@ -55,11 +55,7 @@ struct Kind {
 /// One that has read much from its disk, as a detector has, and one of texts and media.
 const KINDS: [Kind; 2] = [
     Kind { name: "page_cache", mix: Mix::PAGE_CACHE, own: 10.0 / 35.0 },
-    Kind {
-        name: "text_and_media",
-        mix: Mix { text: 1, pointers: 0, random: 1, page_cache: 0, zero: 0 },
-        own: 1.0,
-    },
+    Kind { name: "text_and_media", mix: Mix { text: 1, random: 1, ..Mix::NOTHING }, own: 1.0 },
 ];
 
 /// What a mode costs and brings on a guest's data: seconds of CPU a byte, and bytes out for each in.

@@ -5,14 +5,18 @@ mod model;
 
 use std::sync::{Arc, atomic::Ordering::SeqCst};
 
-use guest_images::BaseId;
+use guest_images::{BaseId, CHUNK_SIZE};
 use handoff::{
-    BaseView, Refusal, SourceVm, Space, TargetVm,
+    BaseView, Bases, Refusal, SourceVm, Space, TargetVm,
     base_view::testing::MemBase,
     engine::PipelineOptions,
     engine::saved::{RestoreError, SaveError, Saved, SavedError, Tally, inspect, restore, save},
     stage::StageOptions,
     tcp::MonotonicClock,
+    trace::{
+        Play, TraceVm,
+        synth::{Mix, Synth},
+    },
 };
 use model::{Act, Host, Memory, Vm, acts, all, base, chunk, disk, ram};
 use proptest::prelude::*;
@@ -224,4 +228,19 @@ fn a_disk_that_is_full_leaves_the_vm_as_it_was() {
     let mut host = host;
     let (file, _) = saved(&mut vm, &host);
     restore(&mut host, &file[..]).unwrap();
+}
+
+/// Workers hold back what a link of unknown rate would have to carry. A file is no link.
+#[test]
+fn much_that_does_not_compress_is_saved_too() {
+    let synth = Synth { changed: 1000, mix: Mix::RANDOM, writes_per_s: 0.0, ..Synth::default() };
+    let trace = Arc::new(synth.build().unwrap());
+    let bases = Bases::from(Arc::clone(trace.base()) as Arc<dyn BaseView>);
+    let mut vm = TraceVm::new(Arc::clone(&trace), Play::default(), MonotonicClock::default());
+    vm.pause().unwrap();
+    let (clock, mut file) = (MonotonicClock::default(), Vec::new());
+    let options = (StageOptions::default(), PipelineOptions::default());
+    save(&mut vm, bases, "vm", b"one vCPU", options.0, options.1, &mut file, &clock).unwrap();
+    assert!(file.len() > 1000 * CHUNK_SIZE);
+    inspect(&file[..]).unwrap();
 }

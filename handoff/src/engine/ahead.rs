@@ -13,6 +13,7 @@ use std::{
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use super::status::TRUSTED_BYTES;
 use crate::adapt::View;
 
 /// The link should have work for so much longer than a body takes.
@@ -70,7 +71,14 @@ impl State {
 
     /// How long until a worker should look again; `None` if it may begin now.
     fn hold(&self) -> Option<Duration> {
-        let rate = self.link.bytes_per_s.filter(|rate| *rate > 0.0 && !self.open)?;
+        if self.open {
+            return None;
+        }
+        let Some(rate) = self.link.bytes_per_s.filter(|rate| *rate > 0.0) else {
+            // Enough to get to know the link with; the rest is for the mode that fits it.
+            let ready = self.waiting_bytes + self.link.in_flight_bytes;
+            return (ready >= TRUSTED_BYTES).then_some(LOOK.0);
+        };
         let count = self.recent.len() as u64;
         let slowest = self.recent.iter().map(|(took, _)| *took).max()?;
         let each = self.recent.iter().map(|(_, bytes)| bytes).sum::<u64>() / count.max(1);
@@ -214,12 +222,18 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_held_back_before_the_link_is_known() {
+    fn a_link_that_is_not_known_gets_enough_to_be_known_and_no_more() {
         let ahead = Ahead::default();
-        ahead.made(Some((100 * MS, 1 << 30)));
+        ahead.made(Some((100 * MS, TRUSTED_BYTES / 2)));
         assert_eq!(ahead.state().hold(), None);
+        ahead.link(LinkView { bytes_per_s: None, ..link(TRUSTED_BYTES) });
+        assert!(ahead.state().hold().is_some());
+        ahead.taken(TRUSTED_BYTES / 2);
+        ahead.link(LinkView { bytes_per_s: None, ..link(TRUSTED_BYTES - 1) });
+        assert_eq!(ahead.state().hold(), None, "some of it got through");
         ahead.link(LinkView { bytes_per_s: None, ..link(1 << 30) });
-        assert_eq!(ahead.state().hold(), None);
+        ahead.open();
+        assert_eq!(ahead.state().hold(), None, "the guest waits");
     }
 
     #[test]

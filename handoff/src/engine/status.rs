@@ -44,7 +44,7 @@ const SHORTEST: Duration = Duration::from_micros(500);
 const IDLE: Duration = Duration::from_millis(20);
 
 /// Before so much was delivered, what a link's rate seems to be is mostly its slow start.
-const TRUSTED_BYTES: u64 = 256 << 10;
+pub(super) const TRUSTED_BYTES: u64 = 256 << 10;
 
 /// Counters that the engine reads while the courier works.
 #[derive(Default)]

@@ -10,6 +10,13 @@ use crate::{ChunkId, Geometry, Space};
 
 /// Different words in text.
 const WORDS: usize = 2048;
+/// Types of objects.
+const TYPES: usize = 48;
+/// Where a kernel's code is, and how much of it there is.
+const TEXT: u64 = 0xffff_ffff_8100_0000;
+const TEXT_BYTES: u32 = 8 << 20;
+/// Pages that objects are in.
+const HEAP_PAGES: u32 = 1 << 18;
 /// Where objects are that pointers point to.
 const HEAP: u64 = 0xffff_8880_0000_0000;
 /// How far apart they are.
@@ -20,7 +27,10 @@ const HEAP_BYTES: u64 = 64 << 20;
 pub struct Mix {
     /// Words: compresses to about a third.
     pub text: u32,
-    /// Pointers and small numbers, as on a heap: compresses to about half.
+    /// Objects of a few types in slabs, as a kernel's: most of what a guest writes that no base has.
+    /// Strong codecs leave much less of it than fast ones, and those that know alignment the least.
+    pub objects: u32,
+    /// Pointers and small numbers in no order: compresses to about half.
     pub pointers: u32,
     /// Does not compress.
     pub random: u32,
@@ -32,18 +42,23 @@ pub struct Mix {
 
 impl Mix {
     /// What a guest's memory is like without its page cache.
-    pub const MEMORY: Self = Self { text: 4, pointers: 5, random: 1, page_cache: 0, zero: 1 };
+    pub const MEMORY: Self =
+        Self { text: 1, objects: 7, pointers: 1, random: 1, page_cache: 0, zero: 1 };
     /// What a guest's memory is like when it has read much from its disk.
     pub const PAGE_CACHE: Self = Self { page_cache: 24, ..Self::MEMORY };
     /// Media that are compressed already.
-    pub const RANDOM: Self = Self { text: 0, pointers: 0, random: 1, page_cache: 0, zero: 0 };
+    pub const RANDOM: Self = Self { random: 1, ..Self::NOTHING };
     /// All that compresses well.
-    pub const TEXT: Self = Self { text: 1, pointers: 0, random: 0, page_cache: 0, zero: 0 };
+    pub const TEXT: Self = Self { text: 1, ..Self::NOTHING };
+    /// Nothing yet: to name a few kinds.
+    pub const NOTHING: Self =
+        Self { text: 0, objects: 0, pointers: 0, random: 0, page_cache: 0, zero: 0 };
 
     fn pick(self, n: u32) -> Kind {
-        let Self { text, pointers, random, page_cache, zero } = self;
+        let Self { text, objects, pointers, random, page_cache, zero } = self;
         let shares = [
             (text, Kind::Text),
+            (objects, Kind::Objects),
             (pointers, Kind::Pointers),
             (random, Kind::Random),
             (page_cache, Kind::PageCache),
@@ -64,6 +79,7 @@ impl Mix {
 #[derive(Clone, Copy)]
 enum Kind {
     Text,
+    Objects,
     Pointers,
     Random,
     PageCache,
@@ -142,6 +158,7 @@ struct Maker {
     spec: Synth,
     rng: SmallRng,
     words: Vec<Vec<u8>>,
+    types: Vec<Vec<Field>>,
     cache: Vec<Chunk>,
     builder: TraceBuilder,
     /// What chunks that may be written hold now.
@@ -158,8 +175,9 @@ impl Maker {
         }
         let mut rng = SmallRng::seed_from_u64(spec.seed);
         let words = (0..WORDS).map(|_| word(&mut rng)).collect();
+        let types = (0..TYPES).map(|_| object_type(&mut rng)).collect();
         let builder = TraceBuilder::new(geometry, parts, u32::MAX as usize);
-        Self { spec, rng, words, cache: Vec::new(), builder, now: Default::default() }
+        Self { spec, rng, words, types, cache: Vec::new(), builder, now: Default::default() }
     }
 
     fn make(mut self) -> Result<Trace, BuildError> {
@@ -257,6 +275,7 @@ impl Maker {
             Kind::Zero => {}
             Kind::Random => self.rng.fill_bytes(&mut chunk),
             Kind::Text => self.text(&mut chunk),
+            Kind::Objects => self.objects(&mut chunk),
             Kind::Pointers => self.pointers(&mut chunk),
             Kind::PageCache if self.cache.is_empty() => self.text(&mut chunk),
             Kind::PageCache => chunk = self.cache[self.rng.random_range(0..self.cache.len())],
@@ -276,6 +295,30 @@ impl Maker {
         }
     }
 
+    /// A slab of one type: its objects differ in some fields, and one in seven is free.
+    fn objects(&mut self, chunk: &mut Chunk) {
+        let rng = &mut self.rng;
+        let fields = &self.types[rng.random_range(0..self.types.len())];
+        let mut page = || HEAP + u64::from(rng.next_u32() % HEAP_PAGES) * CHUNK_SIZE as u64;
+        let (own, other) = (page(), page());
+        for (at, object) in chunk.chunks_exact_mut(8 * fields.len()).enumerate() {
+            let here = own + (at * 8 * fields.len()) as u64;
+            let live = rng.random::<f64>() < 0.85;
+            for (field, cell) in fields.iter().zip(object.as_chunks_mut::<8>().0) {
+                let value = match *field {
+                    Field::Always(value) => value,
+                    _ if !live => 0,
+                    Field::Itself => here + u64::from(rng.next_u32() % 3) * 8,
+                    Field::Another => other + u64::from(rng.next_u32() % 512) * 64,
+                    Field::Small => (rng.random::<f64>().powi(3) * 200.0) as u64,
+                    Field::OneOf(values) => values[rng.next_u32() as usize % values.len()],
+                    Field::Any => rng.next_u64(),
+                };
+                *cell = value.to_le_bytes();
+            }
+        }
+    }
+
     fn pointers(&mut self, chunk: &mut Chunk) {
         for cell in chunk.as_chunks_mut::<8>().0 {
             let n = self.rng.next_u32();
@@ -287,6 +330,34 @@ impl Maker {
             *cell = value.to_le_bytes();
         }
     }
+}
+
+/// What a field of an object holds.
+#[derive(Clone, Copy)]
+enum Field {
+    /// The same in all objects of the type: zero, or a function.
+    Always(u64),
+    /// A place in the object.
+    Itself,
+    /// Another object, near those that its neighbours point to.
+    Another,
+    Small,
+    OneOf([u64; 3]),
+    Any,
+}
+
+fn object_type(rng: &mut SmallRng) -> Vec<Field> {
+    let fields = [8, 12, 16, 24, 32, 48, 64, 96][rng.random_range(0..8)];
+    let field = |rng: &mut SmallRng| match rng.next_u32() % 50 {
+        0..8 => Field::Always(TEXT + u64::from(rng.next_u32() % TEXT_BYTES) / 16 * 16),
+        8..20 => Field::Always(0),
+        20..26 => Field::Itself,
+        26..36 => Field::Another,
+        36..42 => Field::Small,
+        42..49 => Field::OneOf(std::array::from_fn(|_| u64::from(rng.next_u32() >> 12))),
+        _ => Field::Any,
+    };
+    (0..fields).map(|_| field(rng)).collect()
 }
 
 fn word(rng: &mut SmallRng) -> Vec<u8> {
@@ -313,9 +384,11 @@ mod tests {
 
     #[test]
     fn kinds_compress_as_they_are_said_to() {
-        let only = Mix { text: 0, pointers: 0, random: 0, page_cache: 0, zero: 0 };
+        let only = Mix::NOTHING;
         let text = ratio(Mix::TEXT);
         assert!((0.2..0.45).contains(&text), "{text}");
+        let objects = ratio(Mix { objects: 1, ..only });
+        assert!((0.1..0.3).contains(&objects), "{objects}");
         let pointers = ratio(Mix { pointers: 1, ..only });
         assert!((0.3..0.6).contains(&pointers), "{pointers}");
         assert!(ratio(Mix::RANDOM) > 0.99);

@@ -147,6 +147,7 @@ fn save_changed(
     // A file takes all there is.
     let (adapter, ahead) =
         (Adapter::new(AdaptOptions::new(options.choice, clock.now())), Ahead::default());
+    ahead.open();
     let with = Shared { adapter: &adapter, ahead: &ahead, stats: &stats, clock };
     let (packed, written) = thread::scope(|scope| {
         pipeline.start(scope, &notices, with);
