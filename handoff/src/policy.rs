@@ -45,6 +45,8 @@ pub struct Measurements {
     pub queued_bytes: u64,
     /// The link's round-trip time.
     pub rtt: Duration,
+    /// How many of them the guest waits for at cutover, besides what is sent.
+    pub round_trips: f64,
     /// What a cutover costs whatever is dirty: pause, save, durable records, load, resume.
     pub fixed: Duration,
     /// Bytes that the machine's state will take on the link.
@@ -326,11 +328,11 @@ fn transfer_time(m: &Measurements, chunks: f64) -> Option<f64> {
 /// Pieces into which a small last round is cut.
 const PIECES: f64 = 4.0;
 
-/// Seconds of a cutover that no round changes: the state, one and a half round trips (last segment
-/// there, Prepared back, Commit there), and what the machines themselves need.
+/// Seconds of a cutover that no round changes: the state, the way of the last segment there (and of
+/// what is said after it, if that waits for an answer), and what the machines themselves need.
 fn fixed_time(m: &Measurements) -> f64 {
     let state = m.state_link_bytes as f64 / m.link_bytes_per_s;
-    m.fixed.as_secs_f64() + 1.5 * m.rtt.as_secs_f64() + finite(state)
+    m.fixed.as_secs_f64() + finite(m.round_trips) * m.rtt.as_secs_f64() + finite(state)
 }
 
 /// A measurement that is no number, or below zero, counts as not made.
@@ -368,6 +370,7 @@ mod tests {
         fn hand_off(&self, policy: &CutOverPolicy) -> (u32, CutOverReason, f64, f64) {
             let mut m = Measurements {
                 rtt: Duration::from_millis(50),
+                round_trips: 1.5,
                 fixed: Duration::from_millis(50),
                 state_link_bytes: 8000,
                 remaining_chunks: self.changed_chunks as u64,
@@ -590,6 +593,7 @@ mod tests {
                 stage_chunks_per_s: d,
                 queued_bytes: queued,
                 rtt: Duration::from_nanos(rtt),
+                round_trips: 1.5,
                 fixed: Duration::from_nanos(fixed),
                 state_link_bytes: state,
             };

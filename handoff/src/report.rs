@@ -188,13 +188,13 @@ pub struct Cutover {
     pub final_round_ms: f64,
     /// To save and pack the machine's state.
     pub state_ms: f64,
-    /// From there until the target had verified all of it and was durable: the last bytes on the
-    /// link are in here.
+    /// From there until the target had verified all of it and was durable; with an early commit, until
+    /// that was said behind the last segment. The last bytes on the link are in here.
     pub prepare_ms: f64,
     /// From there until the peer's word that the guest runs.
     pub commit_ms: f64,
-    /// Of `prepare_ms`, what the target says it took from the last frame on: to verify, to make the
-    /// disk and its record durable, to load the machine's state.
+    /// Of `prepare_ms` (of `commit_ms` with an early commit), what the target says it took from the last
+    /// frame on: to verify, to make the disk and its record durable, to load the machine's state.
     #[serde(default)]
     pub peer_prepare_ms: f64,
     /// Of `commit_ms`, what the target took to make its ownership durable.
@@ -209,6 +209,10 @@ pub struct Cutover {
     pub state_bytes: u64,
     /// Why the policy cut over.
     pub cut_because: String,
+    /// When the source committed: `early`, behind the last segment, or `prepared`, when the target
+    /// had verified it.
+    #[serde(default)]
+    pub commit: String,
 }
 
 /// A time as reports have it.

@@ -12,7 +12,10 @@ use crate::{
     ownership::{Question, Verdict, bounded_text},
     root::StateRoot,
     stage::{Buffers, Segment},
-    wire::{Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, Versions, Welcome},
+    wire::{
+        Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT, Versions,
+        Welcome,
+    },
 };
 
 /// Bytes of segments that may be unacknowledged.
@@ -31,6 +34,8 @@ pub enum SourceEvent {
         version: u32,
         /// What of the offer the target holds.
         agreed: Agreed,
+        /// Whether the commit may be said without waiting for Prepared.
+        early: bool,
     },
     /// A later link goes on after this segment.
     Relinked {
@@ -80,8 +85,8 @@ pub enum Violation {
     /// A frame of another handoff.
     #[error("{0} is about another handoff")]
     OtherHandoff(&'static str),
-    /// A version that was not offered.
-    #[error("the peer chose version {0}, which was not offered")]
+    /// A version that was not offered, or another than on the link before.
+    #[error("the peer chose version {0}, which was not agreed")]
     Version(u32),
     /// Bases or a state that were not offered, or others than on the link before.
     #[error("the peer builds on {0:?}, which was not agreed")]
@@ -101,7 +106,8 @@ enum Link {
 enum Word {
     None,
     Prepare(Prepare),
-    Commit(Commit),
+    /// An early one goes behind the Prepare that was not answered.
+    Commit(Commit, Option<Prepare>),
     Over,
 }
 
@@ -118,9 +124,11 @@ pub enum Outgoing {
 #[derive(Debug)]
 pub struct SourceSession {
     hello: Hello,
+    /// Whether to commit early with a target that knows how.
+    wants_early: bool,
     link: Link,
-    /// What the first Welcome agreed to.
-    welcomed: Option<Agreed>,
+    /// What the first Welcome agreed to, and in which version.
+    welcomed: Option<(u32, Agreed)>,
     progressed: bool,
     /// Segments not known to be applied, oldest first, numbered without gaps.
     window: VecDeque<Arc<Segment>>,
@@ -137,7 +145,11 @@ pub struct SourceSession {
     last_submitted: u64,
     applied_up_to: u64,
     word: Word,
+    /// Which of its frames were sent on this link.
+    prepare_sent: bool,
     word_sent: bool,
+    /// The target has said Prepared.
+    prepared: bool,
     outbox: VecDeque<Frame>,
     events: VecDeque<SourceEvent>,
     health: Health,
@@ -150,6 +162,7 @@ impl SourceSession {
     pub fn new(hello: Hello, silence: Duration, ping_every: Duration) -> Self {
         Self {
             hello,
+            wants_early: false,
             link: Link::Down,
             welcomed: None,
             progressed: false,
@@ -163,7 +176,9 @@ impl SourceSession {
             last_submitted: 0,
             applied_up_to: 0,
             word: Word::None,
+            prepare_sent: false,
             word_sent: false,
+            prepared: false,
             outbox: VecDeque::new(),
             events: VecDeque::new(),
             health: Health::new(silence, ping_every),
@@ -175,6 +190,18 @@ impl SourceSession {
     /// The same, with payloads that are given to `buffers` once they are applied.
     pub fn with_buffers(self, buffers: Buffers) -> Self {
         Self { buffers, ..self }
+    }
+
+    /// The same, with a commit that does not wait for Prepared, if the target speaks
+    /// [`VERSION_EARLY_COMMIT`].
+    pub fn committing_early(self, early: bool) -> Self {
+        Self { wants_early: early, ..self }
+    }
+
+    /// Whether the commit may be said without waiting for Prepared. Known once there was a Welcome.
+    fn is_early(&self) -> bool {
+        self.wants_early
+            && self.welcomed.is_some_and(|(version, _)| version >= VERSION_EARLY_COMMIT)
     }
 
     /// The handoff.
@@ -189,6 +216,7 @@ impl SourceSession {
         self.health.link_up(now);
         self.sent = 0;
         self.sent_bytes = 0;
+        self.prepare_sent = false;
         self.word_sent = false;
         self.outbox.clear();
         if self.welcomed.is_some() {
@@ -226,12 +254,39 @@ impl SourceSession {
     /// Says, right behind the last segment, that this was all.
     pub fn prepare(&mut self, root: StateRoot, full_hash: Option<[u8; 32]>) {
         let (handoff, last_seq) = (self.hello.handoff, self.last_submitted);
-        self.say(Word::Prepare(Prepare { handoff, last_seq, root, full_hash }));
+        let early = self.is_early();
+        self.say(Word::Prepare(Prepare { handoff, last_seq, root, full_hash, early }));
     }
 
-    /// Says that the epoch is the target's. Only after that is durable here.
+    /// Whether Commit, if it were said now, would be the next frame on the present link: everything
+    /// before it was given to that, and answered unless the commit is early.
+    pub fn may_commit(&self) -> bool {
+        match self.word {
+            Word::Prepare(prepare) => {
+                self.link == Link::Up
+                    && self.word_sent
+                    && self.outbox.is_empty()
+                    && (prepare.early || self.prepared)
+            }
+            Word::None | Word::Commit(..) | Word::Over => false,
+        }
+    }
+
+    /// Says that the epoch is the target's. Only after that is durable here. From now on it counts as
+    /// said, and is said again on each link until it is answered.
     pub fn commit(&mut self) {
-        self.say(Word::Commit(Commit { handoff: self.hello.handoff }));
+        let behind = match self.word {
+            Word::Prepare(prepare) if prepare.early && !self.prepared => Some(prepare),
+            _ => None,
+        };
+        let prepare_sent = self.word_sent;
+        self.say(Word::Commit(Commit { handoff: self.hello.handoff }, behind));
+        self.prepare_sent = prepare_sent;
+    }
+
+    /// Whether Commit was said, or may have been.
+    pub fn is_committed(&self) -> bool {
+        matches!(self.word, Word::Commit(..))
     }
 
     /// Says that the handoff is over. Only where it is durable that it was not committed.
@@ -253,6 +308,7 @@ impl SourceSession {
 
     fn say(&mut self, word: Word) {
         self.word = word;
+        self.prepare_sent = false;
         self.word_sent = false;
     }
 
@@ -331,7 +387,11 @@ impl SourceSession {
             _ if self.word_sent => return None,
             Word::None | Word::Over => return None,
             Word::Prepare(prepare) => Frame::Prepare(prepare),
-            Word::Commit(commit) => Frame::Commit(commit),
+            Word::Commit(_, Some(prepare)) if !self.prepare_sent => {
+                self.prepare_sent = true;
+                return Some(Outgoing::Frame(Frame::Prepare(prepare)));
+            }
+            Word::Commit(commit, _) => Frame::Commit(commit),
         };
         self.word_sent = true;
         Some(Outgoing::Frame(frame))
@@ -365,6 +425,7 @@ impl SourceSession {
                 match self.word {
                     Word::Prepare(prepare) if self.word_sent => {
                         self.applied(prepare.last_seq)?;
+                        self.prepared = true;
                         self.tell(SourceEvent::Prepared { root, full_hash })
                     }
                     // Said twice, or when it no longer matters.
@@ -372,7 +433,7 @@ impl SourceSession {
                         frame: "Prepared",
                         when: "before everything was sent",
                     }),
-                    Word::Commit(_) | Word::Over => Ok(()),
+                    Word::Commit(..) | Word::Over => Ok(()),
                 }
             }
             Frame::Declined { handoff, reason } => {
@@ -382,7 +443,7 @@ impl SourceSession {
             Frame::Resumed(resumed) => {
                 self.about("Resumed", resumed.handoff)?;
                 match self.word {
-                    Word::Commit(_) | Word::Over => self.tell(SourceEvent::Resumed(resumed)),
+                    Word::Commit(..) | Word::Over => self.tell(SourceEvent::Resumed(resumed)),
                     Word::Prepare(_) | Word::None => {
                         Err(Violation::Unexpected { frame: "Resumed", when: "before the commit" })
                     }
@@ -411,7 +472,7 @@ impl SourceSession {
         match self.word {
             _ if question != self.hello.handoff => Verdict::Unknown,
             Word::None | Word::Prepare(_) => Verdict::Pending,
-            Word::Commit(_) => Verdict::Committed,
+            Word::Commit(..) => Verdict::Committed,
             // Over may mean aborted or released: the record knows, this session does not.
             Word::Over => Verdict::Unknown,
         }
@@ -423,8 +484,11 @@ impl SourceSession {
         if !(min..=max).contains(&version) {
             return Err(Violation::Version(version));
         }
+        if self.welcomed.is_some_and(|(before, _)| before != version) {
+            return Err(Violation::Version(version));
+        }
         let possible = match (self.welcomed, &self.hello.intent) {
-            (Some(before), _) => agreed == before,
+            (Some((_, before)), _) => agreed == before,
             (None, Intent::New(offer)) => agreed.answers(offer),
             (None, Intent::Resume | Intent::Settle) => agreed == Agreed::default(),
         };
@@ -437,9 +501,9 @@ impl SourceSession {
         self.sent_bytes = 0;
         self.window_bytes = DEFAULT_WINDOW_BYTES.min(window_bytes);
         self.progressed = true;
-        let first = self.welcomed.replace(agreed).is_none();
+        let first = self.welcomed.replace((version, agreed)).is_none();
         self.tell(if first {
-            SourceEvent::Welcomed { version, agreed }
+            SourceEvent::Welcomed { version, agreed, early: self.is_early() }
         } else {
             SourceEvent::Relinked { applied_up_to }
         })

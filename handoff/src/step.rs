@@ -2,16 +2,20 @@
 //!
 //! ```text
 //! source                                   target
-//! begun-durable  hello-sent ───────────►   hello-got  reserved
+//! begun-durable  hello-sent ───────────►   hello-got  reserved  offer-durable
 //! welcome-got ◄─────────────────────────   welcome-sent
 //! round-N-segment ──────────────────────►  round-N-applied
 //! paused  state-saved  state-segment
-//! prepare-sent ─────────────────────────►  prepare-got  verified  prepared-durable
-//! prepared-got ◄────────────────────────   prepared-sent
+//! prepare-sent ─────────────────────────►  prepare-got  verified
+//!                                          prepared-durable    (not with an early commit)
+//! prepared-got ◄────────────────────────   prepared-sent       (nor this)
 //! committed-durable  commit-sent ───────►  commit-got  owner-durable  running
 //! resumed-got ◄─────────────────────────   resumed-sent
 //! released-durable  released-sent ──────►  released-got  settled-durable
 //! ```
+//!
+//! With an early commit, committed-durable comes before or after prepare-sent, and commit-got before or
+//! after verified: both go on at once.
 //!
 //! A [`StepHook`] is called at each of them, by the thread that does the step, before anything
 //! follows from it. Fault tests stop or kill a process there; otherwise there is no hook, and a step
@@ -111,6 +115,8 @@ steps! {
     HelloGot Target "hello-got",
     /// Memory, disk and devices are reserved.
     Reserved Target "reserved",
+    /// The record says that the offer was taken.
+    OfferDurable Target "offer-durable",
     /// Welcome was sent.
     WelcomeSent Target "welcome-sent",
     /// Prepare came.
@@ -185,6 +191,7 @@ impl Step {
             (Side::Source, State::Committed { .. }) => Some(Self::CommittedDurable),
             (Side::Source, State::Released { .. }) => Some(Self::ReleasedDurable),
             (Side::Source, State::Owner(_)) => Some(Self::KeptDurable),
+            (Side::Target, State::Receiving { .. }) => Some(Self::OfferDurable),
             (Side::Target, State::Prepared { .. }) => Some(Self::PreparedDurable),
             (Side::Target, State::Owner(Tenure::Unconfirmed { .. })) => Some(Self::OwnerDurable),
             (Side::Target, State::Owner(_)) => Some(Self::SettledDurable),

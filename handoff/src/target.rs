@@ -12,7 +12,7 @@ use crate::{
     root::StateRoot,
     source::Violation,
     stage::{Mark, OpenError, Opener, Unchecked},
-    wire::{Ack, Agreed, Frame, Prepare, Resumed, Welcome},
+    wire::{Ack, Agreed, Frame, Prepare, Resumed, VERSION_EARLY_COMMIT, VERSION_MIN, Welcome},
 };
 
 /// An acknowledgement is sent when so many bytes were applied since the last one ...
@@ -30,8 +30,10 @@ pub enum TargetEvent {
     Segment(Unchecked),
     /// Everything was sent: verify, once all segments before are applied.
     Prepare(Prepare),
-    /// The source committed.
+    /// The source committed; what it said before may still be to be verified.
     Commit,
+    /// The source committed, and has lost what is still missing here: it can only be declined.
+    CommitLost,
     /// The source aborted.
     Aborted(String),
     /// The source has let go.
@@ -63,8 +65,8 @@ pub enum TargetError {
 enum Phase {
     /// Segments come.
     Receiving,
-    /// Everything came; the driver verifies.
-    Verifying,
+    /// Everything came; the driver verifies. Whether Commit may come before it has.
+    Verifying { early: bool },
     /// Prepared was said.
     Prepared(StateRoot, Option<[u8; 32]>),
     /// The guest runs here; the times are said with Resumed.
@@ -79,6 +81,10 @@ pub struct TargetSession {
     handoff: Question,
     agreed: Agreed,
     window_bytes: u64,
+    /// What both speak on the present link.
+    version: u32,
+    /// The present link was made only to settle the handoff.
+    settling: bool,
     phase: Phase,
     /// Up to what was taken.
     opener: Opener,
@@ -106,6 +112,8 @@ impl TargetSession {
             handoff,
             agreed,
             window_bytes,
+            version: VERSION_MIN,
+            settling: false,
             phase: Phase::Receiving,
             opener: Opener::new(&handoff.handoff.0),
             applied: Opener::new(&handoff.handoff.0),
@@ -122,16 +130,7 @@ impl TargetSession {
     /// A link whose Hello names this handoff; `version` is what both speak. What was taken from the
     /// link before and not applied comes again: the driver forgets it.
     pub fn link_up(&mut self, version: u32, now: Duration) {
-        self.health.link_up(now);
-        self.asked_at = now;
-        self.outbox.clear();
-        self.unacked_bytes = 0;
-        self.unacked_since = None;
-        self.opener = self.applied.clone();
-        self.events.retain(|e| !matches!(e, TargetEvent::Segment(_) | TargetEvent::Prepare(_)));
-        if self.phase == Phase::Verifying {
-            self.phase = Phase::Receiving;
-        }
+        self.begin_link(version, false, now);
         let applied_up_to = self.applied.last_seq();
         let Self { window_bytes, agreed, .. } = *self;
         let welcome = Welcome { version, applied_up_to, window_bytes, agreed };
@@ -139,11 +138,31 @@ impl TargetSession {
     }
 
     /// A link on which the source, having lost all but its record, asks how this handoff stands.
-    pub fn link_up_to_settle(&mut self, verdict: Verdict, now: Duration) {
+    pub fn link_up_to_settle(&mut self, version: u32, verdict: Verdict, now: Duration) {
+        self.begin_link(version, true, now);
+        self.outbox.push_back(Frame::Status { question: self.handoff, verdict });
+    }
+
+    fn begin_link(&mut self, version: u32, settling: bool, now: Duration) {
+        self.link_down();
         self.health.link_up(now);
+        self.version = version;
+        self.settling = settling;
         self.asked_at = now;
         self.outbox.clear();
-        self.outbox.push_back(Frame::Status { question: self.handoff, verdict });
+        self.unacked_bytes = 0;
+        self.unacked_since = None;
+    }
+
+    /// The link is gone, and with it all that was not applied: it comes again, or never.
+    pub fn link_down(&mut self) {
+        self.opener = self.applied.clone();
+        self.events.retain(|e| {
+            !matches!(e, TargetEvent::Segment(_) | TargetEvent::Prepare(_) | TargetEvent::Commit)
+        });
+        if matches!(self.phase, Phase::Verifying { .. }) {
+            self.phase = Phase::Receiving;
+        }
     }
 
     /// The handoff.
@@ -201,7 +220,7 @@ impl TargetSession {
     fn say_again(&mut self) {
         let handoff = self.handoff;
         self.outbox.extend(match self.phase {
-            Phase::Receiving | Phase::Verifying => None,
+            Phase::Receiving | Phase::Verifying { .. } => None,
             Phase::Prepared(root, full_hash) => Some(Frame::Prepared { handoff, root, full_hash }),
             Phase::Running(resumed) => Some(Frame::Resumed(resumed)),
             Phase::Declined => Some(Frame::Declined { handoff, reason: self.declined.clone() }),
@@ -257,9 +276,14 @@ impl TargetSession {
             Frame::Commit(commit) => {
                 self.about("Commit", commit.handoff)?;
                 match self.phase {
-                    Phase::Prepared(..) => self.events.push_back(TargetEvent::Commit),
+                    Phase::Prepared(..) | Phase::Verifying { early: true } => {
+                        self.events.push_back(TargetEvent::Commit);
+                    }
                     Phase::Running(_) | Phase::Declined => self.say_again(),
-                    Phase::Receiving | Phase::Verifying => {
+                    Phase::Receiving if self.settling => {
+                        self.events.push_back(TargetEvent::CommitLost);
+                    }
+                    Phase::Receiving | Phase::Verifying { early: false } => {
                         return Err(unexpected("Commit", "before Prepared"));
                     }
                 }
@@ -290,11 +314,14 @@ impl TargetSession {
                 if prepare.last_seq != came {
                     return Err(TargetError::LastSegment { said: prepare.last_seq, came });
                 }
-                self.phase = Phase::Verifying;
+                if prepare.early && self.version < VERSION_EARLY_COMMIT {
+                    return Err(unexpected("PrepareEarly", "in a version that has none"));
+                }
+                self.phase = Phase::Verifying { early: prepare.early };
                 self.events.push_back(TargetEvent::Prepare(prepare));
             }
             // Said twice on this link: the answer is still to come.
-            Phase::Verifying => {}
+            Phase::Verifying { .. } => {}
             Phase::Prepared(..) | Phase::Running(_) | Phase::Declined => self.say_again(),
         }
         Ok(())

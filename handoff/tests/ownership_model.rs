@@ -3,13 +3,16 @@
 //! The world is a source and a target, each with its record on disk and its process in memory, and
 //! all messages that were ever said. A message, once said, can arrive at any later time, any
 //! number of times, in any order, or never: that covers loss, repetition, delay and broken links.
+//! At each cutover the source may commit early, behind the last segment, or wait for Prepared, as a
+//! source of the protocol version before does: every mixture of both is walked through.
 //! Either process can stop at any point, also between writing a decision, saying it and acting on
 //! it, and start again. What is checked in every state that can be reached:
 //!
 //! - the guest runs on one side at most, and only where the record on disk allows it;
 //! - once the guest ran at the target, it never runs at the source again, and the other way round
 //!   within one handoff;
-//! - after its commit the source runs the guest only if the target's record says Declined;
+//! - after its commit the source runs the guest only if the target's record says Declined, or if
+//!   Commit was never said to anybody;
 //! - there is always a way to a state in which exactly one side runs the guest.
 #![allow(clippy::unwrap_used)]
 
@@ -56,6 +59,8 @@ enum SourceProcess {
     Sending {
         runs: bool,
     },
+    /// Paused and committed on disk, and this process has not said so.
+    Unsaid,
     /// Started again; must learn how the handoff ended before the guest may run.
     Asking,
 }
@@ -68,7 +73,7 @@ enum TargetProcess {
     Empty,
     /// A copy in memory, incomplete or not verified.
     Receiving(Question),
-    /// The verified copy.
+    /// The verified copy, whether that is on record or not.
     Holding(Question),
     /// The guest.
     Running,
@@ -125,6 +130,10 @@ impl Model {
         });
         assert!(number < 64, "more messages than bits");
         world.said |= 1 << number;
+    }
+
+    fn was_said(&self, world: &World, message: &Message) -> bool {
+        self.numbers.get(message).is_some_and(|number| world.said >> number & 1 == 1)
     }
 
     fn start(&self) -> World {
@@ -198,6 +207,16 @@ impl Model {
                 out.push(begun);
             }
             SourceProcess::Idle { .. } => {}
+            SourceProcess::Unsaid => {
+                // What held it back, segments that waited for the link, is sent.
+                let mut says = world.clone();
+                let question = source::question(&world.source_record).unwrap().unwrap();
+                says.source = SourceProcess::Sending { runs: false };
+                self.say(&mut says, Message::Commit(question));
+                out.push(says);
+                // Cancelled, or the link is gone.
+                self.source_steps(world, source::Event::NeverSaid, out);
+            }
             SourceProcess::Sending { runs } => {
                 let handing = matches!(world.source_record.state, State::HandingOff { .. });
                 if handing {
@@ -209,6 +228,9 @@ impl Model {
                     let question = source::question(&world.source_record).unwrap().unwrap();
                     self.say(&mut paused, Message::Prepare(question));
                     out.push(paused);
+                }
+                if !runs && handing {
+                    self.commits_early(world, out);
                 }
                 // On every new link, and when patience ends.
                 if matches!(world.source_record.state, State::Committed { .. }) {
@@ -232,6 +254,17 @@ impl Model {
         out.push(crashed);
     }
 
+    /// The decision is made durable; it is said later, or never.
+    fn commits_early(&mut self, world: &World, out: &mut Vec<World>) {
+        let event = source::Event::CommitEarly { root: ROOT };
+        let step = source::step(&world.source_record, event).unwrap();
+        assert_eq!(step.guest, Guest::Leave);
+        let mut committed = world.clone();
+        committed.source_record = step.write.unwrap();
+        committed.source = SourceProcess::Unsaid;
+        out.push(committed);
+    }
+
     /// All ways in which one step of the source can go.
     fn source_steps(&mut self, world: &World, event: source::Event, out: &mut Vec<World>) {
         let Ok(step) = source::step(&world.source_record, event) else { return };
@@ -245,12 +278,14 @@ impl Model {
             if let Some(record) = &step.write {
                 let was_committed = matches!(w.source_record.state, State::Committed { .. });
                 if was_committed && record.may_run() && !w.taken_over {
+                    let question = source::question(&w.source_record).unwrap().unwrap();
+                    let said = self.was_said(&w, &Message::Commit(question));
                     let declined = matches!(
                         w.target_record.as_ref().map(|r| &r.state),
                         Some(State::Declined { handoff, .. })
                             if Some(*handoff) == w.source_record.handoff()
                     );
-                    assert!(declined, "took back what was not declined: {world:#?}");
+                    assert!(declined || !said, "took back what was not declined: {world:#?}");
                 }
                 w.source_record = record.clone();
             }
@@ -290,7 +325,7 @@ impl Model {
                         up.target = TargetProcess::Asking;
                         self.target_steps(&up, restart, out);
                     }
-                    Some(State::Owner(_) | State::Prepared { .. }) => {
+                    Some(State::Owner(_) | State::Prepared { .. } | State::Receiving { .. }) => {
                         up.target = TargetProcess::Empty;
                         self.target_steps(&up, restart, out);
                     }
@@ -302,14 +337,17 @@ impl Model {
                 return;
             }
             TargetProcess::Empty | TargetProcess::Running => {}
-            TargetProcess::Receiving(_) => {
-                // The link broke and nobody came back.
-                let mut forgot = world.clone();
-                forgot.target = TargetProcess::Empty;
-                out.push(forgot);
+            TargetProcess::Receiving(question) => {
+                // The link broke and nobody came back: the source may have committed all the same.
+                let reason = String::new();
+                let decline = target::Event::Decline { offered: question, reason };
+                self.target_steps(world, decline, out);
             }
             TargetProcess::Holding(question) => {
                 self.target_steps(world, target::Event::Silence, out);
+                // An early commit was waited for long enough, or the link is gone.
+                let prepare = target::Event::Prepare { offered: question, root: ROOT };
+                self.target_steps(world, prepare, out);
                 let reason = String::new();
                 let decline = target::Event::Decline { offered: question, reason };
                 self.target_steps(world, decline, out);
@@ -317,7 +355,11 @@ impl Model {
                 // that it was not back on its own before.
                 let source_left_it = !matches!(world.source_record.state, State::Owner(_));
                 let apart = world.source == SourceProcess::Down && !world.taken_over;
-                if self.rules.takeover && apart && source_left_it {
+                let prepared = matches!(
+                    world.target_record.as_ref().map(|r| &r.state),
+                    Some(State::Prepared { .. })
+                );
+                if self.rules.takeover && apart && source_left_it && prepared {
                     let mut taken = world.clone();
                     taken.taken_over = true;
                     let reason = String::new();
@@ -447,7 +489,11 @@ impl Model {
             Message::Declined(q) => source::Event::Declined { handoff: q.handoff },
             Message::Resumed(q) => source::Event::Resumed { handoff: q.handoff, epoch: q.epoch },
             Message::AskSource(q) => {
-                let verdict = answer(Some(&world.source_record), *q);
+                let verdict = match answer(Some(&world.source_record), *q) {
+                    // Who has not said so yet does not say so here either.
+                    Verdict::Committed if world.source == SourceProcess::Unsaid => Verdict::Pending,
+                    verdict => verdict,
+                };
                 let mut told = world.clone();
                 self.say(&mut told, Message::TellTarget(*q, verdict));
                 out.push(told);
@@ -460,6 +506,10 @@ impl Model {
                     || matches!(world.source_record.state, State::Committed { .. });
                 let stale = || answer(world.target_record.as_ref(), *q) != *verdict;
                 if !waits || !asks || self.rules.takeover && stale() {
+                    return;
+                }
+                let settles = !matches!(verdict, Verdict::Prepared | Verdict::Unknown);
+                if world.source == SourceProcess::Unsaid && !settles {
                     return;
                 }
                 source::Event::Answer(verdict.clone())
@@ -476,7 +526,8 @@ impl Model {
                 if world.target == TargetProcess::Empty && target::admit(record, *q).is_ok() {
                     let mut receiving = world.clone();
                     receiving.target = TargetProcess::Receiving(*q);
-                    out.push(receiving);
+                    let receive = target::Event::Receive { offered: *q, peer: String::new() };
+                    self.target_steps(&receiving, receive, out);
                 }
                 return;
             }
@@ -486,21 +537,34 @@ impl Model {
                     let decline = target::Event::Decline { offered: *q, reason };
                     self.target_steps(world, decline, out);
                     let mut holding = world.clone();
+                    // Verified: noted and said at once, or when an early commit does not come.
                     holding.target = TargetProcess::Holding(*q);
-                    let peer = String::new();
-                    let prepare = target::Event::Prepare { offered: *q, peer, root: ROOT };
-                    self.target_steps(&holding, prepare, out);
+                    out.push(holding);
                     return;
                 }
                 _ => return,
             },
-            Message::Commit(q) => target::Event::Commit(*q),
+            Message::Commit(q) => match world.target {
+                // Behind a Prepare that is verified; or from a source that has lost what is missing.
+                TargetProcess::Receiving(held) if held == *q => {
+                    if self.was_said(world, &Message::Prepare(*q)) {
+                        let mut holding = world.clone();
+                        holding.target = TargetProcess::Holding(*q);
+                        self.target_steps(&holding, target::Event::CommitVerified(*q), out);
+                    }
+                    target::Event::Decline { offered: *q, reason: String::new() }
+                }
+                TargetProcess::Holding(held) if held == *q => target::Event::CommitVerified(*q),
+                _ => target::Event::Commit(*q),
+            },
             Message::Released(q) => target::Event::Released(*q),
             Message::Abort(q) => {
                 if world.target == TargetProcess::Receiving(*q) {
-                    let mut dropped = world.clone();
-                    dropped.target = TargetProcess::Empty;
-                    out.push(dropped);
+                    // The source waits for no answer: a VM that was never here may be forgotten.
+                    let mut forgotten = world.clone();
+                    forgotten.target = TargetProcess::Empty;
+                    forgotten.target_record = None;
+                    out.push(forgotten);
                 }
                 target::Event::Aborted(*q)
             }
@@ -522,7 +586,12 @@ impl Model {
                 if !waits || !asks || self.rules.takeover && stale() {
                     return;
                 }
-                target::Event::Answer(verdict.clone())
+                match world.target {
+                    TargetProcess::Holding(_) if *verdict == Verdict::Committed => {
+                        target::Event::CommitVerified(*q)
+                    }
+                    _ => target::Event::Answer(verdict.clone()),
+                }
             }
             _ => unreachable!(),
         };

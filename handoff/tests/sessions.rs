@@ -11,7 +11,10 @@ use handoff::{
     source::{SourceEvent, SourceSession, Violation},
     stage::{Codec, OpenError, Packed, Sealer, Segment, SegmentKind},
     target::{TargetError, TargetEvent, TargetSession},
-    wire::{Ack, Agreed, Frame, Hello, Intent, Resumed, VERSION_MAX, Versions, Welcome},
+    wire::{
+        Ack, Agreed, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT, VERSION_MAX,
+        Versions, Welcome,
+    },
 };
 use proptest::prelude::*;
 
@@ -77,6 +80,10 @@ struct Pair {
     segments_carried: u64,
     asked_to_prepare: bool,
     prepared: bool,
+    /// Whether the commit goes early; whether the target has verified, and has heard of the commit.
+    early: bool,
+    verified: bool,
+    committed: bool,
     runs: u32,
     moved: bool,
     frames: u64,
@@ -84,9 +91,13 @@ struct Pair {
 
 impl Pair {
     fn new(n: u64) -> Self {
+        Self::committing(n, false)
+    }
+
+    fn committing(n: u64, early: bool) -> Self {
         Self {
             now: Duration::from_secs(1),
-            source: SourceSession::new(hello(), SILENCE, PING),
+            source: SourceSession::new(hello(), SILENCE, PING).committing_early(early),
             target: TargetSession::new(question(), AGREED, 350_000, SILENCE, PING),
             up: VecDeque::new(),
             down: VecDeque::new(),
@@ -97,6 +108,9 @@ impl Pair {
             segments_carried: 0,
             asked_to_prepare: false,
             prepared: false,
+            early,
+            verified: false,
+            committed: false,
             runs: 0,
             moved: false,
             frames: 0,
@@ -115,6 +129,11 @@ impl Pair {
         self.up.clear();
         self.down.clear();
         self.source.link_down();
+        self.target.link_down();
+        self.committed = false;
+        if std::mem::take(&mut self.verified) && self.runs == 0 {
+            self.target.prepared(ROOT, None, self.now);
+        }
     }
 
     fn step(&mut self) {
@@ -133,9 +152,10 @@ impl Pair {
         }
         assert!(self.source.tick(self.now), "a live link is not given up");
         assert!(!self.greeted || self.target.tick(self.now), "a live link is not given up");
-        while let Some(frame) = self.source.poll_transmit() {
-            self.segments_carried += u64::from(matches!(frame, Frame::Segment(_)));
-            self.up.push_back((self.now + LATENCY, frame));
+        self.source_sends();
+        if self.early && self.source.may_commit() {
+            self.source.commit();
+            self.source_sends();
         }
         while let Some(frame) = self.target.poll_transmit().filter(|_| self.greeted) {
             self.down.push_back((self.now + LATENCY, frame));
@@ -159,6 +179,13 @@ impl Pair {
         }
     }
 
+    fn source_sends(&mut self) {
+        while let Some(frame) = self.source.poll_transmit() {
+            self.segments_carried += u64::from(matches!(frame, Frame::Segment(_)));
+            self.up.push_back((self.now + LATENCY, frame));
+        }
+    }
+
     fn target_acts(&mut self) {
         while let Some(event) = self.target.poll_event() {
             match event {
@@ -168,19 +195,24 @@ impl Pair {
                     self.target.applied(&segment.mark(), self.now);
                 }
                 TargetEvent::Prepare(prepare) => {
-                    assert_eq!(prepare.root, ROOT);
-                    self.target.prepared(ROOT, None, self.now);
+                    assert_eq!((prepare.root, prepare.early), (ROOT, self.early));
+                    self.verified = true;
+                    if !prepare.early {
+                        self.target.prepared(ROOT, None, self.now);
+                    }
                 }
                 TargetEvent::Commit | TargetEvent::Answer(Verdict::Committed) => {
-                    if self.runs == 0 {
-                        self.runs += 1;
-                        self.target.resumed(Resumed::untimed(question()));
-                    }
+                    self.committed = true;
                 }
                 TargetEvent::Answer(verdict) => assert_eq!(verdict, Verdict::Pending),
                 TargetEvent::Released => {}
                 other => panic!("{other:?}"),
             }
+        }
+        let may_run = self.verified || self.target.is_prepared();
+        if self.committed && may_run && self.runs == 0 {
+            self.runs += 1;
+            self.target.resumed(Resumed::untimed(question()));
         }
     }
 
@@ -189,7 +221,7 @@ impl Pair {
             match event {
                 SourceEvent::Prepared { root, .. } => {
                     assert_eq!(root, ROOT);
-                    if !std::mem::replace(&mut self.prepared, true) {
+                    if !std::mem::replace(&mut self.prepared, true) && !self.early {
                         self.source.commit();
                     }
                 }
@@ -226,12 +258,40 @@ fn a_handoff_over_one_link() {
     assert!(least >= 2 * LATENCY && rtt < 2 * LATENCY + 4 * STEP, "{rtt:?}");
 }
 
+/// With an early commit the guest runs one way of the link after the last segment was sent, and the
+/// source knows after another one.
+#[test]
+fn an_early_commit_waits_for_no_answer() {
+    let took = |early| {
+        let mut pair = Pair::committing(3, early);
+        pair.link();
+        while !pair.asked_to_prepare || pair.segments_carried < 3 {
+            pair.step();
+        }
+        let sent = pair.now;
+        pair.finish(3);
+        pair.now - sent
+    };
+    let (early, prepared) = (took(true), took(false));
+    assert!(early <= 2 * LATENCY + 3 * STEP, "{early:?}");
+    assert!(prepared >= early + 2 * LATENCY, "{prepared:?}, {early:?} early");
+}
+
 /// The link breaks after every single step of the whole handoff in turn.
 #[test]
 fn a_break_at_any_moment() {
+    breaks_at_any_moment(false);
+}
+
+#[test]
+fn a_break_at_any_moment_with_an_early_commit() {
+    breaks_at_any_moment(true);
+}
+
+fn breaks_at_any_moment(early: bool) {
     let mut steps = 0;
     loop {
-        let mut pair = Pair::new(8);
+        let mut pair = Pair::committing(8, early);
         pair.link();
         for _ in 0..steps {
             pair.step();
@@ -254,8 +314,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     /// Any number of breaks anywhere.
     #[test]
-    fn breaks(pauses in proptest::collection::vec(1u32..60, 0..12)) {
-        let mut pair = Pair::new(12);
+    fn breaks(pauses in proptest::collection::vec(1u32..60, 0..12), early: bool) {
+        let mut pair = Pair::committing(12, early);
         for steps in pauses {
             pair.link();
             for _ in 0..steps {
@@ -348,13 +408,61 @@ fn a_source_that_lies_is_found_out() {
     target.link_up(VERSION_MAX, at);
     target.handle(Frame::Segment(segments(1).pop_back().unwrap()), at).unwrap();
 
-    let prepare =
-        handoff::wire::Prepare { handoff: question(), last_seq: 3, root: ROOT, full_hash: None };
-    let early = fresh().handle(Frame::Prepare(prepare), at);
-    assert_eq!(early, Err(TargetError::LastSegment { said: 3, came: 0 }));
+    let (handoff, full_hash, early) = (question(), None, false);
+    let prepare = Prepare { handoff, last_seq: 3, root: ROOT, full_hash, early };
+    let answer = fresh().handle(Frame::Prepare(prepare), at);
+    assert_eq!(answer, Err(TargetError::LastSegment { said: 3, came: 0 }));
 
     let commit = handoff::wire::Commit { handoff: question() };
     assert!(fresh().handle(Frame::Commit(commit), at).is_err());
+}
+
+/// What came with version 4 is not understood in version 3, and a Commit behind a Prepare that waits
+/// for its answer breaks the protocol in both.
+#[test]
+fn an_early_commit_is_of_its_version_only() {
+    let at = Duration::ZERO;
+    let prepare =
+        Prepare { handoff: question(), last_seq: 0, root: ROOT, full_hash: None, early: true };
+    let waits = Prepare { early: false, ..prepare };
+    let commit = Frame::Commit(handoff::wire::Commit { handoff: question() });
+    for (version, prepare, fits) in [
+        (VERSION_EARLY_COMMIT, prepare, true),
+        (VERSION_EARLY_COMMIT, waits, false),
+        (VERSION_EARLY_COMMIT - 1, waits, false),
+    ] {
+        let mut target = TargetSession::new(question(), AGREED, 1 << 20, SILENCE, PING);
+        target.link_up(version, at);
+        target.handle(Frame::Prepare(prepare), at).unwrap();
+        assert_eq!(target.handle(commit.clone(), at).is_ok(), fits, "{version} {prepare:?}");
+    }
+    let mut target = TargetSession::new(question(), AGREED, 1 << 20, SILENCE, PING);
+    target.link_up(VERSION_EARLY_COMMIT - 1, at);
+    assert!(target.handle(Frame::Prepare(prepare), at).is_err());
+
+    // And a source does not use it there.
+    let mut source = SourceSession::new(hello(), SILENCE, PING).committing_early(true);
+    source.link_up(at);
+    let version = VERSION_EARLY_COMMIT - 1;
+    let welcome = Welcome { version, applied_up_to: 0, window_bytes: 1 << 20, agreed: AGREED };
+    source.handle(Frame::Welcome(welcome), at).unwrap();
+    let early = |event| matches!(event, Some(SourceEvent::Welcomed { early: true, .. }));
+    assert!(!early(source.poll_event()));
+    source.prepare(ROOT, None);
+    while source.poll_transmit().is_some() {}
+    assert!(!source.may_commit());
+}
+
+/// A source that has only its record left says Commit; what is not here whole never will be.
+#[test]
+fn what_can_never_be_completed_is_told_from_what_is_early() {
+    let at = Duration::ZERO;
+    let mut target = TargetSession::new(question(), AGREED, 1 << 20, SILENCE, PING);
+    target.link_up(VERSION_MAX, at);
+    target.link_up_to_settle(VERSION_MAX, Verdict::Prepared, at);
+    let commit = Frame::Commit(handoff::wire::Commit { handoff: question() });
+    target.handle(commit, at).unwrap();
+    assert_eq!(target.poll_event(), Some(TargetEvent::CommitLost));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::Limits;
+use super::{Limits, settle::decline_lost_copy};
 use crate::{
     Clock, Refusal, Transport,
     ownership::{
@@ -91,7 +91,12 @@ impl<L: Transport> Incoming<L> {
     /// Tells a peer that asks about a handoff which is over here how it ended, from a record that
     /// this process only reads, and closes.
     pub fn answer(mut self, record: Option<&Record>) -> io::Result<()> {
-        self.say_verdict(answer(record, self.hello.handoff))?;
+        let verdict = match answer(record, self.hello.handoff) {
+            // That is for the process to say that committed: it may know that it never did.
+            Verdict::Committed => Verdict::Pending,
+            verdict => verdict,
+        };
+        self.say_verdict(verdict)?;
         self.linger();
         Ok(())
     }
@@ -104,6 +109,7 @@ impl<L: Transport> Incoming<L> {
         limits: &Limits,
         clock: &dyn Clock,
     ) -> Result<(), SettleLinkError> {
+        decline_lost_copy(journal)?;
         self.say_verdict(answer(journal.record(), self.hello.handoff))?;
         let deadline = clock.now() + limits.release;
         while clock.now() < deadline {

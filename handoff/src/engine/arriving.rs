@@ -16,9 +16,10 @@ use crate::{
         Guest, Journal, Question, Record, Step, Verdict,
         target::{self, Event, Say},
     },
+    root::StateRoot,
     stage::{OpenError, Resolver, SegmentKind, SentCache},
     step::{Side, Step as HandoffStep},
-    target::{TargetEvent, TargetSession},
+    target::{ASK_AFTER, TargetEvent, TargetSession},
     vm::{Prepared, TargetVm},
     wire::{Prepare, Resumed},
 };
@@ -61,6 +62,11 @@ pub(super) struct Arriving<'a, Vm> {
     state: Vec<u8>,
     /// Everything was sent; what came is still to be applied.
     all_sent: Option<Prepare>,
+    /// Everything came and was verified, ahead of a Commit that has not come: since when, and which
+    /// root it has.
+    verified: Option<(Duration, StateRoot)>,
+    /// The source committed early; what it sent is not verified yet.
+    committed: bool,
     journal: &'a mut Journal,
     handoff: Question,
     options: &'a ReceiveOptions,
@@ -100,6 +106,8 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             until_counted: COUNT_EVERY,
             state: Vec::new(),
             all_sent: None,
+            verified: None,
+            committed: false,
             journal,
             handoff,
             options,
@@ -140,17 +148,12 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
                 }
                 // Said twice, or answered late: the guest runs already.
                 TargetEvent::Commit | TargetEvent::Answer(_) if self.running => {}
-                TargetEvent::Commit => self.commit(Event::Commit(self.handoff)),
-                TargetEvent::Answer(verdict @ Verdict::Committed) => {
-                    self.commit(Event::Answer(verdict));
+                TargetEvent::Commit | TargetEvent::Answer(Verdict::Committed) => self.committed(),
+                TargetEvent::CommitLost => {
+                    self.decline("the source has lost what it had not sent yet".into());
                 }
                 TargetEvent::Answer(verdict) => self.take_note(Event::Answer(verdict), "asked"),
-                TargetEvent::Aborted(why) => {
-                    self.take_note(Event::Aborted(self.handoff), &why);
-                    if !self.running {
-                        self.settle(Settled::Failed(ReceiveError::Aborted(why)));
-                    }
-                }
+                TargetEvent::Aborted(why) => self.aborted(why),
                 TargetEvent::Released => {
                     self.take_note(Event::Released(self.handoff), "released");
                     if self.running {
@@ -191,17 +194,26 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         Ok(applied)
     }
 
-    /// The link is gone. What came whole is applied, so that it need not come again.
+    /// The link is gone. What came whole is applied, so that it need not come again, and if that
+    /// was all, the link is not missed.
     pub(super) fn link_lost(&mut self) {
+        let mut whole = true;
         while !self.is_settled()
+            && whole
             && let Some(outcome) = self.decoders.wait()
         {
-            if self.take(outcome).is_err() {
-                break;
-            }
+            whole = self.take(outcome).is_ok();
         }
         self.decoders.forget();
-        self.all_sent = None;
+        if let Some(prepare) = self.all_sent.take()
+            && whole
+            && !self.is_settled()
+        {
+            self.prepare(&prepare);
+        }
+        self.say_prepared();
+        self.committed = false;
+        self.session.link_down();
     }
 
     fn take(&mut self, outcome: Result<Decoded, Undecodable>) -> Result<u64, OpenError> {
@@ -260,24 +272,48 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         }
     }
 
-    /// Everything came: makes sure of it, makes it durable, and says so.
+    /// Everything came: makes sure of it, and makes it durable. If the source has committed, the guest
+    /// runs; if it is about to, that is waited for a little; else Prepared is said.
     fn prepare(&mut self, prepare: &Prepare) {
         let start = self.clock.now();
         if let Err(why) = self.verify(prepare) {
             return self.decline(why);
         }
         self.options.steps.reached(HandoffStep::Verified);
-        let peer = self.options.peer.clone();
-        let event = Event::Prepare { offered: self.handoff, peer, root: prepare.root };
-        match self.step(event) {
+        let now = self.clock.now();
+        self.prepare_us = micros(now.saturating_sub(start));
+        self.verified = Some((now, prepare.root));
+        if self.committed {
+            self.commit(Event::CommitVerified(self.handoff));
+        } else if !prepare.early {
+            self.say_prepared();
+        }
+    }
+
+    /// What was verified is to outlast a source that says no more: Prepared, durable, then said.
+    fn say_prepared(&mut self) {
+        let Some((_, root)) = self.verified.take().filter(|_| !self.is_settled()) else { return };
+        let start = self.clock.now();
+        match self.step(Event::Prepare { offered: self.handoff, root }) {
             Ok(Step { say: Some(Say::Prepared(..)), .. }) => {
                 let now = self.clock.now();
-                self.prepare_us = micros(now.saturating_sub(start));
+                self.prepare_us += micros(now.saturating_sub(start));
                 self.since = now;
-                self.session.prepared(prepare.root, self.full_hash, now);
+                self.session.prepared(root, self.full_hash, now);
             }
             Ok(_) => self.decline("the record here forbids it".into()),
             Err(why) => self.decline(why),
+        }
+    }
+
+    /// The source committed: the guest runs as soon as it is verified.
+    fn committed(&mut self) {
+        if self.verified.is_some() {
+            self.commit(Event::CommitVerified(self.handoff));
+        } else if self.session.is_prepared() {
+            self.commit(Event::Commit(self.handoff));
+        } else {
+            self.committed = true;
         }
     }
 
@@ -308,6 +344,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     /// The source committed: the ownership on disk, then the guest, then the word.
     fn commit(&mut self, event: Event) {
         let start = self.clock.now();
+        self.verified = None;
         match self.step(event) {
             Ok(Step { guest: Guest::Run, .. }) => {}
             Ok(_) => return,
@@ -338,6 +375,17 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             commit_us: micros(durable.saturating_sub(start)),
             resume_us: micros(now.saturating_sub(durable)),
         });
+    }
+
+    /// The source gave up, durably: it waits for no answer.
+    fn aborted(&mut self, why: String) {
+        if self.running {
+            return;
+        }
+        if let Err(e) = self.step(Event::Aborted(self.handoff)) {
+            tracing::warn!(error = e, "the ownership record could not be written");
+        }
+        self.settle(Settled::Failed(ReceiveError::Aborted(why)));
     }
 
     /// Carries out an event that starts nothing; what it makes of a prepared copy is final.
@@ -411,6 +459,8 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         let limits = self.limits();
         if self.running && now.saturating_sub(self.since) >= limits.release {
             self.settle(Settled::Runs { released: false });
+        } else if self.verified.is_some_and(|(at, _)| now.saturating_sub(at) >= ASK_AFTER) {
+            self.say_prepared();
         } else if self.session.is_prepared()
             && now.saturating_sub(self.since) >= limits.hold_prepared
         {
@@ -425,6 +475,11 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         } else if self.session.is_prepared() {
             self.decline(format!("the source did not come back: {why}"));
         } else {
+            // It may have committed early, and is owed an answer when it asks.
+            let reason = format!("the source did not come back: {why}");
+            if let Err(e) = self.step(Event::Decline { offered: self.handoff, reason }) {
+                tracing::warn!(error = e, "the next start declines: the record cannot be written");
+            }
             self.settle(Settled::Failed(ReceiveError::Link(why)));
         }
     }

@@ -48,7 +48,7 @@ pub(super) enum Sealed {
 /// What the engine tells the courier, besides what goes through the pipeline.
 #[derive(Debug)]
 pub(super) enum Order {
-    /// Durable here: say Commit, and keep saying it.
+    /// The gate is open: say Commit as soon as it is its turn, and keep saying it.
     Commit,
     /// Over: say so if there is a link, and end.
     Abort(String),
@@ -83,7 +83,6 @@ pub(super) struct Courier<'a, C: Connect> {
     /// The step that is done when the frame under way is written.
     pub(super) under_way: Option<Step>,
     pub(super) clock: &'a dyn Clock,
-    pub(super) committed: bool,
     pub(super) over: bool,
     /// Nothing more comes from the workers.
     pub(super) exhausted: bool,
@@ -150,7 +149,8 @@ impl<C: Connect> Courier<'_, C> {
     /// Makes a link within the bound that holds now; `None` if the handoff ended meanwhile.
     fn make_link(&mut self, lost_at: Option<Duration>) -> Result<Option<C::Link>, String> {
         loop {
-            let grace = if self.committed { self.limits.commit } else { self.limits.relink_grace };
+            let committed = self.session.is_committed();
+            let grace = if committed { self.limits.commit } else { self.limits.relink_grace };
             let left = match lost_at {
                 None => self.limits.connect,
                 Some(at) => (at + grace).saturating_sub(self.clock.now()),
@@ -178,10 +178,8 @@ impl<C: Connect> Courier<'_, C> {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Commit => {
-                self.committed = true;
-                self.session.commit();
-            }
+            // Only to wake this thread: whether it may be said, the gate knows.
+            Order::Commit => {}
             Order::Abort(reason) => {
                 self.session.abort(&reason);
                 self.over = true;
@@ -297,11 +295,22 @@ impl<C: Connect> Courier<'_, C> {
                     self.under_way = Some(Step::sent_segment(&segment));
                     writer.put_segment(segment)?;
                 }
+                None if self.commit() => continue,
                 None if room && self.take_work() => continue,
                 None => return Ok(false),
             }
             return Ok(true);
         }
+    }
+
+    /// Says Commit if it is its turn and may be said; `true` if it does.
+    fn commit(&mut self) -> bool {
+        let says =
+            !self.over && self.session.may_commit() && self.status.commit.pass(self.clock.now());
+        if says {
+            self.session.commit();
+        }
+        says
     }
 
     /// Handles what the target said; `Ok(true)` if it said anything.
@@ -342,7 +351,9 @@ impl<C: Connect> Courier<'_, C> {
                 self.obey(order);
                 Ok(true)
             }
-            Err(_) if self.committed => Err("the peer does not know this handoff now".into()),
+            Err(_) if self.session.is_committed() => {
+                Err("the peer does not know this handoff now".into())
+            }
             Err(_) => {
                 self.over = true;
                 Ok(true)

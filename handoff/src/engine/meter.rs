@@ -3,7 +3,7 @@
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use super::{
-    SendOptions,
+    CommitMode, SendOptions,
     pace::{Pace, Reading},
     status::LinkStatus,
     worker::WorkerStats,
@@ -26,8 +26,16 @@ use crate::{
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// What a cutover costs whatever is dirty, besides its durable records: pause, save, load, resume.
 const MACHINE_COST: Duration = Duration::from_millis(30);
-/// Records that are made durable while the guest waits: two by the target, one here.
-const DURABLE_RECORDS: u32 = 3;
+/// Records that are made durable while the guest waits, one after the other: with an early commit the
+/// target's ownership only, else also its Prepared, and the commit here.
+const fn durable_records(early: bool) -> u32 {
+    if early { 1 } else { 3 }
+}
+/// Round trips that the guest waits for: the last segment there, and, without an early commit,
+/// Prepared back and Commit there.
+const fn round_trips(early: bool) -> f64 {
+    if early { 0.5 } else { 1.5 }
+}
 /// What one takes, until one was measured.
 const DURABLE_COST: Duration = Duration::from_millis(10);
 /// How much may be on its way where the transport does not measure it: 50 ms at 10 Mbps.
@@ -83,6 +91,8 @@ pub(super) struct Meter<'a> {
     /// The share of the time for which the guest runs, and whether less can be asked for.
     run_share: f64,
     can_throttle: bool,
+    /// Whether the commit does not wait for Prepared.
+    early: bool,
 }
 
 impl<'a> Meter<'a> {
@@ -127,6 +137,7 @@ impl<'a> Meter<'a> {
             taken_at: started,
             run_share: 1.0,
             can_throttle: true,
+            early: false,
         }
     }
 
@@ -173,8 +184,9 @@ impl<'a> Meter<'a> {
         self.report.tracking_ms = millis(self.clock.now().saturating_sub(self.started));
     }
 
-    /// The target is ready.
-    pub(super) fn welcomed(&mut self) {
+    /// The target is ready, and the commit will be early or not.
+    pub(super) fn welcomed(&mut self, early: bool) {
+        self.early = early;
         self.report.setup_ms = millis(self.clock.now().saturating_sub(self.started));
     }
 
@@ -219,7 +231,10 @@ impl<'a> Meter<'a> {
 
     /// Everything of the round was given to the link, and taken but for a little.
     pub(super) fn round_ends(&mut self) {
-        let now = self.clock.now();
+        self.round_ended(self.clock.now());
+    }
+
+    fn round_ended(&mut self, now: Duration) {
         self.round_is_open = false;
         self.pace.ends(self.reading());
         if let Some(round) = self.rounds.last_mut() {
@@ -349,7 +364,8 @@ impl<'a> Meter<'a> {
             stage_chunks_per_s: self.pace.chunks_per_s(),
             queued_bytes: queued,
             rtt: self.rtt(),
-            fixed: MACHINE_COST + self.durable * DURABLE_RECORDS,
+            round_trips: round_trips(self.early),
+            fixed: MACHINE_COST + self.durable * durable_records(self.early),
             state_link_bytes: STATE_LINK_BYTES,
         }
     }
@@ -411,6 +427,12 @@ impl<'a> Meter<'a> {
     }
 
     pub(super) fn resumed(&mut self, at: Duration, resumed: &Resumed) {
+        if self.early {
+            // Behind the last segment.
+            let said = self.status.commit.said_at().unwrap_or(at);
+            self.cutover.prepared = Some(said);
+            self.round_ended(said);
+        }
         self.cutover.resumed = Some(at);
         self.cutover.peer = Some(*resumed);
     }
@@ -482,6 +504,7 @@ impl<'a> Meter<'a> {
             final_chunks: times.final_chunks,
             state_bytes: times.state_bytes,
             cut_because: times.because.clone(),
+            commit: if self.early { CommitMode::Early } else { CommitMode::Prepared }.to_string(),
         }
     }
 }

@@ -14,6 +14,7 @@ mod accept;
 mod again;
 mod ahead;
 mod arriving;
+mod commit;
 mod courier;
 mod decode;
 mod flush;
@@ -36,15 +37,15 @@ mod worker;
 
 pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
 pub use options::{
-    CONTENTS_BYTES, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions, Received,
-    SendError, SendOptions, SendOutcome, TABLES_BYTES,
+    CONTENTS_BYTES, CommitMode, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions,
+    Received, SendError, SendOptions, SendOutcome, TABLES_BYTES,
 };
 pub use pipeline::{MAX_WORKERS, PipelineOptions};
 pub use press::WORKING_BYTES;
 pub use receive::receive;
 pub use saved::{inspect, restore, save};
 pub use send::send;
-pub use settle::{Recovery, SettleError, recover, send_resume, takeover};
+pub use settle::{Recovery, SettleError, decline_lost_copy, recover, send_resume, takeover};
 pub use worker::LEAST_CPU_SHARE;
 
 /// The most that a machine's state may have besides RAM and disk.

@@ -1,6 +1,6 @@
 //! What the drivers are told, and how they end.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use super::PipelineOptions;
 use crate::{
@@ -35,7 +35,8 @@ pub struct Limits {
     pub relink_grace: Duration,
     /// How long the target may leave segments unapplied while the link works.
     pub stall: Duration,
-    /// From Prepare sent until Prepared; disk and verification at the target fall into it.
+    /// From Prepare sent until Prepared; disk and verification at the target fall into it. Before an
+    /// early commit is confirmed, they fall into that wait.
     pub prepare: Duration,
     /// After Committed, how long the source keeps trying before it reports
     /// [`SendOutcome::InDoubt`].
@@ -65,6 +66,45 @@ impl Default for Limits {
     }
 }
 
+/// When the source commits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CommitMode {
+    /// Right behind the last segment: the guest waits for one way of the link only. From then on the
+    /// source waits for the target's word, with the guest paused.
+    #[default]
+    Early,
+    /// When the target has said that it holds everything, verified: a round trip more, in which the
+    /// source can still go back by itself. With a target that knows nothing else, always.
+    Prepared,
+}
+
+impl CommitMode {
+    const ALL: [Self; 2] = [Self::Early, Self::Prepared];
+
+    /// As it is written on command lines and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Early => "early",
+            Self::Prepared => "prepared",
+        }
+    }
+}
+
+impl fmt::Display for CommitMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for CommitMode {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|mode| mode.name() == s);
+        found.ok_or_else(|| format!("`{s}` is neither early nor prepared"))
+    }
+}
+
 /// How to send.
 #[derive(Clone, Debug)]
 pub struct SendOptions {
@@ -76,6 +116,8 @@ pub struct SendOptions {
     pub machine: Vec<u8>,
     /// Protocol versions offered.
     pub versions: Versions,
+    /// When to commit.
+    pub commit: CommitMode,
     /// Whether both sides hash all RAM and disk at cutover. Costs downtime.
     pub audit: bool,
     /// What this side received of the newest of these states, as [`Received::contents`] had it:
@@ -107,6 +149,7 @@ impl SendOptions {
             peer: peer.into(),
             machine,
             versions: Versions::OURS,
+            commit: CommitMode::default(),
             audit: false,
             stages: StageOptions::default(),
             pipeline: PipelineOptions::default(),

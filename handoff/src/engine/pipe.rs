@@ -36,7 +36,7 @@ const DRAIN_TICK: Duration = Duration::from_millis(1);
 /// A word of the target that the phases wait for, and when it came.
 #[derive(Clone, Debug)]
 pub(super) enum Word {
-    Welcomed(Agreed),
+    Welcomed { agreed: Agreed, early: bool },
     Prepared { root: StateRoot, full_hash: Option<[u8; 32]> },
     Declined(String),
     Resumed(Resumed),
@@ -110,12 +110,15 @@ impl Pipe<'_> {
         in_flight.max(unapplied.saturating_sub(self.meter.ack_slack_bytes()))
     }
 
+    /// Fails if the user wants no more of it.
+    pub(super) fn check_cancelled(&self) -> Result<(), KeptReason> {
+        if self.cancel.load(Relaxed) { Err(KeptReason::Cancelled) } else { Ok(()) }
+    }
+
     /// Looks at cancellation and at what came, and fails if the handoff cannot go on.
     pub(super) fn check(&mut self) -> Result<(), KeptReason> {
         self.meter.tick();
-        if self.cancel.load(Relaxed) {
-            return Err(KeptReason::Cancelled);
-        }
+        self.check_cancelled()?;
         while let Ok(notice) = self.notices.try_recv() {
             // Nothing is waited for here, so a word that is no failure is none of the target's.
             if let Some(word) = self.judge(notice)?.map(|(word, _)| word) {
@@ -153,9 +156,7 @@ impl Pipe<'_> {
                 moved = (self.clock.now(), applied);
             }
             self.meter.tick();
-            if self.cancel.load(Relaxed) {
-                return Err(KeptReason::Cancelled);
-            }
+            self.check_cancelled()?;
             match self.notices.recv_timeout(TICK) {
                 Ok(notice) => {
                     if let Some(word) = self.judge(notice)? {
@@ -184,7 +185,7 @@ impl Pipe<'_> {
             }
         };
         let word = match event {
-            SourceEvent::Welcomed { agreed, .. } => Word::Welcomed(agreed),
+            SourceEvent::Welcomed { agreed, early, .. } => Word::Welcomed { agreed, early },
             SourceEvent::Relinked { applied_up_to } => {
                 tracing::info!(applied_up_to, "link is back");
                 self.meter.relinking(false);
@@ -205,30 +206,51 @@ impl Pipe<'_> {
         Ok(Some((word, at)))
     }
 
-    /// Waits for the target's word on a commit, until `deadline`; `None` if there is none by then.
-    /// Links that break meanwhile are made again, and Commit is said again on each.
-    pub(super) fn await_verdict(&mut self, deadline: Duration) -> Option<(Word, Duration)> {
-        while self.clock.now() < deadline {
+    /// Waits for the target's word on a commit, for `patience` after it was last seen to apply
+    /// anything. Links that break meanwhile are made again, and Commit is said again on each. Why the
+    /// waiting ends without that word: before Commit was said, anything that ends a handoff.
+    pub(super) fn await_verdict(
+        &mut self,
+        patience: Duration,
+    ) -> Result<(Word, Duration), KeptReason> {
+        let mut moved = (self.clock.now(), self.status.applied_bytes.load(Relaxed));
+        while self.clock.now() < moved.0 + patience {
+            let applied = self.status.applied_bytes.load(Relaxed);
+            if applied != moved.1 {
+                moved = (self.clock.now(), applied);
+            }
             self.meter.tick();
-            let (event, at) = match self.notices.recv_timeout(TICK) {
-                Ok(Notice::Event(event, at)) => (event, at),
-                Ok(Notice::Gone(why)) => {
-                    tracing::warn!(why, "committed, and the peer cannot be reached");
-                    return None;
-                }
-                Ok(Notice::Lost(_) | Notice::Compressor(_)) => continue,
+            let said = self.status.commit.said_at().is_some();
+            if self.cancel.load(Relaxed) && !said {
+                return Err(KeptReason::Cancelled);
+            }
+            let notice = match self.notices.recv_timeout(TICK) {
+                Ok(notice) => notice,
                 Err(RecvTimeoutError::Timeout) => continue,
-                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Disconnected) => return Err(self.pipeline_ended()),
             };
-            match event {
-                SourceEvent::Resumed(resumed) => return Some((Word::Resumed(resumed), at)),
-                SourceEvent::Declined(why) => return Some((Word::Declined(why), at)),
-                SourceEvent::Answer(verdict) => return Some((Word::Answer(verdict), at)),
-                // Not durable words: they decide nothing any more.
-                _ => {}
+            match notice {
+                Notice::Event(SourceEvent::Resumed(resumed), at) => {
+                    return Ok((Word::Resumed(resumed), at));
+                }
+                Notice::Event(SourceEvent::Declined(why), at) => {
+                    return Ok((Word::Declined(why), at));
+                }
+                Notice::Event(SourceEvent::Answer(verdict), at) => {
+                    return Ok((Word::Answer(verdict), at));
+                }
+                Notice::Gone(why) => return Err(KeptReason::Link(why)),
+                // Durable or not, what else it says decides nothing once Commit was said.
+                notice => match self.judge(notice) {
+                    Err(reason) if !said => return Err(reason),
+                    Err(reason) => {
+                        tracing::warn!(%reason, "committed; waiting for the peer's word")
+                    }
+                    Ok(_) => {}
+                },
             }
         }
-        None
+        Err(KeptReason::TimedOut { what: "the peer's word on the commit", limit: patience })
     }
 
     fn pipeline_ended(&mut self) -> KeptReason {

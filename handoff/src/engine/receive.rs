@@ -14,11 +14,12 @@ use super::{
     Incoming, ReceiveError, ReceiveOptions, Received,
     arriving::{Arriving, Running, Settled},
     reader::{Heard, read_link, segment_weight, weight},
+    settle::decline_lost_copy,
 };
 use crate::{
     Clock, Geometry, Offer, Refusal, StateTable, TargetHost, Transport,
-    ownership::{Journal, answer, target},
-    step::{Step, StepHook},
+    ownership::{Journal, Question, answer, target},
+    step::{Side, Step, StepHook},
     target::TargetSession,
     vm::{Prepared, TargetVm},
     wire::{Agreed, Frame, Hello, Intent, MAX_SEGMENT_BYTES, write_frame},
@@ -46,6 +47,8 @@ pub fn receive<L: Transport, H: TargetHost>(
     clock: &dyn Clock,
 ) -> Result<Received<H::Vm>, ReceiveError> {
     options.steps.reached(Step::HelloGot);
+    // Whoever wrote of a copy in its memory is gone: this process has the journal now.
+    decline_lost_copy(journal)?;
     let counts = Counts::default();
     let admitted = {
         let Incoming { hello, tx, .. } = &mut first;
@@ -59,7 +62,6 @@ pub fn receive<L: Transport, H: TargetHost>(
             return Err(refusal.into());
         }
     };
-    options.steps.reached(Step::Reserved);
     let limits = &options.limits;
     let handoff = first.hello.handoff;
     let audit = first.hello.audit;
@@ -148,7 +150,7 @@ type Admitted<Vm> = (Prepared<Vm>, Agreed, Geometry);
 fn admit<H: TargetHost>(
     hello: &Hello,
     host: &mut H,
-    journal: &Journal,
+    journal: &mut Journal,
     options: &ReceiveOptions,
 ) -> Result<Admitted<H::Vm>, Refusal> {
     options.versions.agree(hello.versions)?;
@@ -157,13 +159,35 @@ fn admit<H: TargetHost>(
     };
     target::admit(journal.record(), hello.handoff).map_err(Refusal::Conflict)?;
     let mut prepared = host.prepare(offer)?;
-    match agree(offer, &mut prepared) {
-        Some(agreed) => Ok((prepared, agreed, offer.geometry)),
-        None => {
+    options.steps.reached(Step::Reserved);
+    let agreed = agree(offer, &mut prepared)
+        .ok_or_else(|| Refusal::Other("what is ready there is not what was offered".into()))
+        .and_then(|agreed| take_note(journal, hello.handoff, options).map(|()| agreed));
+    match agreed {
+        Ok(agreed) => Ok((prepared, agreed, offer.geometry)),
+        Err(refusal) => {
             prepared.vm.discard();
-            Err(Refusal::Other("what is ready there is not what was offered".into()))
+            Err(refusal)
         }
     }
+}
+
+/// Makes durable that the offer was taken. Only then may the source hear so: it may commit early,
+/// and whatever happens here must be answered.
+fn take_note(
+    journal: &mut Journal,
+    offered: Question,
+    options: &ReceiveOptions,
+) -> Result<(), Refusal> {
+    let event = target::Event::Receive { offered, peer: options.peer.clone() };
+    let step = target::step(journal.record(), event).map_err(|e| Refusal::Other(e.to_string()))?;
+    let Some(record) = step.write else {
+        return Err(Refusal::Conflict("the record there forbids it".into()));
+    };
+    let durable = Step::durable(Side::Target, &record);
+    journal.write(record).map_err(|e| Refusal::Other(e.to_string()))?;
+    options.steps.reached(durable);
+    Ok(())
 }
 
 /// What is ready, in the offer's terms; `None` if it is no answer to the offer.
@@ -246,7 +270,7 @@ fn serve<L: Transport, Vm: TargetVm>(
     match hello.intent {
         Intent::Settle => {
             let verdict = answer(arriving.record(), hello.handoff);
-            arriving.session.link_up_to_settle(verdict, now);
+            arriving.session.link_up_to_settle(version, verdict, now);
         }
         Intent::New(_) | Intent::Resume => arriving.session.link_up(version, now),
     }

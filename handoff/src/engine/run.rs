@@ -81,6 +81,8 @@ pub(super) struct Run<'a> {
     /// The VM's own base, and those that the target holds too.
     pub(super) bases: Bases,
     pub(super) handoff: Question,
+    /// Whether the commit does not wait for Prepared.
+    pub(super) early: bool,
     pub(super) round: u32,
     /// What is dirty again before it was sent.
     pub(super) again: Again,
@@ -111,6 +113,7 @@ impl<'a> Run<'a> {
             options,
             bases,
             handoff,
+            early: false,
             round,
             again,
             harvested,
@@ -159,6 +162,18 @@ impl Run<'_> {
             self.options.steps.reached(durable);
         }
         Ok(step.guest)
+    }
+
+    /// Nobody was ever told of the commit: the guest goes on here, once that is durable.
+    pub(super) fn withdraw(&mut self, reason: KeptReason) -> Result<SendOutcome, SendError> {
+        let report = self.report(Outcome::KeptHere, Some(reason.to_string()));
+        if self.record(Event::NeverSaid)? == Guest::Run {
+            let restored = self.guest.restore();
+            restored
+                .map_err(|source| SendError::NotResumed { reason: reason.to_string(), source })?;
+            self.options.steps.reached(Step::RunsOn);
+        }
+        Ok(SendOutcome::KeptHere { reason, report })
     }
 
     /// The target durably declined after the commit: the guest goes on here.

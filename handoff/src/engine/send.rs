@@ -5,7 +5,7 @@ use std::{sync::atomic::AtomicBool, thread, time::Duration};
 use crossbeam_channel::unbounded;
 
 use super::{
-    KeptReason, Limits, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
+    CommitMode, KeptReason, Limits, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
     courier::{Courier, Order},
     meter::Meter,
     pipe::{Pipe, Word},
@@ -89,7 +89,8 @@ pub fn send<C: Connect + Send>(
         let with = Shared { adapter: &adapter, ahead: &status.ahead, stats: worker, clock };
         pipeline.start(scope, &notices, with);
         let session = SourceSession::new(hello, limits.silence, limits.ping_every)
-            .with_buffers(buffers.clone());
+            .with_buffers(buffers.clone())
+            .committing_early(options.commit == CommitMode::Early);
         let mut courier = Courier {
             session,
             connect,
@@ -101,7 +102,6 @@ pub fn send<C: Connect + Send>(
             steps: &options.steps,
             under_way: None,
             clock,
-            committed: false,
             over: false,
             exhausted: false,
             submitted_bytes: 0,
@@ -151,9 +151,11 @@ fn walk(run: &mut Run<'_>) -> Result<Settled, KeptReason> {
     let live = negotiated.live_rounds(changed)?; //        the guest runs; little is left to send
     let paused = live.pause()?; //                         nothing of the guest changes any more
     let sent = paused.last_round()?; //                    everything is on its way, state included
-    let prepared = sent.await_prepared()?; //              the target holds it all, verified
-    let committed = prepared.commit()?; //                 durable: no way back from here
-    Ok(committed.await_verdict())
+    let committed = match sent.run.early {
+        true => sent.commit()?, //                         durable; said behind the last segment
+        false => sent.await_prepared()?.commit()?, //      the target holds it all, verified
+    };
+    Ok(committed.await_verdict()) //                       only its word, or never having said
 }
 
 /// How a committed handoff was settled.
@@ -162,6 +164,8 @@ enum Settled {
     Moved,
     /// The target durably declined.
     Declined(String),
+    /// The target was never told of the commit, and never will be.
+    Withdrawn(KeptReason),
     /// Nobody said.
     InDoubt,
 }
@@ -202,13 +206,19 @@ fn keep(
     reason: KeptReason,
     report: Report,
 ) -> Result<SendOutcome, SendError> {
-    // The record allows the guest to run already, so that it need not wait for the disk.
+    let record = journal.record().ok_or(SendError::NoRecord)?;
+    let mut aborted = source::step(record, Event::Abort)?.write;
+    // A commit that could not be written may be on the disk all the same: a restart would say it.
+    if journal.is_doubtful() {
+        aborted.take().map_or(Ok(()), |record| journal.write(record))?;
+        options.steps.reached(Step::KeptDurable);
+    }
+    // Else the record allows the guest to run already, so that it need not wait for the disk.
     guest
         .restore()
         .map_err(|source| SendError::NotResumed { reason: reason.to_string(), source })?;
     options.steps.reached(Step::RunsOn);
-    let record = journal.record().ok_or(SendError::NoRecord)?;
-    if let Some(record) = source::step(record, Event::Abort)?.write {
+    if let Some(record) = aborted {
         // Not fatal: the record still says that the guest may run here, and asking the target
         // after a crash settles the rest.
         match journal.write(record) {
@@ -226,6 +236,7 @@ fn settle(run: &mut Run<'_>, settled: Settled) -> Result<SendOutcome, SendError>
     let order = match &settled {
         Settled::Moved => Order::Release,
         Settled::Declined(why) => Order::Abort(why.clone()),
+        Settled::Withdrawn(reason) => Order::Abort(reason.to_string()),
         Settled::InDoubt => Order::Leave,
     };
     let handoff = run.handoff.handoff;
@@ -237,6 +248,7 @@ fn settle(run: &mut Run<'_>, settled: Settled) -> Result<SendOutcome, SendError>
             })
         }
         Settled::Declined(why) => run.take_back(why),
+        Settled::Withdrawn(reason) => run.withdraw(reason),
         Settled::InDoubt => {
             let why = Some("the peer did not confirm in time".to_owned());
             Ok(SendOutcome::InDoubt { report: run.report(Outcome::InDoubt, why) })
@@ -256,8 +268,9 @@ impl<'r, 'a> Negotiated<'r, 'a> {
         let Limits { connect, greeting, ready, .. } = run.options.limits;
         let limit = connect + greeting + ready;
         match run.pipe.await_word("the peer's answer", limit)? {
-            (Word::Welcomed(agreed), _) => {
-                run.pipe.meter.welcomed();
+            (Word::Welcomed { agreed, early }, _) => {
+                run.early = early;
+                run.pipe.meter.welcomed(early);
                 run.agree(agreed);
                 Ok(Self(run))
             }
@@ -370,6 +383,11 @@ struct Sent<'r, 'a> {
 }
 
 impl<'r, 'a> Sent<'r, 'a> {
+    /// Commits while the last segments drain. The target took the offer durably: it will answer.
+    fn commit(self) -> Result<Committed<'r, 'a>, KeptReason> {
+        Committed::commit(self.run, Event::CommitEarly { root: self.root })
+    }
+
     fn await_prepared(self) -> Result<Prepared<'r, 'a>, KeptReason> {
         let Self { run, root, full_hash } = self;
         let limit = run.options.limits.prepare;
@@ -398,28 +416,45 @@ impl<'r, 'a> Prepared<'r, 'a> {
     fn commit(self) -> Result<Committed<'r, 'a>, KeptReason> {
         let Self { run, root: ours, theirs } = self;
         let event = Event::Prepared { handoff: run.handoff.handoff, theirs, ours };
+        Committed::commit(run, event)
+    }
+}
+
+/// The epoch is the target's, durably. Only its durable word leads back, or never having told it.
+struct Committed<'r, 'a>(&'r mut Run<'a>);
+
+impl<'r, 'a> Committed<'r, 'a> {
+    fn commit(run: &'r mut Run<'a>, event: Event) -> Result<Self, KeptReason> {
+        // The last moment at which giving up costs nothing.
+        run.pipe.check_cancelled()?;
         run.record(event).map_err(|e| match e {
             SendError::NotHere(e) => KeptReason::Ownership(e),
             SendError::Journal(e) => KeptReason::Journal(e),
             other => KeptReason::Protocol(other.to_string()),
         })?;
         run.pipe.meter.committed();
-        // Should the courier have ended, its last notice says why, and the verdict is in doubt.
+        run.pipe.status.commit.open();
+        // Should the courier have ended, its last notice says why.
         let _ = run.pipe.orders.send(Order::Commit);
-        Ok(Committed(run))
+        Ok(Self(run))
     }
-}
 
-/// The epoch is the target's. No failure leads back; only the target's durable word does.
-struct Committed<'r, 'a>(&'r mut Run<'a>);
-
-impl Committed<'_, '_> {
     fn await_verdict(self) -> Settled {
         let run = self.0;
-        let deadline = run.pipe.clock.now() + run.options.limits.commit;
+        let limits = run.pipe.limits;
+        let verification = if run.early { limits.prepare } else { Duration::ZERO };
         loop {
-            let Some((word, at)) = run.pipe.await_verdict(deadline) else {
-                return Settled::InDoubt;
+            let (word, at) = match run.pipe.await_verdict(limits.commit + verification) {
+                Ok(word) => word,
+                Err(reason) if run.pipe.status.commit.withdraw() => {
+                    return Settled::Withdrawn(reason);
+                }
+                // Said while this side decided to cancel: too late.
+                Err(KeptReason::Cancelled) => continue,
+                Err(reason) => {
+                    tracing::warn!(%reason, "committed, and the peer has not confirmed");
+                    return Settled::InDoubt;
+                }
             };
             match word {
                 Word::Resumed(resumed) => {
@@ -433,8 +468,13 @@ impl Committed<'_, '_> {
                 Word::Declined(why) | Word::Answer(Verdict::Declined { reason: why }) => {
                     return Settled::Declined(why);
                 }
-                // Prepared, or nothing known: Commit is said again on the next link.
-                Word::Answer(_) | Word::Welcomed(_) | Word::Prepared { .. } => {}
+                // It answers from its record alone, and never heard of the commit.
+                Word::Answer(verdict) if run.pipe.status.commit.withdraw() => {
+                    let why = format!("it gave the handoff up meanwhile ({verdict:?})");
+                    return Settled::Withdrawn(KeptReason::PeerAborted(why));
+                }
+                // Not settled there, or nothing known: Commit is said again on the next link.
+                Word::Answer(_) | Word::Welcomed { .. } | Word::Prepared { .. } => {}
             }
         }
     }

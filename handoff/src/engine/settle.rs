@@ -68,8 +68,8 @@ pub fn recover<C: Connect>(
     };
     let asking = Asking { vm_name, limits, clock };
     match &record.state {
-        State::Prepared { .. } => {
-            apply_target(journal, target::Event::Restart)?;
+        State::Receiving { .. } | State::Prepared { .. } => {
+            decline_lost_copy(journal)?;
             read_off(journal)
         }
         State::HandingOff { .. } | State::Committed { .. } => {
@@ -79,6 +79,21 @@ pub fn recover<C: Connect>(
             ask_as_target(journal, &record, asking, connect)
         }
         State::Owner(_) | State::Released { .. } | State::Declined { .. } => read_off(journal),
+    }
+}
+
+/// Declines, durably, what the record says is in the memory of a process that came before this one.
+/// For the process that holds the journal, and no copy: to be called before anything is said or
+/// begun from the record.
+pub fn decline_lost_copy(journal: &mut Journal) -> Result<(), JournalError> {
+    let Some(record) = journal.record().filter(|record| record.is_volatile()) else {
+        return Ok(());
+    };
+    // Of a volatile record a restart is never an error.
+    let step = target::step(Some(record), target::Event::Restart);
+    match step.ok().and_then(|step| step.write) {
+        Some(record) => journal.write(record),
+        None => Ok(()),
     }
 }
 
@@ -130,9 +145,12 @@ fn read_off(journal: &Journal) -> Result<Recovery, SettleError> {
         None => Recovery::NeverHere { reason: "there is no ownership record".into() },
         Some((State::Owner(_) | State::HandingOff { .. }, _)) => Recovery::MayRun,
         Some((State::Released { peer, .. }, _)) => Recovery::Gone { peer: peer.clone() },
-        Some((State::Committed { peer, .. } | State::Prepared { peer, .. }, reason)) => {
-            Recovery::InDoubt { peer: peer.clone(), reason }
-        }
+        Some((
+            State::Committed { peer, .. }
+            | State::Receiving { peer, .. }
+            | State::Prepared { peer, .. },
+            reason,
+        )) => Recovery::InDoubt { peer: peer.clone(), reason },
         Some((State::Declined { reason, .. }, _)) => Recovery::NeverHere { reason: reason.clone() },
     })
 }

@@ -13,6 +13,7 @@ use std::{
 
 use super::{
     ahead::{Ahead, LinkView},
+    commit::CommitGate,
     worker::micros,
 };
 use crate::{
@@ -71,6 +72,8 @@ pub(super) struct LinkStatus {
     pub(super) links: AtomicU64,
     /// What is between the workers and the courier.
     pub(super) ahead: Ahead,
+    /// Whether Commit may be said, and was.
+    pub(super) commit: CommitGate,
     measured: Mutex<Measured>,
 }
 

@@ -26,7 +26,7 @@ pub enum Verdict {
     Released,
     /// A source: it was aborted and will never be committed.
     Aborted,
-    /// A target: prepared, waiting for the word.
+    /// A target: not settled, waiting for the word. The copy is there, or on its way.
     Prepared,
     /// A target: it owns the epoch; the guest runs or has run there.
     Owner,
@@ -59,11 +59,13 @@ pub fn answer(record: Option<&Record>, question: Question) -> Verdict {
             State::Released { .. } if same => Verdict::Released,
             // This side gave the epoch to another handoff than the one asked about.
             State::Committed { .. } | State::Released { .. } => Verdict::Aborted,
-            State::Prepared { .. } if same => Verdict::Prepared,
+            State::Receiving { .. } | State::Prepared { .. } if same => Verdict::Prepared,
             State::Declined { reason, .. } if same => {
                 Verdict::Declined { reason: bounded_text(reason) }
             }
-            State::Prepared { .. } | State::Declined { .. } => Verdict::Unknown,
+            State::Receiving { .. } | State::Prepared { .. } | State::Declined { .. } => {
+                Verdict::Unknown
+            }
         };
     }
     // Only the owner of the epoch right before can have offered the one asked about.

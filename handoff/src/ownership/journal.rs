@@ -17,7 +17,9 @@ use std::{
 use super::Record;
 
 const MAGIC: &[u8; 8] = b"howdahOW";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
+/// The oldest version that is read: it knew no [`State::Receiving`](super::State::Receiving).
+const OLDEST: u16 = 1;
 const HEADER_BYTES: usize = 12;
 const HASH_BYTES: usize = 32;
 /// No record is longer: two bounded texts and a few numbers.
@@ -48,7 +50,10 @@ pub enum JournalError {
         what: &'static str,
     },
     /// A newer program wrote it.
-    #[error("ownership record {path} has format {found}, this program reads {VERSION}: update it")]
+    #[error(
+        "ownership record {path} has format {found}, this program reads {OLDEST} to {VERSION}: \
+         update it"
+    )]
     Version {
         /// The file.
         path: PathBuf,
@@ -62,6 +67,7 @@ pub enum JournalError {
 pub struct Journal {
     path: PathBuf,
     record: Option<Record>,
+    doubtful: bool,
 }
 
 impl Journal {
@@ -73,7 +79,7 @@ impl Journal {
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
             Err(source) => return Err(JournalError::Io { path, doing: "open it", source }),
         };
-        Ok(Self { path, record })
+        Ok(Self { path, record, doubtful: false })
     }
 
     /// The record as it is on disk.
@@ -86,8 +92,14 @@ impl Journal {
         &self.path
     }
 
-    /// Replaces the record durably. After an error either record may be on disk, and this journal
-    /// says what it said before; the caller must act on neither until a later write succeeds.
+    /// Whether a write failed in such a way that the record it was to write may be on disk. Nobody
+    /// may act on what [`Journal::record`] says until a later write succeeds.
+    pub fn is_doubtful(&self) -> bool {
+        self.doubtful
+    }
+
+    /// Replaces the record durably. After an error this journal says what it said before; whether
+    /// that is what the disk has, [`Journal::is_doubtful`] says.
     pub fn write(&mut self, record: Record) -> Result<(), JournalError> {
         let failed = |doing| {
             let path = self.path.clone();
@@ -106,11 +118,14 @@ impl Journal {
             .map_err(failed("create the new one"))?;
         file.write_all(&bytes).map_err(failed("write the new one"))?;
         file.sync_all().map_err(failed("make the new one durable"))?;
+        // From here on, until the directory is on disk too, a crash may find either.
+        self.doubtful = true;
         fs::rename(&temporary, &self.path).map_err(failed("replace it"))?;
         let directory = self.path.parent().filter(|d| !d.as_os_str().is_empty());
         File::open(directory.unwrap_or(Path::new(".")))
             .and_then(|d| d.sync_all())
             .map_err(failed("make its directory durable"))?;
+        self.doubtful = false;
         self.record = Some(record);
         Ok(())
     }
@@ -146,7 +161,7 @@ fn read(path: &Path, file: File) -> Result<Record, JournalError> {
     }
     let (version, rest) = rest.split_first_chunk::<2>().ok_or_else(|| damaged("too short"))?;
     let found = u16::from_le_bytes(*version);
-    if found != VERSION {
+    if !(OLDEST..=VERSION).contains(&found) {
         return Err(JournalError::Version { path: path.to_owned(), found });
     }
     let (length, rest) = rest.split_first_chunk::<2>().ok_or_else(|| damaged("too short"))?;
@@ -215,6 +230,35 @@ mod tests {
         fs::create_dir(path.with_extension("new")).unwrap();
         journal.write(Record::created(VmId([2; 16]))).unwrap_err();
         assert_eq!(journal.record(), Some(&record()));
+        assert!(!journal.is_doubtful(), "the old one was not touched");
+        assert_eq!(Journal::open(&path).unwrap().record(), Some(&record()));
+    }
+
+    /// A rename that fails may have happened on a disk that answers with errors.
+    #[test]
+    fn a_failure_behind_the_point_of_no_return_is_in_doubt_until_a_write_succeeds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("owner");
+        let mut journal = Journal::open(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        journal.write(record()).unwrap_err();
+        assert!(journal.is_doubtful());
+        fs::remove_dir(&path).unwrap();
+        journal.write(record()).unwrap();
+        assert!(!journal.is_doubtful());
+    }
+
+    /// A record as the version before wrote it.
+    #[test]
+    fn the_version_before_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("owner");
+        let mut bytes = encode(&record()).unwrap();
+        bytes[8..10].copy_from_slice(&OLDEST.to_le_bytes());
+        let body = bytes.len() - HASH_BYTES;
+        let hash = blake3::hash(&bytes[..body]);
+        bytes[body..].copy_from_slice(hash.as_bytes());
+        fs::write(&path, &bytes).unwrap();
         assert_eq!(Journal::open(&path).unwrap().record(), Some(&record()));
     }
 }

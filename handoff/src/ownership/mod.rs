@@ -5,10 +5,13 @@
 //! the record to write first (if any), then what to say to the peer, then what to do with the guest.
 //!
 //! ```text
-//! source: Owner ─► HandingOff ─► Committed ─► Released        target: (none) ─► Prepared ─► Owner
-//!           ▲──────────┘ abort       │                                   │          │
-//!           ▲────────────────────────┘ Declined                          └──► Declined ◄┘
+//! source: Owner ─► HandingOff ─► Committed ─► Released      target: (none) ─► Receiving ──► Owner
+//!           ▲──────────┘ abort       │                                         │ └► Prepared ─┘
+//!           ▲────────────────────────┘ Declined, or never said                 └──► Declined
 //! ```
+//!
+//! The source commits either after the target's Prepared, or *early*, right behind the last segment: the
+//! target has durably noted the offer, so it will answer a Commit with the guest or with Declined.
 //!
 //! Only a side whose record is [`State::Owner`] or [`State::HandingOff`] may run the guest. The
 //! record names an *epoch*: it grows by one with each offer, and once more when that came to

@@ -128,6 +128,14 @@ pub enum State {
         /// Why, for a person.
         reason: String,
     },
+    /// An offer was taken and its copy is coming in. From here on the source may commit at any
+    /// moment, so this side owes it an answer, whatever happens: it becomes the owner, or declines.
+    Receiving {
+        /// The handoff.
+        handoff: HandoffId,
+        /// Where it comes from.
+        peer: String,
+    },
 }
 
 /// How an owner came to own.
@@ -168,9 +176,16 @@ impl Record {
             State::HandingOff { handoff, .. }
             | State::Committed { handoff, .. }
             | State::Released { handoff, .. }
+            | State::Receiving { handoff, .. }
             | State::Prepared { handoff, .. }
             | State::Declined { handoff, .. } => Some(*handoff),
         }
+    }
+
+    /// Whether the record means a copy in the memory of the process that wrote it: once that process
+    /// is gone there is nothing left to run.
+    pub fn is_volatile(&self) -> bool {
+        matches!(self.state, State::Receiving { .. } | State::Prepared { .. })
     }
 
     pub(super) fn with(&self, epoch: Epoch, state: State) -> Self {
@@ -196,6 +211,9 @@ impl fmt::Display for Record {
                 write!(f, "epoch {epoch} committed to {peer}, which has not confirmed")
             }
             State::Released { peer, .. } => write!(f, "epoch {epoch} runs at {peer}"),
+            State::Receiving { peer, .. } => {
+                write!(f, "epoch {epoch} coming in from {peer}")
+            }
             State::Prepared { peer, .. } => {
                 write!(f, "epoch {epoch} prepared, waiting for {peer}")
             }

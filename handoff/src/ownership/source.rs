@@ -25,8 +25,16 @@ pub enum Event {
         /// The root this side computed.
         ours: StateRoot,
     },
+    /// Everything is on its way to a target that durably took the offer, and the commit goes with it.
+    CommitEarly {
+        /// The root that the target must find.
+        root: StateRoot,
+    },
     /// Anything failed, or somebody cancelled. Has no effect once committed.
     Abort,
+    /// The same after the commit, by the process that made it and knows for certain that it was
+    /// never said to anybody, and never will be.
+    NeverSaid,
     /// The target durably declined.
     Declined {
         /// The handoff it means.
@@ -124,8 +132,8 @@ fn handing_off(
         Event::Prepared { theirs, ours, .. } if theirs != ours => {
             Err(OwnershipError::RootMismatch { ours, theirs })
         }
-        Event::Prepared { ours, .. } => {
-            let state = State::Committed { handoff: current, peer: peer.into(), root: ours };
+        Event::Prepared { ours: root, .. } | Event::CommitEarly { root } => {
+            let state = State::Committed { handoff: current, peer: peer.into(), root };
             let write = Some(record.with(asked.epoch, state));
             Ok(Step { write, say: Some(Say::Commit(asked)), guest: Guest::Leave })
         }
@@ -137,7 +145,7 @@ fn handing_off(
         Event::Restart => Ok(Step::saying(Say::Ask(asked))),
         Event::Begin { .. } => Err(OwnershipError::NotOwner { why: record.to_string() }),
         Event::Takeover { .. } => Err(OwnershipError::NoTakeover { why: record.to_string() }),
-        Event::Resumed { .. } => Ok(Step::nothing()),
+        Event::Resumed { .. } | Event::NeverSaid => Ok(Step::nothing()),
     }
 }
 
@@ -154,6 +162,7 @@ fn committed(
     };
     match event {
         Event::Declined { handoff } if handoff == asked.handoff => run(Tenure::Settled),
+        Event::NeverSaid => Ok(Step { say: Some(Say::Abort(asked)), ..run(Tenure::Settled)? }),
         Event::Resumed { handoff, epoch } if handoff == asked.handoff && epoch == asked.epoch => {
             Ok(let_go(record, asked, peer, epoch))
         }
@@ -162,7 +171,10 @@ fn committed(
         Event::Answer(Verdict::Declined { .. }) => run(Tenure::Settled),
         Event::Takeover { reason } => run(Tenure::TakenOver { reason: bounded_text(reason) }),
         Event::Begin { .. } => Err(OwnershipError::NotOwner { why: record.to_string() }),
-        Event::Restart | Event::Answer(Verdict::Prepared) | Event::Prepared { .. } => Ok(again),
+        Event::Restart
+        | Event::Answer(Verdict::Prepared)
+        | Event::Prepared { .. }
+        | Event::CommitEarly { .. } => Ok(again),
         Event::Declined { .. }
         | Event::Resumed { .. }
         | Event::Answer(_)

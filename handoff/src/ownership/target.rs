@@ -1,27 +1,37 @@
 //! The target's half: a function from record and event to a [`Step`].
 //!
-//! Before [`Event::Prepare`] the target holds nothing durable: a crash forgets the copy, and the
-//! source goes on. What the record was before (none, or an old one of the same VM) stays.
+//! An offer that is taken is on disk before the source hears of it ([`Event::Receive`]). So whenever
+//! the source commits, also ahead of the verification, there is a side that remembers the offer and
+//! answers: with the guest, or, after a crash that lost the copy, with Declined.
 
 use super::{
-    Guest, OwnershipError, Question, Record, State, Step, Tenure, Verdict, record::bounded_text,
+    Guest, HandoffId, OwnershipError, Question, Record, State, Step, Tenure, Verdict,
+    record::bounded_text,
 };
 use crate::root::StateRoot;
 
 /// What happens to a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Everything is in memory and on disk, durable and verified.
-    Prepare {
+    /// An offer is taken: all that it needs is reserved.
+    Receive {
         /// The handoff and the epoch it gives.
         offered: Question,
         /// Where it comes from.
         peer: String,
+    },
+    /// Everything is in memory and on disk, durable and verified.
+    Prepare {
+        /// The handoff and the epoch it gives.
+        offered: Question,
         /// The root that was verified.
         root: StateRoot,
     },
-    /// The source committed.
+    /// The source committed. Starts a prepared copy; of one that still comes in, or lies in the
+    /// memory of nobody, nothing is known by this alone.
     Commit(Question),
+    /// The source committed, and everything is in memory and on disk, durable and verified.
+    CommitVerified(Question),
     /// The guest runs here now.
     Started,
     /// The guest could not be started, and not one instruction of it ran here. Only the process
@@ -75,7 +85,9 @@ pub fn admit(record: Option<&Record>, offered: Question) -> Result<(), String> {
     match &record.state {
         State::Owner(_) | State::HandingOff { .. } => Err(format!("it runs here: {record}")),
         State::Committed { .. } => Err(format!("it is in doubt here: {record}")),
-        State::Prepared { .. } => Err(format!("a handoff of it is not over: {record}")),
+        State::Receiving { .. } | State::Prepared { .. } => {
+            Err(format!("a handoff of it is not over: {record}"))
+        }
         // Each offer has an epoch of its own, so one that is not newer was seen before.
         State::Released { .. } | State::Declined { .. } if is_newer(record, offered) => Ok(()),
         State::Released { .. } | State::Declined { .. } => {
@@ -93,9 +105,11 @@ fn is_newer(record: &Record, offered: Question) -> bool {
 /// late or not meant for this record changes nothing.
 pub fn step(record: Option<&Record>, event: Event) -> Result<Step<Say>, OwnershipError> {
     match event {
-        Event::Prepare { offered, peer, root } => Ok(prepare(record, offered, peer, root)),
+        Event::Receive { offered, peer } => Ok(receive(record, offered, peer)),
+        Event::Prepare { offered, root } => Ok(prepare(record, offered, root)),
         Event::Decline { offered, reason } => Ok(decline(record, offered, reason)),
-        Event::Commit(offered) => Ok(commit(record, offered)),
+        Event::Commit(offered) => Ok(commit(record, offered, false)),
+        Event::CommitVerified(offered) => Ok(commit(record, offered, true)),
         event => match record {
             None => Ok(Step::nothing()),
             Some(record) => settled(record, event),
@@ -103,29 +117,42 @@ pub fn step(record: Option<&Record>, event: Event) -> Result<Step<Say>, Ownershi
     }
 }
 
-fn prepare(record: Option<&Record>, offered: Question, peer: String, root: StateRoot) -> Step<Say> {
+fn receive(record: Option<&Record>, offered: Question, peer: String) -> Step<Say> {
+    if admit(record, offered).is_err() {
+        return Step::nothing();
+    }
+    let state = State::Receiving { handoff: offered.handoff, peer: bounded_text(peer) };
+    let write = Some(Record { vm: offered.vm, epoch: offered.epoch, state });
+    Step { write, ..Step::nothing() }
+}
+
+fn prepare(record: Option<&Record>, offered: Question, root: StateRoot) -> Step<Say> {
     let said = Some(Say::Prepared(offered, root));
-    match record {
+    match record.filter(|r| is_of(r, offered)) {
         // Said again after a broken link: the word is on disk already.
-        Some(Record { state: State::Prepared { handoff, root: held, .. }, .. })
-            if *handoff == offered.handoff && *held == root =>
-        {
+        Some(Record { state: State::Prepared { root: held, .. }, .. }) if *held == root => {
             Step { say: said, ..Step::nothing() }
         }
-        _ if admit(record, offered).is_err() => Step::nothing(),
-        _ => {
-            let state =
-                State::Prepared { handoff: offered.handoff, peer: bounded_text(peer), root };
-            let write = Some(Record { vm: offered.vm, epoch: offered.epoch, state });
+        Some(record @ Record { state: State::Receiving { handoff, peer }, .. }) => {
+            let state = State::Prepared { handoff: *handoff, peer: peer.clone(), root };
+            let write = Some(record.with(record.epoch, state));
             Step { write, say: said, guest: Guest::Leave }
         }
+        _ => Step::nothing(),
     }
+}
+
+/// Whether the record is about exactly this handoff.
+fn is_of(record: &Record, offered: Question) -> bool {
+    record.vm == offered.vm
+        && record.epoch == offered.epoch
+        && record.handoff() == Some(offered.handoff)
 }
 
 fn decline(record: Option<&Record>, offered: Question, reason: String) -> Step<Say> {
     let refuse = || declined(offered, bounded_text(&reason));
     match record.map(|r| (&r.state, r.handoff() == Some(offered.handoff))) {
-        None | Some((State::Prepared { .. }, true)) => refuse(),
+        None | Some((State::Receiving { .. } | State::Prepared { .. }, true)) => refuse(),
         Some((State::Declined { reason, .. }, true)) => {
             Step::saying(Say::Declined(offered, reason.clone()))
         }
@@ -148,15 +175,17 @@ fn declined(offered: Question, reason: String) -> Step<Say> {
     }
 }
 
-fn commit(record: Option<&Record>, offered: Question) -> Step<Say> {
+fn commit(record: Option<&Record>, offered: Question, verified: bool) -> Step<Say> {
     let Some(record) = record.filter(|r| r.vm == offered.vm) else { return Step::nothing() };
+    let own = |handoff: &HandoffId, peer: &str| {
+        let tenure = Tenure::Unconfirmed { handoff: *handoff, peer: peer.to_owned() };
+        let write = Some(record.with(record.epoch, State::Owner(tenure)));
+        Step { write, say: None, guest: Guest::Run }
+    };
     match &record.state {
-        State::Prepared { handoff, peer, .. }
-            if *handoff == offered.handoff && record.epoch == offered.epoch =>
-        {
-            let tenure = Tenure::Unconfirmed { handoff: *handoff, peer: peer.clone() };
-            let write = Some(record.with(record.epoch, State::Owner(tenure)));
-            Step { write, say: None, guest: Guest::Run }
+        State::Prepared { handoff, peer, .. } if is_of(record, offered) => own(handoff, peer),
+        State::Receiving { handoff, peer } if verified && is_of(record, offered) => {
+            own(handoff, peer)
         }
         State::Declined { handoff, reason } if *handoff == offered.handoff => {
             Step::saying(Say::Declined(offered, reason.clone()))
@@ -171,7 +200,9 @@ fn commit(record: Option<&Record>, offered: Question) -> Step<Say> {
 /// The handoff that this record waits on, as the source knows it.
 pub fn question(record: &Record) -> Option<Question> {
     match &record.state {
-        State::Prepared { handoff, .. } | State::Owner(Tenure::Unconfirmed { handoff, .. }) => {
+        State::Receiving { handoff, .. }
+        | State::Prepared { handoff, .. }
+        | State::Owner(Tenure::Unconfirmed { handoff, .. }) => {
             Some(Question { vm: record.vm, handoff: *handoff, epoch: record.epoch })
         }
         _ => None,
@@ -186,13 +217,15 @@ fn settled(record: &Record, event: Event) -> Result<Step<Say>, OwnershipError> {
             _ => Ok(Step::nothing()),
         };
     };
-    if matches!(record.state, State::Prepared { .. }) {
-        return prepared(record, asked, event);
+    if record.is_volatile() {
+        return undecided(record, asked, event);
     }
     unconfirmed(record, asked, event)
 }
 
-fn prepared(record: &Record, asked: Question, event: Event) -> Result<Step<Say>, OwnershipError> {
+/// The copy comes in, or is there: the source decides.
+fn undecided(record: &Record, asked: Question, event: Event) -> Result<Step<Say>, OwnershipError> {
+    let prepared = matches!(record.state, State::Prepared { .. });
     let give_up = |why: &str| Ok(declined(asked, why.into()));
     match event {
         Event::Aborted(which) if which.handoff == asked.handoff => give_up("the source aborted"),
@@ -200,10 +233,14 @@ fn prepared(record: &Record, asked: Question, event: Event) -> Result<Step<Say>,
         Event::Answer(Verdict::Superseded { epoch }) => {
             give_up(&format!("the VM has moved on to epoch {epoch}"))
         }
-        Event::Answer(Verdict::Committed) => Ok(commit(Some(record), asked)),
-        // The verified copy was in memory only.
+        Event::Answer(Verdict::Committed) => Ok(commit(Some(record), asked, false)),
+        // The copy was in memory only.
         Event::Restart => give_up("the receiver stopped before it was told to run the guest"),
         Event::Silence => Ok(Step::saying(Say::Ask(asked))),
+        // What is on disk is not a whole guest.
+        Event::Takeover { .. } if !prepared => {
+            Err(OwnershipError::NoTakeover { why: record.to_string() })
+        }
         Event::Takeover { reason } => {
             let tenure = Tenure::TakenOver { reason: bounded_text(reason) };
             let write = Some(record.with(record.epoch.next()?, State::Owner(tenure)));

@@ -5,7 +5,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     Frame, HEADER_BYTES, Hello, Intent, MAGIC, MAX_CONTROL_BYTES, MAX_HELLO_BYTES,
-    MAX_SEGMENT_BYTES, Versions, frame::HelloBody,
+    MAX_SEGMENT_BYTES, Prepare, Versions, frame::HelloBody,
 };
 use crate::{
     Offer,
@@ -65,6 +65,7 @@ mod kind {
     pub(super) const RESUMED: u8 = 0x24;
     pub(super) const RELEASED: u8 = 0x25;
     pub(super) const ABORT: u8 = 0x26;
+    pub(super) const PREPARE_EARLY: u8 = 0x27;
     pub(super) const PING: u8 = 0x30;
     pub(super) const PONG: u8 = 0x31;
     pub(super) const QUERY: u8 = 0x32;
@@ -79,7 +80,7 @@ fn limit(kind: u8) -> Result<usize, WireError> {
         kind::WELCOME
         | kind::REFUSE
         | kind::ACK
-        | kind::PREPARE..=kind::ABORT
+        | kind::PREPARE..=kind::PREPARE_EARLY
         | kind::PING..=kind::STATUS => Ok(MAX_CONTROL_BYTES),
         unknown => Err(WireError::UnknownType(unknown)),
     }
@@ -149,6 +150,7 @@ fn encode_body(frame: &Frame, out: &mut Vec<u8>) -> Result<u8, WireError> {
             Ok(kind::SEGMENT)
         }
         Frame::Ack(m) => put(out, name, kind::ACK, m),
+        Frame::Prepare(m) if m.early => put(out, name, kind::PREPARE_EARLY, m),
         Frame::Prepare(m) => put(out, name, kind::PREPARE, m),
         Frame::Prepared { handoff, root, full_hash } => {
             put(out, name, kind::PREPARED, &(handoff, root, full_hash))
@@ -193,6 +195,7 @@ pub fn decode_body(kind: u8, body: &[u8]) -> Result<Frame, WireError> {
         kind::SEGMENT => Frame::Segment(Segment::decode(body)?),
         kind::ACK => Frame::Ack(take("Ack", body)?),
         kind::PREPARE => Frame::Prepare(take("Prepare", body)?),
+        kind::PREPARE_EARLY => Frame::Prepare(Prepare { early: true, ..take("Prepare", body)? }),
         kind::PREPARED => {
             let (handoff, root, full_hash) = take("Prepared", body)?;
             Frame::Prepared { handoff, root, full_hash }

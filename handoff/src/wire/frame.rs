@@ -13,7 +13,9 @@ use crate::{
 /// The oldest protocol version that this program speaks.
 pub const VERSION_MIN: u32 = 3;
 /// The newest protocol version that this program speaks.
-pub const VERSION_MAX: u32 = 3;
+pub const VERSION_MAX: u32 = 4;
+/// Since this version a source may commit right behind the last segment.
+pub const VERSION_EARLY_COMMIT: u32 = 4;
 
 /// A range of protocol versions, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +180,10 @@ pub struct Prepare {
     pub root: StateRoot,
     /// Hash of all RAM and disk, if auditing.
     pub full_hash: Option<[u8; 32]>,
+    /// Whether Commit comes without waiting for Prepared. Said by the frame's type, since
+    /// [`VERSION_EARLY_COMMIT`].
+    #[serde(skip)]
+    pub early: bool,
 }
 
 /// The epoch is the target's.

@@ -11,8 +11,8 @@ mod tests;
 
 pub use decode::{Decoder, WireError, decode_body, encode};
 pub use frame::{
-    Ack, Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_MAX, VERSION_MIN,
-    Versions, Welcome,
+    Ack, Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT, VERSION_MAX,
+    VERSION_MIN, Versions, Welcome,
 };
 pub use io::{FrameReader, FrameWriter, ReadError, write_frame};
 

@@ -33,6 +33,8 @@ fn frames() -> Vec<Frame> {
         let (versions, vm_name) = (Versions::OURS, "vm".into());
         Frame::Hello(Box::new(Hello { versions, handoff, vm_name, intent, audit: true }))
     };
+    let (last_seq, root) = (9, StateRoot([3; 32]));
+    let prepare = Prepare { handoff, last_seq, root, full_hash: None, early: false };
     vec![
         hello(Intent::New(offer)),
         hello(Intent::Resume),
@@ -51,7 +53,8 @@ fn frames() -> Vec<Frame> {
         }),
         Frame::Segment(segment()),
         Frame::Ack(Ack { applied_up_to: u64::MAX }),
-        Frame::Prepare(Prepare { handoff, last_seq: 9, root: StateRoot([3; 32]), full_hash: None }),
+        Frame::Prepare(prepare),
+        Frame::Prepare(Prepare { early: true, ..prepare }),
         Frame::Prepared { handoff, root: StateRoot([3; 32]), full_hash: Some([4; 32]) },
         Frame::Declined { handoff, reason: "no".into() },
         Frame::Commit(Commit { handoff }),
@@ -171,7 +174,7 @@ proptest! {
 
     /// One byte changed in a frame: another valid frame or an error, never a panic.
     #[test]
-    fn one_byte_changed(which in 0usize..19, at in 0usize..600, to: u8) {
+    fn one_byte_changed(which in 0usize..20, at in 0usize..600, to: u8) {
         let mut bytes = bytes_of(&frames()[which]);
         let at = at % bytes.len();
         bytes[at] = to;

@@ -22,11 +22,12 @@ const PERMILLE: u64 = 1200;
 const AFTER_STEP_MS: u64 = 80;
 
 /// Steps of a handoff that goes well. Rounds after the first depend on what the guest does.
-const STEPS: [Step; 30] = [
+const STEPS: [Step; 31] = [
     Step::BegunDurable,
     Step::HelloSent,
     Step::HelloGot,
     Step::Reserved,
+    Step::OfferDurable,
     Step::WelcomeSent,
     Step::WelcomeGot,
     Step::RoundSegment(1),
@@ -55,6 +56,9 @@ const STEPS: [Step; 30] = [
     Step::SettledDurable,
 ];
 
+/// Those of them that there are only where the commit waits for the target.
+const COMMIT_WAITS: [Step; 3] = [Step::PreparedDurable, Step::PreparedSent, Step::PreparedGot];
+
 /// Steps of a handoff that the user gives up.
 const CANCELLED: [Step; 3] = [Step::RunsOn, Step::KeptDurable, Step::AbortSent];
 
@@ -81,7 +85,7 @@ pub(crate) fn cases(choice: &Choice) -> Result<Vec<Case>> {
     }
     cases.extend((1..=choice.random).map(|number| random(choice.seed, number)));
     for case in &mut cases {
-        case.commit.clone_from(&choice.commit);
+        case.commit = case.commit.take().or_else(|| choice.commit.clone());
     }
     for prefix in &choice.only {
         if !cases.iter().any(|case| case.name.starts_with(prefix)) {
@@ -104,7 +108,7 @@ fn at_step(step: Step, cancelled: bool) -> [Case; 3] {
         back_after_ms: BACK_AFTER_MS,
         rate_mbps: if cancelled { SLOW_MBPS } else { RATE_MBPS },
         cancelled,
-        commit: None,
+        commit: COMMIT_WAITS.contains(&step).then(|| "prepared".to_owned()),
     };
     [
         case("kill-source", Hit::KillProcess(Side::A)),
