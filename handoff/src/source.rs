@@ -254,19 +254,20 @@ impl SourceSession {
     /// Says, right behind the last segment, that this was all.
     pub fn prepare(&mut self, root: StateRoot, full_hash: Option<[u8; 32]>) {
         let (handoff, last_seq) = (self.hello.handoff, self.last_submitted);
-        let early = self.is_early();
-        self.say(Word::Prepare(Prepare { handoff, last_seq, root, full_hash, early }));
+        // Whether it is early is known when it is sent.
+        let prepare = Prepare { handoff, last_seq, root, full_hash, early: false };
+        self.say(Word::Prepare(prepare));
     }
 
     /// Whether Commit, if it were said now, would be the next frame on the present link: everything
     /// before it was given to that, and answered unless the commit is early.
     pub fn may_commit(&self) -> bool {
         match self.word {
-            Word::Prepare(prepare) => {
+            Word::Prepare(_) => {
                 self.link == Link::Up
                     && self.word_sent
                     && self.outbox.is_empty()
-                    && (prepare.early || self.prepared)
+                    && (self.is_early() || self.prepared)
             }
             Word::None | Word::Commit(..) | Word::Over => false,
         }
@@ -276,7 +277,7 @@ impl SourceSession {
     /// said, and is said again on each link until it is answered.
     pub fn commit(&mut self) {
         let behind = match self.word {
-            Word::Prepare(prepare) if prepare.early && !self.prepared => Some(prepare),
+            Word::Prepare(prepare) if self.is_early() && !self.prepared => Some(prepare),
             _ => None,
         };
         let prepare_sent = self.word_sent;
@@ -386,10 +387,12 @@ impl SourceSession {
         let frame = match self.word {
             _ if self.word_sent => return None,
             Word::None | Word::Over => return None,
-            Word::Prepare(prepare) => Frame::Prepare(prepare),
+            Word::Prepare(prepare) => {
+                Frame::Prepare(Prepare { early: self.is_early(), ..prepare })
+            }
             Word::Commit(_, Some(prepare)) if !self.prepare_sent => {
                 self.prepare_sent = true;
-                return Some(Outgoing::Frame(Frame::Prepare(prepare)));
+                return Some(Outgoing::Frame(Frame::Prepare(Prepare { early: true, ..prepare })));
             }
             Word::Commit(commit, _) => Frame::Commit(commit),
         };

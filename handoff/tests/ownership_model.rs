@@ -91,6 +91,8 @@ struct World {
     said: u64,
     handoffs: u8,
     stops: u8,
+    /// The target knew nothing of the VM before the copy that it has.
+    fresh: bool,
     /// The guest ran at the target.
     ran_there: bool,
     taken_over: bool,
@@ -145,6 +147,7 @@ impl Model {
             said: 0,
             handoffs: 0,
             stops: 0,
+            fresh: false,
             ran_there: false,
             taken_over: false,
         }
@@ -229,7 +232,10 @@ impl Model {
                     self.say(&mut paused, Message::Prepare(question));
                     out.push(paused);
                 }
-                if !runs && handing {
+                // Once there was a Welcome: the offer is in the target's record, or was.
+                let offered = world.source_record.handoff();
+                let welcomed = world.target_record.as_ref().and_then(Record::handoff) == offered;
+                if !runs && handing && welcomed {
                     self.commits_early(world, out);
                 }
                 // On every new link, and when patience ends.
@@ -526,6 +532,7 @@ impl Model {
                 if world.target == TargetProcess::Empty && target::admit(record, *q).is_ok() {
                     let mut receiving = world.clone();
                     receiving.target = TargetProcess::Receiving(*q);
+                    receiving.fresh = record.is_none();
                     let receive = target::Event::Receive { offered: *q, peer: String::new() };
                     self.target_steps(&receiving, receive, out);
                 }
@@ -559,8 +566,9 @@ impl Model {
             },
             Message::Released(q) => target::Event::Released(*q),
             Message::Abort(q) => {
-                if world.target == TargetProcess::Receiving(*q) {
-                    // The source waits for no answer: a VM that was never here may be forgotten.
+                if world.target == TargetProcess::Receiving(*q) && world.fresh {
+                    // The source waits for no answer: a VM that was never here may be forgotten. Not
+                    // one of which there was a record: that must go on refusing older offers.
                     let mut forgotten = world.clone();
                     forgotten.target = TargetProcess::Empty;
                     forgotten.target_record = None;
@@ -618,23 +626,41 @@ fn target_runs(world: &World) -> bool {
     world.target == TargetProcess::Running
 }
 
-fn check(world: &World) {
-    assert!(!(source_runs(world) && target_runs(world)), "two run the guest: {world:#?}");
+/// What must hold in every state.
+fn check(world: &World) -> Result<(), &'static str> {
+    let must = |holds: bool, else_what| if holds { Ok(()) } else { Err(else_what) };
+    must(!(source_runs(world) && target_runs(world)), "two run the guest")?;
     if source_runs(world) {
-        assert!(world.source_record.may_run(), "runs against its record: {world:#?}");
-        assert!(
-            !world.ran_there || world.taken_over,
-            "runs at the source after it ran at the target: {world:#?}"
-        );
+        must(world.source_record.may_run(), "the source runs it against its record")?;
+        let never_there = !world.ran_there || world.taken_over;
+        must(never_there, "runs at the source after it ran at the target")?;
     }
     if target_runs(world) {
-        let record = world.target_record.as_ref().unwrap();
-        assert!(record.may_run(), "runs against its record: {world:#?}");
-        assert!(
-            !world.source_record.may_run() || world.taken_over,
-            "runs at the target while the source may run it: {world:#?}"
-        );
+        let may = world.target_record.as_ref().is_some_and(Record::may_run);
+        must(may, "the target runs it against its record")?;
+        let alone = !world.source_record.may_run() || world.taken_over;
+        must(alone, "runs at the target while the source may run it")?;
     }
+    Ok(())
+}
+
+/// How a world came about, for whoever has to find out why.
+fn trail(model: &Model, worlds: &[World], before: &[Vec<u32>], end: usize) -> String {
+    let mut path = vec![end];
+    while let Some(&at) = path.last().filter(|at| **at != 0) {
+        path.push(before[at][0] as usize);
+    }
+    let mut said = 0;
+    let lines = path.iter().rev().map(|&at| {
+        let w = &worlds[at];
+        let new = (0..model.messages.len()).filter(|n| (w.said & !said) >> n & 1 == 1);
+        let new: Vec<String> = new.map(|n| format!("{:?}", model.messages[n])).collect();
+        said = w.said;
+        let target = w.target_record.as_ref().map_or("nothing".into(), Record::to_string);
+        let (source, new) = (&w.source_record, new.join(", "));
+        format!("{:?}, {source}; {:?}, {target}; said {new}", w.source, w.target)
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Reaches every state, checks each, and checks that from each a good end can be reached.
@@ -647,7 +673,9 @@ fn explore(rules: Rules) -> usize {
     let mut queue = VecDeque::from([0usize]);
     while let Some(at) = queue.pop_front() {
         let world = worlds[at].clone();
-        check(&world);
+        if let Err(wrong) = check(&world) {
+            panic!("{wrong}:\n{}", trail(&model, &worlds, &before, at));
+        }
         for mut next in model.next(&world) {
             let down = |w: &World| {
                 u8::from(w.source == SourceProcess::Down)
@@ -679,7 +707,8 @@ fn explore(rules: Rules) -> usize {
         }
     }
     if let Some(stuck) = good.iter().position(|good| !good) {
-        panic!("nobody can ever run the guest again: {:#?}", worlds[stuck]);
+        let trail = trail(&model, &worlds, &before, stuck);
+        panic!("nobody can ever run the guest again:\n{trail}");
     }
     let moved = worlds.iter().filter(|w| target_runs(w)).count();
     assert!(moved > 0, "the guest never moves: the model is wrong");
@@ -731,5 +760,5 @@ fn the_model_can_fail() {
     let state = State::Prepared { handoff: question.handoff, peer: String::new(), root: ROOT };
     world.target_record = Some(Record { vm: VM, epoch: question.epoch, state });
     world.target = TargetProcess::Running;
-    assert!(std::panic::catch_unwind(|| check(&world)).is_err());
+    check(&world).unwrap_err();
 }

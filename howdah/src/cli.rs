@@ -12,7 +12,7 @@ use clap::{
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
 
-use handoff::{order::Sequence, policy::Objective, stage::DeltaMode};
+use handoff::{engine::CommitMode, order::Sequence, policy::Objective, stage::DeltaMode};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -70,6 +70,11 @@ pub(crate) enum Command {
     /// The guest runs until the last moment and goes on at the peer. Ctrl-C gives the handoff up as
     /// long as it is not committed; the guest then goes on here.
     Handoff(HandoffArgs),
+    /// Settle with the peers where VMs may run that a crash or a lost link left undecided
+    ///
+    /// Asks the peers of handoffs that were cut short how they ended, and notes it. Nothing is
+    /// started: `howdah vm run` does the same for the one VM that it starts.
+    Recover(RecoverArgs),
     /// Write a running or paused VM to a file, as what differs from its base
     ///
     /// The guest is paused while the file is written and then goes on, unless --stop. `howdah
@@ -379,7 +384,7 @@ pub(crate) struct HandoffArgs {
     #[command(flatten)]
     pub(crate) pipeline: PipelineArgs,
     /// Give up the handoff of this VM that is under way
-    #[arg(long, conflicts_with_all = ["peer", "audit", "objective", "throttle", "order", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share"])]
+    #[arg(long, conflicts_with_all = ["peer", "audit", "objective", "throttle", "order", "commit", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share"])]
     pub(crate) cancel: bool,
 }
 
@@ -399,6 +404,10 @@ pub(crate) struct PaceArgs {
     /// In which order chunks are sent: random or ascending (for measuring what it is worth)
     #[arg(long, default_value_t, value_name = "ORDER")]
     pub(crate) order: Sequence,
+    /// When to commit: early (right behind the last segment) or prepared (when the peer has said
+    /// that it holds everything: a round trip more downtime)
+    #[arg(long, default_value_t, value_name = "WHEN")]
+    pub(crate) commit: CommitMode,
 }
 
 /// How what is sent is made small: for measuring what each means is worth.
@@ -436,6 +445,16 @@ pub(crate) enum Means {
     Known,
     /// Memory that the guest has free is not sent
     Free,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecoverArgs {
+    /// Names of the VMs [default: all that no process has]
+    #[arg(value_name = "VM")]
+    pub(crate) vms: Vec<VmName>,
+    /// Where the peer listens now, if that is not where the VM's record says
+    #[arg(long, value_name = "HOST:PORT", requires = "vms")]
+    pub(crate) peer: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -68,6 +68,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         Command::Receive(args) => receive::listen(args, &home, output, cli.verbose),
         Command::Save(args) => commands::save::run(args, &home, output),
         Command::Restore(args) => commands::restore::run(&args, &home, output, cli.verbose),
+        Command::Recover(args) => commands::recover::run(&args, &home, output),
         Command::Overlay(OverlayCommand::Inspect { file }) => {
             commands::overlay::inspect(&file, output)
         }

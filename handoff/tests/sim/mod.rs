@@ -1,6 +1,8 @@
 //! Two in-memory VMs with faults, for the engine's tests.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod pair;
+
 use std::{
     sync::{
         Arc, Mutex,

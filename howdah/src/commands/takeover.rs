@@ -1,6 +1,9 @@
 //! `howdah vm takeover`: an operator decides what no protocol can.
 
-use handoff::ownership::{Guest, State, source, target};
+use handoff::{
+    engine::{self, Recovery, SettleError},
+    ownership::OwnershipError,
+};
 
 use crate::{
     failure::{Exit, Failure},
@@ -8,31 +11,16 @@ use crate::{
 };
 
 /// Takes the VM, durably. It is not started.
-pub(crate) fn take(dir: &VmDir, reason: String) -> Result<(), Failure> {
+pub(crate) fn take(dir: &VmDir, reason: &str) -> Result<(), Failure> {
     let what = format!("VM {}", dir.name());
     let _lock = dir.lock()?;
-    let mut journal = dir.journal()?;
-    let nothing = |why: String| {
-        Failure::new(
-            Exit::Conflict,
-            &what,
-            why,
-            "only a VM that waits for a peer can be taken over",
-        )
-    };
-    let Some(record) = journal.record() else {
-        return Err(nothing("it has no ownership record".into()));
-    };
-    let taken = match record.state {
-        State::Prepared { .. } | State::Declined { .. } => {
-            target::step(Some(record), target::Event::Takeover { reason })
-                .map(|step| (step.write, step.guest))
+    match engine::takeover(&mut dir.journal()?, reason) {
+        Ok(Recovery::MayRun) => Ok(()),
+        Ok(other) => Err(Failure::plain(Exit::Failed, what, format!("still {other:?}"))),
+        Err(SettleError::Ownership(OwnershipError::NoTakeover { why })) => {
+            let way_out = "only a VM that waits for a peer can be taken over";
+            Err(Failure::new(Exit::Conflict, what, why, way_out))
         }
-        _ => source::step(record, source::Event::Takeover { reason })
-            .map(|step| (step.write, step.guest)),
-    };
-    let (Some(record), Guest::Run) = taken.map_err(|e| nothing(e.to_string()))? else {
-        return Err(nothing("it can be run as it is".into()));
-    };
-    journal.write(record).map_err(|e| Failure::plain(Exit::Failed, what, e))
+        Err(e) => Err(Failure::plain(Exit::Failed, what, e)),
+    }
 }

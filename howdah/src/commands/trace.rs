@@ -217,6 +217,7 @@ fn send_options(args: &PlayArgs) -> SendOptions {
     options.policy = handoff::policy::CutOverPolicy::new(args.pace.objective);
     options.policy.throttle = args.pace.throttle;
     options.order = args.pace.order;
+    options.commit = args.pace.commit;
     options.stages = Encode::from(args.encode.clone()).options();
     options.pipeline.choice = args.pipeline.mode;
     options.pipeline.serial = args.pipeline.serial;

@@ -68,7 +68,7 @@ pub(crate) fn run(
             export(&home.existing(&vm.name)?, &file, home, output)
         }
         VmCommand::Takeover { vm, reason } => {
-            takeover::take(&home.existing(&vm.name)?, reason)?;
+            takeover::take(&home.existing(&vm.name)?, &reason)?;
             say(output, &vm.name, "taken over")
         }
     }
@@ -162,6 +162,7 @@ fn look(dir: &VmDir) -> Seen {
             State::HandingOff { .. } => "interrupted",
             State::Committed { .. } => "in-doubt",
             State::Released { .. } => "handed-off",
+            State::Receiving { .. } => "interrupted",
             State::Prepared { .. } => "prepared",
             State::Declined { .. } => "declined",
         },
@@ -281,13 +282,16 @@ fn remove(dir: &VmDir) -> anyhow::Result<()> {
     let undecided = match dir.record()?.map(|record| (record.to_string(), record.state)) {
         Some((
             text,
-            State::Committed { .. } | State::Prepared { .. } | State::HandingOff { .. },
+            State::Committed { .. }
+            | State::Receiving { .. }
+            | State::Prepared { .. }
+            | State::HandingOff { .. },
         )) => Some(text),
         _ => None,
     };
     if let Some(why) = undecided {
         let way_out = format!(
-            "`howdah vm run {name}` settles it with the peer, `howdah vm takeover {name}` without"
+            "`howdah recover {name}` settles it with the peer, `howdah vm takeover {name}` without"
         );
         return Err(Failure::new(Exit::Conflict, format!("VM {name}"), why, way_out).into());
     }

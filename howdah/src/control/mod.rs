@@ -17,6 +17,7 @@ pub(crate) mod client;
 pub(crate) mod server;
 
 use handoff::{
+    engine::CommitMode,
     order::Sequence,
     policy::Objective,
     stage::{DeltaMode, StageOptions},
@@ -110,11 +111,14 @@ pub(crate) struct Pace {
     /// The order of chunks.
     #[serde(with = "by_name")]
     pub(crate) order: Sequence,
+    /// When the source commits.
+    #[serde(with = "by_name")]
+    pub(crate) commit: CommitMode,
 }
 
 impl From<PaceArgs> for Pace {
-    fn from(PaceArgs { objective, throttle, order }: PaceArgs) -> Self {
-        Self { objective, throttle, order }
+    fn from(PaceArgs { objective, throttle, order, commit }: PaceArgs) -> Self {
+        Self { objective, throttle, order, commit }
     }
 }
 

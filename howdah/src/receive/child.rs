@@ -82,8 +82,11 @@ fn adopt(hello: &str, fd: OwnedFd) -> anyhow::Result<(Incoming<Replayed>, String
 /// Takes the name for the newcomer, or tells the peer who has it.
 fn admit(dir: &VmDir, incoming: Incoming<Replayed>) -> Result<(Incoming<Replayed>, Lock), Failure> {
     let lock = dir.lock().and_then(|lock| {
-        let record = dir.record()?;
-        match record.and_then(|record| conflict(&record, &incoming)) {
+        let mut journal = dir.journal()?;
+        // Of a process that is gone: its source has been told, or is when it asks.
+        engine::decline_lost_copy(&mut journal)
+            .map_err(|e| Failure::plain(Exit::Failed, format!("VM {}", dir.name()), e))?;
+        match journal.record().and_then(|record| conflict(record, &incoming)) {
             Some(why) => Err(Failure::new(
                 Exit::Conflict,
                 format!("VM {}", dir.name()),

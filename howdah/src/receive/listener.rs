@@ -20,7 +20,6 @@ use crossbeam_channel::Sender;
 use handoff::{
     Refusal,
     engine::{Incoming, Limits, accept},
-    ownership::{State, target},
     tcp::MonotonicClock,
 };
 
@@ -229,13 +228,6 @@ impl Listener {
         // With the lock, so that no process starts between reading the record and answering.
         let _lock = dir.lock()?;
         let mut journal = dir.journal()?;
-        if matches!(journal.record().map(|r| &r.state), Some(State::Prepared { .. })) {
-            // The copy was in the memory of a process that is gone: say so, durably, then aloud.
-            let step = target::step(journal.record(), target::Event::Restart)?;
-            if let Some(record) = step.write {
-                journal.write(record)?;
-            }
-        }
         Ok(incoming.settle(&mut journal, &Limits::default(), &MonotonicClock::default())?)
     }
 }

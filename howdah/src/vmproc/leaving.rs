@@ -99,7 +99,8 @@ impl KvmMachine {
             options.contents = self.contents.clone();
             options.known = visit::known(&self.dir, self.base.id(), self.source.geometry());
         }
-        let Pace { objective, throttle, order } = request.pace;
+        let Pace { objective, throttle, order, commit } = request.pace;
+        options.commit = commit;
         options.policy = CutOverPolicy { throttle, ..CutOverPolicy::new(objective) };
         options.order = order;
         Ok(options)

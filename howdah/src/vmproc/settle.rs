@@ -1,7 +1,7 @@
 //! Whether a VM may be started from its directory, asked of the peer where only it knows.
 
 use handoff::{
-    engine::{Limits, Recovery, recover},
+    engine::{self, Limits, Recovery},
     ownership::{Journal, State, Tenure},
     tcp::{MonotonicClock, TcpConnect},
 };
@@ -16,46 +16,14 @@ use crate::{
 pub(crate) fn settle(dir: &VmDir, journal: &mut Journal) -> Result<(), Failure> {
     let name = dir.name();
     let what = format!("VM {name}");
-    let Some(record) = journal.record() else {
-        return Err(Failure::new(
-            Exit::Corrupt,
-            what,
-            "it has no ownership record",
-            format!("`howdah vm rm {name}`, then create it again"),
-        ));
-    };
-    let peer = match &record.state {
-        State::Owner(Tenure::Settled | Tenure::TakenOver { .. }) => return Ok(()),
-        State::Owner(Tenure::Unconfirmed { peer, .. })
-        | State::HandingOff { peer, .. }
-        | State::Committed { peer, .. }
-        | State::Released { peer, .. }
-        | State::Prepared { peer, .. } => peer.clone(),
-        State::Declined { .. } => String::new(),
-    };
-    let before = record.to_string();
-    let mut connect = TcpConnect::new(peer);
-    let recovery = recover(
-        journal,
-        name.as_ref(),
-        Some(&mut connect),
-        &Limits::default(),
-        &MonotonicClock::default(),
-    )
-    .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
-    match recovery {
-        Recovery::MayRun => {
-            tracing::warn!("settled: it may run here (the record said: {before})");
-            Ok(())
-        }
+    match recover(dir, journal, None)? {
+        Recovery::MayRun => Ok(()),
         Recovery::Gone { peer } => {
-            dir.remove_disk()?;
             let why = format!("it was handed off and runs at {peer}");
             let way_out = format!("use it there, or `howdah vm rm {name}` to reuse the name");
             Err(Failure::new(Exit::Conflict, what, why, way_out))
         }
         Recovery::NeverHere { reason } => {
-            dir.remove_disk()?;
             let why = format!("it never ran here: {reason}");
             let way_out = format!("its source has it; `howdah vm rm {name}` to reuse the name");
             Err(Failure::new(Exit::Conflict, what, why, way_out))
@@ -68,4 +36,50 @@ pub(crate) fn settle(dir: &VmDir, journal: &mut Journal) -> Result<(), Failure> 
             Err(Failure::new(Exit::InDoubt, what, why, way_out))
         }
     }
+}
+
+/// Settles who owns the VM, asking the peer where only it knows: where the record says, or at `peer`.
+/// The disk of one that turns out to be elsewhere is removed. The VM's lock must be held.
+pub(crate) fn recover(
+    dir: &VmDir,
+    journal: &mut Journal,
+    peer: Option<&str>,
+) -> Result<Recovery, Failure> {
+    let name = dir.name();
+    let what = format!("VM {name}");
+    let Some(record) = journal.record().cloned() else {
+        return Err(Failure::new(
+            Exit::Corrupt,
+            what,
+            "it has no ownership record",
+            format!("`howdah vm rm {name}`, then create it again"),
+        ));
+    };
+    let recorded = match &record.state {
+        State::Owner(Tenure::Unconfirmed { peer, .. })
+        | State::HandingOff { peer, .. }
+        | State::Committed { peer, .. } => peer.as_str(),
+        // Decided by the record alone.
+        State::Owner(_)
+        | State::Released { .. }
+        | State::Receiving { .. }
+        | State::Prepared { .. }
+        | State::Declined { .. } => "",
+    };
+    let mut connect = TcpConnect::new(peer.unwrap_or(recorded));
+    let limits = Limits::default();
+    let clock = MonotonicClock::default();
+    let recovery = engine::recover(journal, name.as_ref(), Some(&mut connect), &limits, &clock)
+        .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
+    let changed = journal.record() != Some(&record);
+    if changed {
+        tracing::warn!("settled: {recovery:?} (the record said: {record})");
+    }
+    match recovery {
+        Recovery::NeverHere { .. } => dir.remove_disk()?,
+        // Of what was released before, a visit may be kept.
+        Recovery::Gone { .. } if changed => dir.remove_disk()?,
+        _ => {}
+    }
+    Ok(recovery)
 }
