@@ -57,7 +57,7 @@ pub(crate) fn swallow<L: Transport>(link: L, options: &ReceiveOptions) -> anyhow
                 }
                 TargetEvent::Commit => session.resumed(Resumed::untimed(hello.handoff)),
                 TargetEvent::Aborted(_) | TargetEvent::Released => return Ok(()),
-                TargetEvent::Answer(_) => {}
+                TargetEvent::CommitLost | TargetEvent::Answer(_) => {}
             }
         }
         if !session.tick(clock.now()) {

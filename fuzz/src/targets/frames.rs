@@ -81,6 +81,8 @@ pub(super) fn one_of_each() -> Vec<Frame> {
     let agreed = Agreed { bases: 1, known: None };
     let welcome = Welcome { version: VERSION_MAX, applied_up_to: 0, window_bytes: 1 << 20, agreed };
     let what = "disk".into();
+    let (last_seq, full_hash) = (9, Some([4; 32]));
+    let prepare = Prepare { handoff, last_seq, root, full_hash, early: false };
     vec![
         hello(Intent::New(offer())),
         hello(Intent::Resume),
@@ -91,7 +93,8 @@ pub(super) fn one_of_each() -> Vec<Frame> {
         Frame::Refuse(Refusal::Other("no".into())),
         Frame::Segment(segment),
         Frame::Ack(Ack { applied_up_to: 300 }),
-        Frame::Prepare(Prepare { handoff, last_seq: 9, root, full_hash: Some([4; 32]) }),
+        Frame::Prepare(prepare),
+        Frame::Prepare(Prepare { early: true, ..prepare }),
         Frame::Prepared { handoff, root, full_hash: None },
         Frame::Declined { handoff, reason: "no".into() },
         Frame::Commit(Commit { handoff }),

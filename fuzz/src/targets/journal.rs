@@ -65,6 +65,7 @@ fn records() -> Vec<Record> {
         State::Released { handoff, peer: peer() },
         State::Prepared { handoff, peer: peer(), root },
         State::Declined { handoff, reason: "no".into() },
+        State::Receiving { handoff, peer: peer() },
     ];
     let of = |state| Record { vm: VmId([1; 16]), epoch: Epoch(1), state };
     states.into_iter().map(of).collect()

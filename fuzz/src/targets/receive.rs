@@ -124,6 +124,7 @@ fn record_before(number: u8) -> Option<Record> {
         4 => (9, State::Released { handoff, peer }),
         5 => (1, State::Owner(Tenure::Settled)),
         6 => (2, State::Prepared { handoff, peer, root: StateRoot([3; 32]) }),
+        7 => (2, State::Receiving { handoff, peer }),
         _ => return None,
     };
     Some(Record { vm: QUESTION.vm, epoch: Epoch(epoch), state })
@@ -201,7 +202,8 @@ fn prepare(flags: u8, sealer: &Sealer, model: &mut Model, audit: bool) -> Frame 
     if flags & 4 != 0 {
         full_hash = Some([4; 32]);
     }
-    Frame::Prepare(Prepare { handoff: QUESTION, last_seq, root, full_hash })
+    let early = flags & 8 != 0;
+    Frame::Prepare(Prepare { handoff: QUESTION, last_seq, root, full_hash, early })
 }
 
 fn seeds() -> Vec<Vec<u8>> {
@@ -226,10 +228,14 @@ fn seeds() -> Vec<Vec<u8>> {
         sent(0).u8(op::ABORT),
         sent(0).u8(op::PREPARE).u8(1),
         sent(0).u8(op::COMMIT),
+        // A commit that does not wait, over one link and two, and one that comes too late.
+        sent(0).u8(op::PREPARE).u8(8).u8(op::COMMIT).u8(op::RELEASED),
+        cut(sent(0).u8(op::PREPARE).u8(8).u8(op::COMMIT), 0, 3).u8(op::COMMIT).u8(op::RELEASED),
+        cut(sent(0), 1, 9).u8(op::COMMIT),
     ];
     // What can fail here: loading the state, starting, the disk, the record, the offer.
     seeds.extend((1..6).map(|fault| moved(1 << fault)));
-    let before = (1..7).map(|number| {
+    let before = (1..8).map(|number| {
         let mut bytes = moved(0).finish();
         bytes[1] = number;
         Program::new().bytes(&bytes)
