@@ -13,7 +13,7 @@ use super::{
 use crate::{
     Clock, Geometry, StateTable,
     ownership::{
-        Guest, Journal, Question, Record, Step, Verdict,
+        Guest, Journal, Question, Record, State, Step, Verdict,
         target::{self, Event, Say},
     },
     root::StateRoot,
@@ -68,6 +68,8 @@ pub(super) struct Arriving<'a, Vm> {
     /// The source committed early; what it sent is not verified yet.
     committed: bool,
     journal: &'a mut Journal,
+    /// There was no record of this VM before its offer.
+    fresh: bool,
     handoff: Question,
     options: &'a ReceiveOptions,
     audit: bool,
@@ -109,6 +111,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             verified: None,
             committed: false,
             journal,
+            fresh: false,
             handoff,
             options,
             audit,
@@ -118,6 +121,11 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             since: clock.now(),
             settled: None,
         }
+    }
+
+    /// The same, of a VM of which there was no record before its offer.
+    pub(super) fn fresh(self, fresh: bool) -> Self {
+        Self { fresh, ..self }
     }
 
     pub(super) fn handoff(&self) -> Question {
@@ -381,6 +389,11 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     fn aborted(&mut self, why: String) {
         if self.running {
             return;
+        }
+        // A VM that was never here leaves nothing.
+        let receiving = self.record().is_some_and(|r| matches!(r.state, State::Receiving { .. }));
+        if self.fresh && receiving && self.journal.forget().is_ok() {
+            return self.settle(Settled::Failed(ReceiveError::Aborted(why)));
         }
         if let Err(e) = self.step(Event::Aborted(self.handoff)) {
             tracing::warn!(error = e, "the ownership record could not be written");

@@ -49,6 +49,7 @@ pub fn receive<L: Transport, H: TargetHost>(
     options.steps.reached(Step::HelloGot);
     // Whoever wrote of a copy in its memory is gone: this process has the journal now.
     decline_lost_copy(journal)?;
+    let fresh = journal.record().is_none();
     let counts = Counts::default();
     let admitted = {
         let Incoming { hello, tx, .. } = &mut first;
@@ -74,7 +75,8 @@ pub fn receive<L: Transport, H: TargetHost>(
     );
     std::thread::scope(|scope| {
         let mut arriving =
-            Arriving::new(scope, prepared, geometry, session, journal, options, audit, clock);
+            Arriving::new(scope, prepared, geometry, session, journal, options, audit, clock)
+                .fresh(fresh);
         serve_links(first, &mut arriving, relinks, options, clock, &counts);
         arriving.finish(&counts)
     })

@@ -98,6 +98,31 @@ impl Journal {
         self.doubtful
     }
 
+    /// Removes the record durably. Only of a VM of which there was none before the offer that was
+    /// given up: any other record must go on refusing older offers.
+    pub fn forget(&mut self) -> Result<(), JournalError> {
+        let failed = |doing| {
+            let path = self.path.clone();
+            move |source| JournalError::Io { path, doing, source }
+        };
+        self.doubtful = true;
+        fs::remove_file(&self.path).map_err(failed("remove it"))?;
+        self.sync_directory()?;
+        self.doubtful = false;
+        self.record = None;
+        Ok(())
+    }
+
+    fn sync_directory(&self) -> Result<(), JournalError> {
+        let directory = self.path.parent().filter(|d| !d.as_os_str().is_empty());
+        let synced = File::open(directory.unwrap_or(Path::new("."))).and_then(|d| d.sync_all());
+        synced.map_err(|source| JournalError::Io {
+            path: self.path.clone(),
+            doing: "make its directory durable",
+            source,
+        })
+    }
+
     /// Replaces the record durably. After an error this journal says what it said before; whether
     /// that is what the disk has, [`Journal::is_doubtful`] says.
     pub fn write(&mut self, record: Record) -> Result<(), JournalError> {
@@ -121,10 +146,7 @@ impl Journal {
         // From here on, until the directory is on disk too, a crash may find either.
         self.doubtful = true;
         fs::rename(&temporary, &self.path).map_err(failed("replace it"))?;
-        let directory = self.path.parent().filter(|d| !d.as_os_str().is_empty());
-        File::open(directory.unwrap_or(Path::new(".")))
-            .and_then(|d| d.sync_all())
-            .map_err(failed("make its directory durable"))?;
+        self.sync_directory()?;
         self.doubtful = false;
         self.record = Some(record);
         Ok(())
@@ -198,6 +220,9 @@ mod tests {
         journal.write(Record::created(VmId([1; 16]))).unwrap();
         journal.write(record()).unwrap();
         assert_eq!(Journal::open(&path).unwrap().record(), Some(&record()));
+        journal.forget().unwrap();
+        assert_eq!(journal.record(), None);
+        assert_eq!(Journal::open(&path).unwrap().record(), None);
     }
 
     /// Every single damaged bit and every truncation is an error, never another record.
