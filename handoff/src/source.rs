@@ -16,8 +16,7 @@ use crate::{
     root::StateRoot,
     stage::{Buffers, Segment},
     wire::{
-        Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT, Versions,
-        Welcome,
+        Agreed, Commit, Frame, Hello, Intent, Prepare, VERSION_EARLY_COMMIT, Versions, Welcome,
     },
 };
 

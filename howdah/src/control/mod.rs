@@ -350,6 +350,7 @@ mod tests {
                     objective: Objective::Deadline(Duration::from_secs(9)),
                     throttle: true,
                     order: Sequence::Ascending,
+                    commit: CommitMode::Prepared,
                 },
                 keep_mib: 7,
                 encode: Encode { without: vec![Means::BaseDisk], delta: DeltaMode::None },
