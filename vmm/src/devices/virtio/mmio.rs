@@ -211,7 +211,8 @@ impl VirtioMmio {
         self.shared.interrupt.set_status(state.interrupt_status & 3);
         self.shared.config.set_generation(state.config_generation);
         // A device that waits for its reset has no use for its queues, and they may be beyond use.
-        if state.status & DRIVER_OK != 0 && !broken {
+        // Nor has one that its driver gave up: its queues may never have been of any use.
+        if state.status & (DRIVER_OK | FAILED) == DRIVER_OK && !broken {
             self.activate(&registers).inspect_err(|_| self.reset(&mut registers))?;
         }
         Ok(())

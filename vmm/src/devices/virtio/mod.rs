@@ -18,6 +18,8 @@ pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod device;
+#[cfg(test)]
+mod hostile;
 pub mod interrupt;
 pub mod mmio;
 pub mod net;

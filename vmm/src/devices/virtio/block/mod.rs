@@ -16,7 +16,7 @@ mod plan;
 mod request;
 mod ring;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::VecDeque,

@@ -78,6 +78,13 @@ fn open(overlay: Overlay) -> (Arc<Overlay>, Block) {
     (overlay, block)
 }
 
+/// An unwritten disk, gone with the directory.
+pub(crate) fn fresh() -> (TempDir, Arc<Overlay>) {
+    let dir = TempDir::new().unwrap();
+    let overlay = Arc::new(Overlay::create(dir.path(), base()).unwrap());
+    (dir, overlay)
+}
+
 fn disk(features: u64) -> Disk {
     let dir = TempDir::new().unwrap();
     let (overlay, block) = open(Overlay::create(dir.path(), base()).unwrap());

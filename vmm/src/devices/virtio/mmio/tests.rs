@@ -192,6 +192,27 @@ fn an_unacknowledged_interrupt_is_raised_again_after_a_move() {
     assert_eq!(moved.wait_interrupt(), VIRTIO_MMIO_INT_VRING);
 }
 
+/// A driver that said that it had given up, and then that it was ready, had no live queues here and
+/// was given some where it went, if they could be used at all: a guest with such a device could not be moved.
+#[test]
+fn a_device_that_was_given_up_is_moved_without_its_queues() {
+    let driver = rng();
+    assert!(driver.negotiate(VERSION_1));
+    driver.write32(VIRTIO_MMIO_QUEUE_SEL, 0);
+    driver.write32(VIRTIO_MMIO_QUEUE_USED_HIGH, 0xffff);
+    driver.write32(VIRTIO_MMIO_QUEUE_READY, 1);
+    driver.write32(VIRTIO_MMIO_STATUS, FAILED);
+    driver.write32(VIRTIO_MMIO_STATUS, 15);
+    assert_eq!(driver.status(), 15 | FAILED);
+    let (mut moved, _) = driver.hand_off(Box::new(Rng::new()));
+    assert_eq!(moved.status(), 15 | FAILED);
+    moved.reset();
+    moved.start(0);
+    moved.offer(0, &[], &[(DATA, 16)]);
+    moved.kick(0);
+    moved.wait_used(0);
+}
+
 #[test]
 fn saving_needs_a_pause() {
     let driver = rng();
