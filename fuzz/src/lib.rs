@@ -24,6 +24,7 @@ pub mod mutate;
 pub mod peer;
 pub mod scratch;
 pub mod targets;
+pub mod told;
 pub mod world;
 
 pub use input::{Input, Program};
@@ -32,5 +33,5 @@ pub use targets::{TARGETS, Target};
 /// Runs the target with this name once: what a libFuzzer program is made of.
 pub fn run(name: &str, data: &[u8]) {
     let target = targets::find(name).expect("a target of this name");
-    (target.run)(data);
+    let _taken = (target.run)(data);
 }

@@ -7,9 +7,10 @@ use std::{
     io::{self, Read, Write},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use crossbeam_channel::Sender;
@@ -35,6 +36,42 @@ mod fault {
     pub(super) const OFFER: u8 = 1 << 5;
 }
 
+/// Frames that a source waits for, by their numbers.
+pub mod said {
+    /// Welcome.
+    pub const WELCOME: u8 = 0;
+    /// Ack.
+    pub const ACK: u8 = 1;
+    /// Prepared.
+    pub const PREPARED: u8 = 2;
+    /// Resumed.
+    pub const RESUMED: u8 = 3;
+    /// Declined.
+    pub const DECLINED: u8 = 4;
+}
+
+/// How long the source waits for a frame before it goes on all the same.
+const PATIENCE: Duration = Duration::from_millis(40);
+
+/// What the source says on a link.
+#[derive(Debug, Default)]
+pub struct Script(VecDeque<(Option<u8>, Vec<u8>)>);
+
+impl Script {
+    /// Bytes come next.
+    pub fn say(&mut self, bytes: &[u8]) {
+        match self.0.back_mut() {
+            Some((_, last)) => last.extend_from_slice(bytes),
+            None => self.0.push_back((None, bytes.to_vec())),
+        }
+    }
+
+    /// What comes next comes behind this kind of frame from the target.
+    pub fn wait(&mut self, kind: u8) {
+        self.0.push_back((Some(kind), Vec::new()));
+    }
+}
+
 /// What happened at the target, and where its record is.
 #[derive(Debug)]
 pub struct Watch {
@@ -42,13 +79,17 @@ pub struct Watch {
     faults: u8,
     started: AtomicU32,
     durable: AtomicBool,
+    /// Kinds of frames that were said, by [`Watch::bit`].
+    said: Mutex<u8>,
+    moved: Condvar,
 }
 
 impl Watch {
     /// Nothing happened; `faults` say what will fail.
     pub fn new(journal: PathBuf, faults: u8) -> Self {
         let (started, durable) = (AtomicU32::new(0), AtomicBool::new(false));
-        Self { journal, faults, started, durable }
+        let (said, moved) = (Mutex::new(0), Condvar::new());
+        Self { journal, faults, started, durable, said, moved }
     }
 
     /// How often the guest was started.
@@ -71,6 +112,29 @@ impl Watch {
         let record = self.record()?;
         let ours = record.handoff() == Some(QUESTION.handoff) && record.epoch == QUESTION.epoch;
         ours.then_some(record.state)
+    }
+
+    /// The kinds of frames that a source waits for.
+    fn bit(frame: &Frame) -> u8 {
+        match frame {
+            Frame::Welcome(_) => 1 << said::WELCOME,
+            Frame::Ack(_) => 1 << said::ACK,
+            Frame::Prepared { .. } => 1 << said::PREPARED,
+            Frame::Resumed(_) => 1 << said::RESUMED,
+            Frame::Declined { .. } => 1 << said::DECLINED,
+            _ => 0,
+        }
+    }
+
+    fn note(&self, frame: &Frame) {
+        *self.said.lock().unwrap_or_else(PoisonError::into_inner) |= Self::bit(frame);
+        self.moved.notify_all();
+    }
+
+    /// Waits a little for a kind of frame.
+    fn wait_for(&self, kind: u8) {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.moved.wait_timeout_while(said, PATIENCE, |said| *said >> (kind % 8) & 1 == 0);
     }
 
     /// What is said must be on disk.
@@ -112,20 +176,20 @@ impl Watch {
 
 /// One link; when all that was said on it is read, the source makes the next one.
 pub struct Link {
-    said: Vec<u8>,
+    said: Script,
     watch: Arc<Watch>,
     relink: Sender<Incoming<Link>>,
-    later: VecDeque<Vec<u8>>,
+    later: VecDeque<Script>,
     limits: Limits,
 }
 
 impl Link {
     /// A link on which `said` is said, and behind it those on which `later` is.
     pub fn new(
-        said: Vec<u8>,
+        said: Script,
         watch: Arc<Watch>,
         relink: Sender<Incoming<Link>>,
-        later: VecDeque<Vec<u8>>,
+        later: VecDeque<Script>,
         limits: Limits,
     ) -> Self {
         Self { said, watch, relink, later, limits }
@@ -156,11 +220,19 @@ impl Transport for Link {
 
 impl Read for Rx {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let taken = (&self.link.said[self.at..]).read(into)?;
-        self.at += taken;
-        if taken == 0
-            && let Some(said) = self.link.later.pop_front()
-        {
+        while let Some((wait, bytes)) = self.link.said.0.front_mut() {
+            if let Some(kind) = wait.take() {
+                self.link.watch.wait_for(kind);
+            }
+            let taken = (&bytes[self.at..]).read(into)?;
+            self.at += taken;
+            if taken > 0 {
+                return Ok(taken);
+            }
+            self.link.said.0.pop_front();
+            self.at = 0;
+        }
+        if let Some(said) = self.link.later.pop_front() {
             let Link { watch, relink, later, limits, .. } = &mut self.link;
             let (watch, later) = (Arc::clone(watch), std::mem::take(later));
             let next = Link::new(said, watch, relink.clone(), later, limits.clone());
@@ -169,7 +241,7 @@ impl Read for Rx {
                 let _ = relink.send(next);
             }
         }
-        Ok(taken)
+        Ok(0)
     }
 }
 
@@ -178,6 +250,7 @@ impl Write for Tx {
         self.decoder.feed(bytes);
         while let Some(frame) = self.decoder.next_frame().expect("the target says frames") {
             self.watch.check(&frame);
+            self.watch.note(&frame);
         }
         Ok(bytes.len())
     }

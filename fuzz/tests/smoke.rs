@@ -41,15 +41,16 @@ fn committed(target: &Target) -> Vec<Vec<u8>> {
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
 }
 
-fn try_one(target: &Target, input: &[u8]) {
+fn try_one(target: &Target, input: &[u8]) -> bool {
     let key = |(name, _): &(&str, Vec<u8>)| *name == target.name;
     {
         let mut tried = TRIED.lock().unwrap();
         tried.retain(|entry| !key(entry));
         tried.push((target.name, input.to_vec()));
     }
-    (target.run)(input);
+    let taken = (target.run)(input);
     TRIED.lock().unwrap().retain(|entry| !key(entry));
+    taken
 }
 
 fn number(name: &str) -> Option<u64> {
@@ -60,20 +61,21 @@ fn smoke(target: &Target, patience: Duration, seed: u64) {
     let mut seeds = (target.seeds)();
     assert!(!seeds.is_empty(), "{} has seeds", target.name);
     seeds.extend(committed(target));
-    for seed in &seeds {
+    for (number, seed) in seeds.iter().enumerate() {
         assert!(seed.len() <= target.max_len, "a seed of {} is too long", target.name);
-        try_one(target, seed);
+        let taken = try_one(target, seed);
+        assert!(taken || number > 0, "the first seed of {} is sound", target.name);
     }
     let mut rng = SmallRng::seed_from_u64(seed);
-    let (begun, mut runs) = (Instant::now(), 0);
+    let (begun, mut runs, mut taken) = (Instant::now(), 0, 0);
     while begun.elapsed() < patience {
         let [one, other] = [(); 2].map(|()| &seeds[rng.random_range(0..seeds.len())]);
         let mut input = one.clone();
         mutate(&mut rng, &mut input, other, target.max_len);
-        try_one(target, &input);
+        taken += u32::from(try_one(target, &input));
         runs += 1;
     }
-    println!("{}: {} seeds, {runs} mutations", target.name, seeds.len());
+    println!("{}: {} seeds, {runs} mutations, {taken} taken", target.name, seeds.len());
 }
 
 #[test]

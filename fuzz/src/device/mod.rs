@@ -57,8 +57,9 @@ pub mod op {
 /// So many ops at most: a run stays short.
 const MOST_OPS: usize = 200;
 
-/// Runs a program on a device with this backend, then checks all that must hold.
-pub fn run<B: Backend>(data: &[u8]) {
+/// Runs a program on a device with this backend, then checks all that must hold. Says whether the
+/// device was in use at its end.
+pub fn run<B: Backend>(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let mut rig = Rig::<B>::new(input.u8() & 1 != 0);
     for _ in 0..MOST_OPS {
@@ -67,7 +68,7 @@ pub fn run<B: Backend>(data: &[u8]) {
         }
         step(&mut rig, &mut input);
     }
-    rig.finish();
+    rig.finish()
 }
 
 fn step<B: Backend>(rig: &mut Rig<B>, input: &mut Input<'_>) {

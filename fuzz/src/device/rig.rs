@@ -302,8 +302,9 @@ impl<B: Backend> Rig<B> {
         }
     }
 
-    /// Checks all that must hold.
-    pub fn finish(mut self) {
+    /// Checks all that must hold; says whether the device was in use until then.
+    pub fn finish(mut self) -> bool {
+        let in_use = self.get(VIRTIO_MMIO_STATUS) == ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
         self.hand_off();
         self.device.pause().expect("a device can be paused");
         self.backend.check();
@@ -311,6 +312,7 @@ impl<B: Backend> Rig<B> {
         self.device.resume().expect("and goes on");
         self.reset();
         B::works(&mut self);
+        in_use
     }
 
     /// Every page that is not as the driver wrote it is marked.

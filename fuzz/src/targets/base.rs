@@ -22,7 +22,7 @@ pub(super) const TARGET: Target =
 const CHECKED_BYTES: usize = 24 + 3 * 32 + 32 + 8;
 const ENTRY_BYTES: usize = 40;
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let (which, length, how) = (input.u8(), input.u16(), input.u8());
     let index = sealed(input.rest(), how);
@@ -37,7 +37,7 @@ fn run(data: &[u8]) {
         }
         fs::write(dir.join(name), content).expect("a file of the base");
     }
-    let Ok(base) = Base::open(&dir) else { return };
+    let Ok(base) = Base::open(&dir) else { return false };
     let mut hashes: Vec<ChunkHash> = index
         .get(CHECKED_BYTES + 32..)
         .unwrap_or_default()
@@ -52,6 +52,7 @@ fn run(data: &[u8]) {
     for place in one_by_one.into_iter().flatten() {
         assert!(base.chunk(place).is_some(), "{place:?} is in the base");
     }
+    true
 }
 
 /// The index that the input asks for: bit 0 says to keep its own header's checksum, bit 1 to keep its

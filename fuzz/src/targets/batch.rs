@@ -23,7 +23,7 @@ pub(super) const TARGET: Target =
 /// Bytes of contents that the target keeps for a way back: few, so that some must go.
 const KEEP_BYTES: usize = 6 * 4096;
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let mut vm = MemTarget::new(bases(), GEOMETRY);
     let mut resolver = Resolver::new(bases(), GEOMETRY).keeping(KEEP_BYTES);
@@ -32,11 +32,12 @@ fn run(data: &[u8]) {
         let described = Batch::parse(body).map(|batch| batch.steps().count() as u64);
         let Ok(applied) = resolver.apply(&mut vm, body) else {
             // The handoff is declined and the guest discarded.
-            return;
+            return false;
         };
         assert_eq!(described.ok(), Some(applied.chunks + applied.stale));
         assert_eq!(resolver.root(), root_of(&vm), "the table is of what the guest holds");
     }
+    true
 }
 
 /// Bodies with everything that a body can have.

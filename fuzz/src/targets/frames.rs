@@ -22,7 +22,7 @@ use crate::{
 pub(super) const TARGET: Target =
     Target { name: "frames", from: Origin::Peer, run, seeds, max_len: 64 << 10 };
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let piece = usize::from(input.u8()) + 1;
     let stream = input.rest();
@@ -35,6 +35,7 @@ fn run(data: &[u8]) {
         assert!(said.len() <= MAX_SEGMENT_BYTES + 5);
         assert_eq!(decode([&said[..]].into_iter()), (vec![frame], false));
     }
+    !refused
 }
 
 /// The frames, and whether it ended with something that is none.

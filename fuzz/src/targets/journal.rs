@@ -25,7 +25,7 @@ pub(super) const TARGET: Target =
 /// Magic, version, and the length of what follows.
 const HEADER_BYTES: usize = 12;
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let reseal = input.u8() & 1 == 1;
     let mut bytes = input.rest().to_vec();
@@ -38,7 +38,7 @@ fn run(data: &[u8]) {
     }
     let scratch = Scratch::new();
     let path = scratch.file("owner", &bytes);
-    let Ok(mut journal) = Journal::open(&path) else { return };
+    let Ok(mut journal) = Journal::open(&path) else { return false };
     let record = journal.record().cloned().expect("there is a file");
     let _ = (record.to_string(), record.may_run(), answer(Some(&record), QUESTION));
     let admitted = target::admit(Some(&record), QUESTION);
@@ -51,6 +51,7 @@ fn run(data: &[u8]) {
     }
     let again = Journal::open(&path).expect("what was written");
     assert_eq!(again.record(), Some(&record));
+    true
 }
 
 fn records() -> Vec<Record> {

@@ -13,28 +13,29 @@ use crate::input::{Input, Program};
 pub(super) const TARGET: Target =
     Target { name: "machine", from: Origin::Peer, run, seeds, max_len: 32 << 10 };
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let what = input.u8() % 3;
     let blob = input.rest();
     match what {
         0 => {
-            let Ok(profile) = MachineProfile::decode(blob) else { return };
+            let Ok(profile) = MachineProfile::decode(blob) else { return false };
             let said = profile.encode().expect("what was read can be written");
             assert_eq!(MachineProfile::decode(&said).ok(), Some(profile));
         }
         1 => {
-            let Ok(snapshot) = MachineSnapshot::decode(blob) else { return };
+            let Ok(snapshot) = MachineSnapshot::decode(blob) else { return false };
             let said = snapshot.encode().expect("what was read can be written");
             assert_eq!(MachineSnapshot::decode(&said).ok(), Some(snapshot));
         }
         _ => {
-            let Ok(state) = VmState::decode(blob, &machine()) else { return };
+            let Ok(state) = VmState::decode(blob, &machine()) else { return false };
             let said = state.encode().expect("what was read can be written");
             let again = VmState::decode(&said, &machine()).expect("what was written can be read");
             assert_eq!(again.encode().ok(), Some(said));
         }
     }
+    true
 }
 
 /// A machine; that of the state among the committed seeds.

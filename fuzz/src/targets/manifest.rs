@@ -9,13 +9,14 @@ use super::{Origin, Target};
 pub(super) const TARGET: Target =
     Target { name: "manifest", from: Origin::File, run, seeds, max_len: 8 << 10 };
 
-fn run(data: &[u8]) {
-    let Ok(manifest) = Manifest::parse(data) else { return };
+fn run(data: &[u8]) -> bool {
+    let Ok(manifest) = Manifest::parse(data) else { return false };
     manifest.check().expect("what is parsed is checked");
     let json = manifest.to_json().expect("what was parsed can be written");
     let again = Manifest::parse(&json).expect("what was written can be parsed");
     assert_eq!((again.id(), &again), (manifest.id(), &manifest));
     assert_eq!(again.canonical(), manifest.canonical());
+    true
 }
 
 fn part(bytes: u64, seed: u8) -> PartInfo {

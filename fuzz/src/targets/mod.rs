@@ -12,6 +12,7 @@ mod payload;
 mod ports;
 mod receive;
 mod saved;
+mod send;
 mod table;
 mod trace;
 mod virtio;
@@ -23,9 +24,11 @@ pub struct Target {
     pub name: &'static str,
     /// Where the bytes come from in life.
     pub from: Origin,
-    /// Does it all once. Panics, in any thread, if anything that must hold does not.
-    pub run: fn(&[u8]),
-    /// Sound inputs, made by the product itself: there are always some, whatever formats become.
+    /// Does it all once; says whether the bytes were taken for what they claim to be, whole. Panics, in
+    /// any thread, if anything that must hold does not.
+    pub run: fn(&[u8]) -> bool,
+    /// Inputs made by the product itself: there are always some, whatever formats become. At least
+    /// the first is taken.
     pub seeds: fn() -> Vec<Vec<u8>>,
     /// Longer inputs are not tried.
     pub max_len: usize,
@@ -48,6 +51,7 @@ pub const TARGETS: &[Target] = &[
     payload::TARGET,
     batch::TARGET,
     receive::TARGET,
+    send::TARGET,
     machine::TARGET,
     manifest::TARGET,
     base::TARGET,

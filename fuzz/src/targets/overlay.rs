@@ -63,7 +63,7 @@ struct Disk {
     holds: Vec<u8>,
 }
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let files = Scratch::new();
     let overlay = Overlay::create(files.path(), disk::base()).expect("a new disk");
@@ -84,7 +84,7 @@ fn run(data: &[u8]) {
                 let altered = disk.reopened(files.path(), |dir| alter(dir, at, bytes, reseal));
                 disk = match altered {
                     Ok(disk) => disk.found(),
-                    Err(_) => return,
+                    Err(_) => return false,
                 };
             }
             op::RESIZE => {
@@ -92,13 +92,14 @@ fn run(data: &[u8]) {
                 let altered = disk.reopened(files.path(), |dir| resize(dir, which, length.into()));
                 disk = match altered {
                     Ok(disk) => disk.found(),
-                    Err(_) => return,
+                    Err(_) => return false,
                 };
             }
             op => disk.step(op, &mut input),
         }
     }
     disk.check();
+    true
 }
 
 fn alter(dir: &Path, at: u16, bytes: &[u8], reseal: bool) {

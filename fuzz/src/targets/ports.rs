@@ -57,7 +57,7 @@ fn port(number: u8) -> u64 {
     u64::from(start - 1) + u64::from(offset)
 }
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let mut serial = Arc::new(Serial::new(irq(), Box::new(io::sink())));
     let mut ports = bus(&serial);
@@ -84,9 +84,10 @@ fn run(data: &[u8]) {
                 ports = bus(&serial);
             }
             _ => {
-                let Ok(state) = postcard::from_bytes::<SerialState>(input.block()) else { return };
+                let state = postcard::from_bytes::<SerialState>(input.block());
+                let Ok(state) = state else { return false };
                 let taken = Serial::from_state(&state, irq(), Box::new(io::sink()));
-                let Ok(taken) = taken else { return };
+                let Ok(taken) = taken else { return false };
                 serial = Arc::new(taken);
                 ports = bus(&serial);
             }
@@ -96,6 +97,7 @@ fn run(data: &[u8]) {
     while serial.input(&[b'x'; 1000]).expect("an interrupt can be raised") > 0 {}
     let state = postcard::to_allocvec(&serial.state()).expect("a state can be written");
     assert!(state.len() <= most + 200, "a console keeps at most {most} bytes");
+    true
 }
 
 fn seeds() -> Vec<Vec<u8>> {

@@ -6,7 +6,7 @@
 //!
 //! Input: flags, the record to begin with, then what the source says; `Op` has its words.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use crossbeam_channel::unbounded;
 use handoff::{
@@ -22,7 +22,7 @@ use super::{Origin, Target, batch, frames};
 use crate::{
     input::{Input, Program},
     model::{Model, packed},
-    peer::{Host, Link, Watch, Watched},
+    peer::{Host, Link, Script, Watch, Watched, said},
     scratch::Scratch,
     world::{QUESTION, offer, root_of},
 };
@@ -50,11 +50,17 @@ mod op {
     pub(super) const FRAME: u8 = 7;
     /// Any bytes.
     pub(super) const BYTES: u8 = 8;
+    /// Waits for a kind of frame from the target.
+    pub(super) const WAIT: u8 = 9;
     /// One past the last.
-    pub(super) const END: u8 = 9;
+    pub(super) const END: u8 = 10;
 }
 
-fn run(data: &[u8]) {
+/// So many words and links at most: a run stays short.
+const MOST_OPS: usize = 60;
+const MOST_LINKS: usize = 6;
+
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let flags = input.u8();
     let before = record_before(input.u8());
@@ -66,17 +72,18 @@ fn run(data: &[u8]) {
     }
     let watch = Arc::new(Watch::new(path, flags));
     let audit = flags & 1 != 0;
-    let mut said = links(&mut input, audit).into_iter();
+    let mut said = links(&mut input, audit);
     let (relink, relinks) = unbounded();
     let clock = MonotonicClock::default();
     let options = options();
-    let first = said.next().unwrap_or_default();
-    let link = Link::new(first, Arc::clone(&watch), relink, said.collect(), options.limits.clone());
-    let Ok(first) = accept(link, &options.limits, &clock) else { return };
+    let first = said.pop_front().unwrap_or_default();
+    let link = Link::new(first, Arc::clone(&watch), relink, said, options.limits.clone());
+    let Ok(first) = accept(link, &options.limits, &clock) else { return false };
     let mut host = Host { watch: Arc::clone(&watch) };
     let received = receive(first, &mut host, &mut journal, &relinks, &options, &clock);
     check(received, &watch, &journal);
     assert!(clock.now() < Duration::from_secs(8), "every wait has a bound");
+    watch.started() == 1
 }
 
 fn check(received: Result<Received<Watched>, ReceiveError>, watch: &Watch, journal: &Journal) {
@@ -130,28 +137,33 @@ fn record_before(number: u8) -> Option<Record> {
     Some(Record { vm: QUESTION.vm, epoch: Epoch(epoch), state })
 }
 
-/// The bytes that the source says on each link.
-fn links(input: &mut Input<'_>, audit: bool) -> Vec<Vec<u8>> {
-    let mut links = vec![hello(Intent::New(offer()), audit)];
+/// What the source says on each link.
+fn links(input: &mut Input<'_>, audit: bool) -> VecDeque<Script> {
+    let mut link = Script::default();
+    link.say(&hello(Intent::New(offer()), audit));
+    let mut links = VecDeque::new();
     let mut model = Model::new();
     let mut sealer = Sealer::new(&QUESTION.handoff.0);
-    let mut segments = Vec::new();
-    while !input.is_empty() {
-        let mut out = Vec::new();
+    let mut segments: Vec<Vec<u8>> = Vec::new();
+    for _ in 0..MOST_OPS {
+        if input.is_empty() {
+            break;
+        }
         match input.u8() % op::END {
             what @ (op::CHUNKS | op::STATE) => {
                 let kind =
                     if what == op::STATE { SegmentKind::MachineState } else { SegmentKind::Chunks };
                 let segment = sealer.seal(1, kind, packed(input));
                 model.apply(&segment);
-                say(&Frame::Segment(segment), &mut out);
-                segments.push(out.clone());
+                let bytes = say(&Frame::Segment(segment));
+                link.say(&bytes);
+                segments.push(bytes);
             }
-            op::PREPARE => say(&prepare(input.u8(), &sealer, &mut model, audit), &mut out),
-            op::COMMIT => say(&Frame::Commit(Commit { handoff: QUESTION }), &mut out),
-            op::RELEASED => say(&Frame::Released(QUESTION), &mut out),
+            op::PREPARE => link.say(&say(&prepare(input.u8(), &sealer, &mut model, audit))),
+            op::COMMIT => link.say(&say(&Frame::Commit(Commit { handoff: QUESTION }))),
+            op::RELEASED => link.say(&say(&Frame::Released(QUESTION))),
             op::ABORT => {
-                say(&Frame::Abort { handoff: QUESTION, reason: "so".into() }, &mut out);
+                link.say(&say(&Frame::Abort { handoff: QUESTION, reason: "so".into() }));
             }
             op::CUT => {
                 let intent = match input.u8() % 3 {
@@ -160,27 +172,30 @@ fn links(input: &mut Input<'_>, audit: bool) -> Vec<Vec<u8>> {
                     _ => Intent::New(offer()),
                 };
                 let applied = usize::from(input.u8()).min(segments.len());
-                links.push(hello(intent, audit));
-                out.extend(segments[applied..].concat());
+                links.push_back(std::mem::take(&mut link));
+                link.say(&hello(intent, audit));
+                link.say(&segments[applied..].concat());
             }
+            op::WAIT => link.wait(input.u8()),
             op::FRAME => {
                 let (kind, body) = (input.u8(), input.block());
-                out.extend((body.len() as u32).to_le_bytes());
-                out.push(kind);
-                out.extend(body);
+                link.say(&(body.len() as u32).to_le_bytes());
+                link.say(&[kind]);
+                link.say(body);
             }
-            _ => out.extend(input.block()),
-        }
-        if let Some(link) = links.last_mut() {
-            link.extend(out);
+            _ => link.say(input.block()),
         }
     }
+    links.push_back(link);
+    links.truncate(MOST_LINKS);
     links
 }
 
-fn say(frame: &Frame, out: &mut Vec<u8>) {
-    // A payload longer than its body may be too long for a frame: then it is not said.
-    let _ = encode(frame, out);
+/// A payload that is too long for a frame is not said.
+fn say(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let _ = encode(frame, &mut bytes);
+    bytes
 }
 
 fn hello(intent: Intent, audit: bool) -> Vec<u8> {
@@ -214,15 +229,21 @@ fn seeds() -> Vec<Vec<u8>> {
         let chunks = batch::bodies().iter().fold(begun, |p, body| raw(p, op::CHUNKS, body));
         raw(chunks, op::STATE, b"the machine's state")
     };
-    let prepared = |flags| sent(flags).u8(op::PREPARE).u8(0);
+    let wait = |program: Program, kind| program.u8(op::WAIT).u8(kind);
+    let prepare = |program: Program| wait(program.u8(op::PREPARE).u8(0), said::PREPARED);
+    let prepared = |flags| prepare(sent(flags));
+    let commit = |program: Program| wait(program.u8(op::COMMIT), said::RESUMED).u8(op::RELEASED);
     let cut = |program: Program, intent, from| program.u8(op::CUT).u8(intent).u8(from);
-    let moved = |flags| prepared(flags).u8(op::COMMIT).u8(op::RELEASED);
+    let moved = |flags| commit(prepared(flags));
     let mut seeds = vec![
         moved(0),
         moved(1),
-        cut(prepared(0), 0, 3).u8(op::PREPARE).u8(0).u8(op::COMMIT).u8(op::RELEASED),
-        cut(sent(0), 0, 1).u8(op::PREPARE).u8(0).u8(op::COMMIT).u8(op::RELEASED),
-        cut(prepared(0).u8(op::COMMIT), 1, 3).u8(op::RELEASED),
+        // Commit right behind Prepare, and the links that break in between.
+        commit(sent(0).u8(op::PREPARE).u8(0)),
+        commit(prepare(cut(prepared(0), 0, 3))),
+        commit(prepare(cut(wait(sent(0), said::ACK), 0, 3))),
+        commit(prepare(cut(sent(0), 0, 0))),
+        cut(wait(prepared(0).u8(op::COMMIT), said::RESUMED), 1, 3).u8(op::RELEASED),
         cut(prepared(0), 1, 3).u8(op::ABORT),
         prepared(0).u8(op::ABORT),
         sent(0).u8(op::ABORT),

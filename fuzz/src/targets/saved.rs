@@ -39,19 +39,22 @@ impl TargetHost for Host {
     }
 }
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let file = match input.u8() & 1 {
         0 => input.rest().to_vec(),
         _ => sealed(&mut input),
     };
     let described = inspect(&file[..]);
-    let Ok(mut restored) = restore(&mut Host(MemHost::new(bases())), &file[..]) else { return };
+    let Ok(mut restored) = restore(&mut Host(MemHost::new(bases())), &file[..]) else {
+        return false;
+    };
     let described = described.expect("what can be restored can be described");
     assert_eq!(described.root, restored.table.root().to_string());
     assert_eq!(restored.table.root(), root_of(&restored.vm));
     assert!(restored.vm.state().is_some() && !restored.vm.is_running());
     assert_eq!(restored.bytes, file.len() as u64);
+    true
 }
 
 /// Writes the file, with the hashes that belong into it. Records: 0 a segment of chunks, 1 one of

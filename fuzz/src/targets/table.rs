@@ -15,7 +15,7 @@ use crate::{
 pub(super) const TARGET: Target =
     Target { name: "table", from: Origin::File, run, seeds, max_len: 20 << 10 };
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let reseal = input.u8() & 1 == 1;
     let mut bytes = input.rest().to_vec();
@@ -26,9 +26,10 @@ fn run(data: &[u8]) {
             let (table, _) = read(&bytes);
             check(table.expect("with the right root it is a table"), &bytes[..end]);
         }
-        Err(_) => {}
+        Err(_) => return false,
         Ok(table) => check(table, &bytes[..end]),
     }
+    true
 }
 
 /// The table, and how many bytes were read.

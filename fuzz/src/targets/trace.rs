@@ -22,13 +22,13 @@ pub(super) const TARGET: Target =
 
 const HEADER_BYTES: usize = 104;
 
-fn run(data: &[u8]) {
+fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
     let bytes = match input.u8() & 1 {
         0 => input.rest().to_vec(),
         _ => sealed(input.take(HEADER_BYTES), input.rest()),
     };
-    let Ok(trace) = file::read(&bytes[..]) else { return };
+    let Ok(trace) = file::read(&bytes[..]) else { return false };
     let written = encode(&trace);
     let again = file::read(&written[..]).expect("what was written can be read");
     assert_eq!(encode(&again), written);
@@ -38,6 +38,7 @@ fn run(data: &[u8]) {
         assert!(trace.geometry().contains(change.id) && change.at <= trace.duration());
         assert!(trace.contents().get(change.content).is_some());
     }
+    true
 }
 
 fn sealed(header: &[u8], body: &[u8]) -> Vec<u8> {

@@ -9,7 +9,7 @@ use crate::{
     input::Program,
 };
 
-const fn target(name: &'static str, run: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) -> Target {
+const fn target(name: &'static str, run: fn(&[u8]) -> bool, seeds: fn() -> Vec<Vec<u8>>) -> Target {
     Target { name, from: Origin::Guest, run, seeds, max_len: 16 << 10 }
 }
 
@@ -105,9 +105,9 @@ fn with_hostile(
     backend: Box<dyn vmm::devices::virtio::VirtioBackend>,
     sound: Vec<Driver>,
 ) -> Vec<Vec<u8>> {
-    let mut seeds = hostile(begin);
+    let mut seeds: Vec<_> = sound.into_iter().map(Driver::finish).collect();
     seeds.push(restoring(backend));
-    seeds.extend(sound.into_iter().map(Driver::finish));
+    seeds.extend(hostile(begin));
     seeds
 }
 
