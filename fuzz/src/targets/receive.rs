@@ -71,13 +71,13 @@ fn run(data: &[u8]) -> bool {
         journal.write(record).expect("a scratch file");
     }
     let watch = Arc::new(Watch::new(path, flags));
-    let audit = flags & 1 != 0;
-    let mut said = links(&mut input, audit);
+    let said = Said { audit: flags & 1 != 0, old: flags & 0x40 != 0 };
+    let mut links = links(&mut input, said);
     let (relink, relinks) = unbounded();
     let clock = MonotonicClock::default();
     let options = options();
-    let first = said.pop_front().unwrap_or_default();
-    let link = Link::new(first, Arc::clone(&watch), relink, said, options.limits.clone());
+    let first = links.pop_front().unwrap_or_default();
+    let link = Link::new(first, Arc::clone(&watch), relink, links, options.limits.clone());
     let Ok(first) = accept(link, &options.limits, &clock) else { return false };
     let mut host = Host { watch: Arc::clone(&watch) };
     let received = receive(first, &mut host, &mut journal, &relinks, &options, &clock);
@@ -124,7 +124,7 @@ fn options() -> ReceiveOptions {
 
 fn record_before(number: u8) -> Option<Record> {
     let (handoff, peer) = (HandoffId([9; 16]), "c:7".to_owned());
-    let (epoch, state) = match number % 8 {
+    let (epoch, state) = match number % 12 {
         1 => (1, State::Released { handoff, peer }),
         2 => (1, State::Declined { handoff, reason: "no".into() }),
         3 => (2, State::Declined { handoff: QUESTION.handoff, reason: "no".into() }),
@@ -132,15 +132,25 @@ fn record_before(number: u8) -> Option<Record> {
         5 => (1, State::Owner(Tenure::Settled)),
         6 => (2, State::Prepared { handoff, peer, root: StateRoot([3; 32]) }),
         7 => (2, State::Receiving { handoff, peer }),
+        8 => (2, State::Receiving { handoff: QUESTION.handoff, peer }),
+        9 => (1, State::Committed { handoff, peer, root: StateRoot([3; 32]) }),
         _ => return None,
     };
     Some(Record { vm: QUESTION.vm, epoch: Epoch(epoch), state })
 }
 
+/// What the source says in every Hello.
+#[derive(Clone, Copy)]
+struct Said {
+    audit: bool,
+    /// It speaks the older version only.
+    old: bool,
+}
+
 /// What the source says on each link.
-fn links(input: &mut Input<'_>, audit: bool) -> VecDeque<Script> {
+fn links(input: &mut Input<'_>, said: Said) -> VecDeque<Script> {
     let mut link = Script::default();
-    link.say(&hello(Intent::New(offer()), audit));
+    link.say(&hello(Intent::New(offer()), said));
     let mut links = VecDeque::new();
     let mut model = Model::new();
     let mut sealer = Sealer::new(&QUESTION.handoff.0);
@@ -159,7 +169,7 @@ fn links(input: &mut Input<'_>, audit: bool) -> VecDeque<Script> {
                 link.say(&bytes);
                 segments.push(bytes);
             }
-            op::PREPARE => link.say(&say(&prepare(input.u8(), &sealer, &mut model, audit))),
+            op::PREPARE => link.say(&say(&prepare(input.u8(), &sealer, &mut model, said.audit))),
             op::COMMIT => link.say(&say(&Frame::Commit(Commit { handoff: QUESTION }))),
             op::RELEASED => link.say(&say(&Frame::Released(QUESTION))),
             op::ABORT => {
@@ -173,7 +183,7 @@ fn links(input: &mut Input<'_>, audit: bool) -> VecDeque<Script> {
                 };
                 let applied = usize::from(input.u8()).min(segments.len());
                 links.push_back(std::mem::take(&mut link));
-                link.say(&hello(intent, audit));
+                link.say(&hello(intent, said));
                 link.say(&segments[applied..].concat());
             }
             op::WAIT => link.wait(input.u8()),
@@ -198,8 +208,9 @@ fn say(frame: &Frame) -> Vec<u8> {
     bytes
 }
 
-fn hello(intent: Intent, audit: bool) -> Vec<u8> {
-    let (versions, vm_name) = (Versions::OURS, "vm".into());
+fn hello(intent: Intent, Said { audit, old }: Said) -> Vec<u8> {
+    let max = if old { Versions::OURS.min } else { Versions::OURS.max };
+    let (versions, vm_name) = (Versions { max, ..Versions::OURS }, "vm".into());
     let hello = Hello { versions, handoff: QUESTION, vm_name, intent, audit };
     frames::bytes_of(&Frame::Hello(Box::new(hello)))
 }
@@ -254,9 +265,12 @@ fn seeds() -> Vec<Vec<u8>> {
         cut(sent(0).u8(op::PREPARE).u8(8).u8(op::COMMIT), 0, 3).u8(op::COMMIT).u8(op::RELEASED),
         cut(sent(0), 1, 9).u8(op::COMMIT),
     ];
-    // What can fail here: loading the state, starting, the disk, the record, the offer.
-    seeds.extend((1..6).map(|fault| moved(1 << fault)));
-    let before = (1..8).map(|number| {
+    // What can fail here: loading the state, starting, the disk, the record, the offer; and a
+    // source of the older version.
+    let early = |flags| wait(sent(flags).u8(op::PREPARE).u8(8).u8(op::COMMIT), said::RESUMED);
+    seeds.extend((1..7).map(|fault| moved(1 << fault)));
+    seeds.extend((1..6).map(|fault| early(1 << fault)));
+    let before = (1..12).map(|number| {
         let mut bytes = moved(0).finish();
         bytes[1] = number;
         Program::new().bytes(&bytes)

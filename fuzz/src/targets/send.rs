@@ -14,7 +14,7 @@ use std::{
 
 use handoff::{
     Clock as _, Refusal,
-    engine::{Limits, PipelineOptions, SendError, SendOptions, SendOutcome, send},
+    engine::{CommitMode, Limits, PipelineOptions, SendError, SendOptions, SendOutcome, send},
     ownership::{Epoch, Journal, Record, State, Verdict, VmId},
     tcp::MonotonicClock,
     wire::{Ack, Agreed, Frame, Resumed, VERSION_MAX, Welcome, encode},
@@ -73,7 +73,7 @@ const MOST_LINES: usize = 40;
 
 fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
-    let audit = input.u8() & 1 != 0;
+    let flags = input.u8();
     let scratch = Scratch::new();
     let path = scratch.path().join("owner");
     let mut journal = Journal::open(&path).expect("no journal yet");
@@ -81,7 +81,7 @@ fn run(data: &[u8]) -> bool {
     let guard = Arc::new(Guard::new(path));
     let mut guest = Guest::new(Arc::clone(&guard));
     let mut links = Links { scripts: scripts(&mut input), guard: Arc::clone(&guard) };
-    let options = options(audit);
+    let options = options(flags);
     let clock = MonotonicClock::default();
     let outcome = send(
         &mut guest,
@@ -116,7 +116,7 @@ fn check(outcome: &Result<SendOutcome, SendError>, guard: &Guard) -> bool {
     }
 }
 
-fn options(audit: bool) -> SendOptions {
+fn options(flags: u8) -> SendOptions {
     let ms = Duration::from_millis;
     let limits = Limits {
         connect: ms(50),
@@ -133,7 +133,8 @@ fn options(audit: bool) -> SendOptions {
     };
     let mut options = SendOptions::new("vm", "target", b"one vCPU".to_vec());
     options.limits = limits;
-    options.audit = audit;
+    options.audit = flags & 1 != 0;
+    options.commit = if flags & 2 == 0 { CommitMode::Early } else { CommitMode::Prepared };
     options.pipeline = PipelineOptions { workers: 1, ..options.pipeline };
     options
 }
@@ -220,7 +221,9 @@ fn seeds() -> Vec<Vec<u8>> {
         program.u8(after).u8(op).bytes(&arguments)
     };
     let welcome = |program, applied| say(program, after::HELLO, op::WELCOME, [0, applied, 255, 1]);
+    let old = |program| say(program, after::HELLO, op::WELCOME, [1, 0, 255, 1]);
     let welcomed = || welcome(Program::new().u8(0), 0);
+    let prepared_first = || welcome(Program::new().u8(2), 0);
     let prepared = |program| say(program, after::PREPARE, op::PREPARED, [0; 4]);
     let acked = || say(welcomed(), after::SEGMENT, op::ACK, [0; 4]);
     let resumed = |program| say(program, after::COMMIT, op::RESUMED, [0; 4]);
@@ -228,6 +231,13 @@ fn seeds() -> Vec<Vec<u8>> {
     let seeds = [
         resumed(prepared(welcomed())),
         resumed(prepared(acked())),
+        resumed(prepared(prepared_first())),
+        resumed(prepared(old(Program::new().u8(0)))),
+        say(prepared_first(), after::PREPARE, op::PREPARED, [1, 0, 0, 0]),
+        say(old(Program::new().u8(0)), after::PREPARE, op::DECLINED, [0; 4]),
+        // An early commit that is answered by No, and one behind which the link breaks.
+        say(welcomed(), after::COMMIT, op::DECLINED, [0; 4]),
+        say(cut(welcomed()), after::HELLO, op::STATUS, [6, 0, 0, 0]),
         // The links break before and behind the commit.
         resumed(prepared(welcome(cut(acked()), 1))),
         resumed(welcome(cut(prepared(acked())), 1)),
@@ -240,7 +250,7 @@ fn seeds() -> Vec<Vec<u8>> {
         say(welcomed(), after::PREPARE, op::PREPARED, [1, 0, 0, 0]),
         say(welcomed(), after::SEGMENT, op::ACK, [255, 0, 0, 0]),
         say(welcomed(), after::SEGMENT, op::RESUMED, [0; 4]),
-        say(Program::new().u8(0), after::HELLO, op::WELCOME, [1, 0, 255, 1]),
+        say(Program::new().u8(0), after::HELLO, op::WELCOME, [2, 0, 255, 1]),
         say(Program::new().u8(0), after::HELLO, op::WELCOME, [0, 0, 255, 0xff]),
         say(Program::new().u8(0), after::HELLO, op::WELCOME, [0, 0, 0, 1]),
         say(say(welcomed(), 0, op::QUERY, [0; 4]), 0, op::PING, [7, 0, 0, 0]),
