@@ -1,2 +1,3 @@
+//! `balloon` under libFuzzer.
 #![no_main]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| howdah_fuzz::run("balloon", data));

@@ -1,2 +1,3 @@
+//! `receive` under libFuzzer.
 #![no_main]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| howdah_fuzz::run("receive", data));

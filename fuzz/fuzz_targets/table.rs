@@ -1,2 +1,3 @@
+//! `table` under libFuzzer.
 #![no_main]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| howdah_fuzz::run("table", data));
