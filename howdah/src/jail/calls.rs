@@ -19,20 +19,20 @@ use libc::{
     SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_faccessat, SYS_faccessat2, SYS_fadvise64,
     SYS_fallocate, SYS_fchmod, SYS_fchmodat, SYS_fcntl, SYS_fdatasync, SYS_flock, SYS_fstat,
     SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getcwd, SYS_getdents64, SYS_getegid,
-    SYS_geteuid, SYS_getgid, SYS_getpeername, SYS_getpid, SYS_getppid, SYS_getrandom,
-    SYS_getrusage, SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_gettimeofday, SYS_getuid,
-    SYS_io_uring_enter, SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_kill, SYS_linkat,
-    SYS_listen, SYS_lseek, SYS_madvise, SYS_membarrier, SYS_mkdir, SYS_mkdirat, SYS_mmap,
-    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_openat, SYS_pipe2,
-    SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_prlimit64,
+    SYS_geteuid, SYS_getgid, SYS_getpeername, SYS_getpid, SYS_getppid, SYS_getpriority,
+    SYS_getrandom, SYS_getrusage, SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_gettimeofday,
+    SYS_getuid, SYS_io_uring_enter, SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_kill,
+    SYS_linkat, SYS_listen, SYS_lseek, SYS_madvise, SYS_membarrier, SYS_mkdir, SYS_mkdirat,
+    SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_openat,
+    SYS_pipe2, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_prlimit64,
     SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readlink, SYS_readlinkat, SYS_readv,
     SYS_recvfrom, SYS_recvmsg, SYS_rename, SYS_renameat, SYS_renameat2, SYS_restart_syscall,
     SYS_rmdir, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
     SYS_rt_sigtimedwait, SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendfile,
-    SYS_sendmmsg, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setsockopt, SYS_shutdown,
-    SYS_sigaltstack, SYS_socket, SYS_socketpair, SYS_stat, SYS_statfs, SYS_statx, SYS_symlinkat,
-    SYS_sysinfo, SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_settime, SYS_uname,
-    SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
+    SYS_sendmmsg, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setpriority, SYS_setsockopt,
+    SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_socketpair, SYS_stat, SYS_statfs, SYS_statx,
+    SYS_symlinkat, SYS_sysinfo, SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_settime,
+    SYS_uname, SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
 };
 use seccompiler::{SeccompCmpArgLen as Width, SeccompCmpOp as Is, SeccompCondition, SeccompRule};
 
@@ -60,13 +60,12 @@ impl Kind {
         self <= Self::Device
     }
 
-    /// For messages. A few bytes of ASCII.
+    /// For messages: a few bytes of ASCII. Threads that others start are not told apart.
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::Vcpu => "vCPU",
-            Self::Device => "device",
-            Self::Handoff => "handoff",
-            Self::Main => "main",
+            Self::Vcpu => "a vCPU thread",
+            Self::Device => "a device thread",
+            Self::Handoff | Self::Main => "a thread",
         }
     }
 }
@@ -219,6 +218,11 @@ pub(super) fn of(kind: Kind, pid: u32) -> Result<Calls, seccompiler::BackendErro
     if kind >= Kind::Handoff {
         let thread = libc::CLONE_THREAD as u64;
         calls.insert(SYS_prctl, only(0, &[libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS])?);
+        // How nice a thread is: workers give way to the guest.
+        let mine = libc::PRIO_PROCESS.into();
+        for call in [SYS_getpriority, SYS_setpriority] {
+            calls.insert(call, vec![rule(0, Is::Eq, mine)?]);
+        }
         // Threads, no processes.
         calls.insert(SYS_clone, vec![rule(0, Is::MaskedEq(thread), thread)?]);
         // Answered as if the kernel did not have it: its flags are where no filter can look.

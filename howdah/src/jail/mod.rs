@@ -24,6 +24,8 @@ mod calls;
 mod filter;
 mod privileges;
 mod root;
+#[cfg(test)]
+mod tests;
 mod trap;
 
 use std::{

@@ -76,7 +76,8 @@ fn failed<E: Into<io::Error>>(what: &'static str, path: &Path) -> impl FnOnce(E)
 /// A host that allows namespaces may still allow no mounts; so far only the namespace has changed.
 fn refused_or(other: impl FnOnce(Errno) -> RootError) -> impl FnOnce(Errno) -> RootError {
     |error| match error {
-        Errno::EPERM | Errno::EACCES => RootError::NotAllowed,
+        // EINVAL: the root is no mount point, as in a plain chroot.
+        Errno::EPERM | Errno::EACCES | Errno::EINVAL => RootError::NotAllowed,
         error => other(error),
     }
 }

@@ -4,7 +4,8 @@
 //! VM's log) which call it was. On a thread that faces the guest it then ends the process: such a thread
 //! has done what no path of this program does, and no word of it can be trusted any more. On any other
 //! the call fails with ENOSYS, as on a kernel that does not have it: a library that was
-//! updated and tries something new must not cost a guest.
+//! updated and tries something new must not cost a guest. (A thread that has SIGSYS blocked, as glibc has while it
+//! starts a program, cannot be told: then the kernel ends the process.)
 
 use std::{
     cell::Cell,
@@ -98,9 +99,9 @@ fn is_new(call: libc::c_int) -> bool {
 /// Writes a line to stderr, without anything that a signal handler must not use.
 fn tell(kind: Kind, call: libc::c_int) {
     let mut line = Line::default();
-    line.push(b"howdah: jail: a ");
+    line.push(b"howdah: jail: ");
     line.push(kind.name().as_bytes());
-    line.push(b" thread tried system call ");
+    line.push(b" tried system call ");
     line.push_number(call.unsigned_abs());
     line.push(match kind.faces_the_guest() {
         true => b", which it never needs: the process ends here\n",

@@ -99,6 +99,10 @@ impl Drop for Site {
         for vm in self.0.line("vm ls --json").json().as_array().into_iter().flatten() {
             let name = vm["name"].as_str().unwrap_or_default();
             self.0.line(&format!("vm stop {name} --force"));
+            let log = self.0.home().join("vms").join(name).join("vm.log");
+            let said = fs::read_to_string(log).unwrap_or_default();
+            let denied = said.contains("howdah: jail:");
+            assert!(!denied || std::thread::panicking(), "its jail denied it something: {said}");
         }
     }
 }
