@@ -5,7 +5,10 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
     path::Path,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -21,6 +24,7 @@ use handoff::{
     report::Report,
     sim::{LinkShape, MemHost, SimConnect},
     tcp::{MonotonicClock, TcpLink, accept_tcp},
+    tls::{self, Guarded, Identity},
 };
 
 use crate::{
@@ -60,12 +64,37 @@ pub(crate) struct Plan<'a> {
     pub(crate) receive: ReceiveOptions,
     /// It is cancelled after so long.
     pub(crate) give_up_after: Option<Duration>,
+    /// The keys of both ends, if the link is to be TLS. Not on a simulated road.
+    pub(crate) keys: Option<Keys>,
 }
+
+/// Two cloudlets that know each other.
+#[derive(Clone, Debug)]
+pub(crate) struct Keys {
+    near: Arc<Identity>,
+    far: Arc<Identity>,
+}
+
+impl Keys {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        Ok(Self { near: Arc::new(Identity::generate()?), far: Arc::new(Identity::generate()?) })
+    }
+}
+
+/// How long a handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 
 impl<'a> Plan<'a> {
     pub(crate) fn new(road: Road<'a>, far: Far) -> Self {
         let send = SendOptions::new("bench", "target", Vec::new());
-        Self { road, far, send, receive: ReceiveOptions::new("source"), give_up_after: None }
+        Self {
+            road,
+            far,
+            send,
+            receive: ReceiveOptions::new("source"),
+            give_up_after: None,
+            keys: None,
+        }
     }
 }
 
@@ -100,7 +129,7 @@ pub(crate) fn hand_off(
                 Road::Link(_, congestion_control) => congestion_control,
                 Road::Loopback | Road::Simulated(_) => None,
             };
-            let mut connect = To { address, congestion_control };
+            let mut connect = To { address, congestion_control, keys: plan.keys.as_ref() };
             near_end(near, bases, &mut connect, plan, dir)
         });
         let ran = source.join().map_err(|_| anyhow!("the source panicked"))??;
@@ -195,7 +224,11 @@ fn far_end(
     };
     let listener = TcpListener::bind((address, 0))?;
     tell.send(listener.local_addr()?)?;
-    take(accept_tcp(&listener)?, plan, bases, dir)
+    let link = accept_tcp(&listener)?;
+    let Some(keys) = &plan.keys else { return take(link, plan, bases, dir) };
+    let clock = MonotonicClock::default();
+    let done = tls::accept(&mut link.stream(), &keys.far, HANDSHAKE, &clock)?;
+    take(done.over(link), plan, bases, dir)
 }
 
 /// The target: takes the guest that comes over a link.
@@ -225,17 +258,22 @@ pub(crate) fn take<L: Transport>(
 struct To<'a> {
     address: SocketAddr,
     congestion_control: Option<&'a str>,
+    keys: Option<&'a Keys>,
 }
 
 impl Connect for To<'_> {
-    type Link = TcpLink;
+    type Link = Guarded<TcpLink>;
 
-    fn connect(&mut self, timeout: Duration) -> io::Result<TcpLink> {
+    fn connect(&mut self, timeout: Duration) -> io::Result<Guarded<TcpLink>> {
         let stream = TcpStream::connect_timeout(&self.address, timeout)?;
         if let Some(name) = self.congestion_control {
             choose(&stream, name)?;
         }
-        TcpLink::new(stream)
+        let link = TcpLink::new(stream)?;
+        let Some(Keys { near, far }) = self.keys else { return Ok(Guarded::Plain(link)) };
+        let clock = MonotonicClock::default();
+        let done = tls::connect(&mut link.stream(), near, far.key(), timeout, &clock);
+        Ok(Guarded::Tls(done.map_err(io::Error::other)?.over(link)))
     }
 }
 

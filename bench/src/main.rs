@@ -17,6 +17,7 @@ mod memory;
 mod pipeline;
 mod sink;
 mod stages;
+mod tls;
 mod utilisation;
 mod world;
 
@@ -74,6 +75,8 @@ enum Group {
     Utilisation,
     /// What bounds links of 1 and 10 Gbps.
     FastLinks,
+    /// What TLS adds to a handoff's time.
+    Tls,
     /// The engine's own choice of mode against every fixed one.
     Adaptive,
     /// The same on links that change.
@@ -95,6 +98,7 @@ impl Group {
             Self::Changing => adaptive::changing(tell),
             Self::Utilisation => utilisation::slow_links(tell),
             Self::FastLinks => utilisation::fast_links(tell),
+            Self::Tls => tls::total_time(tell),
             Self::Stages => {
                 let dir = args.report.parent().context("the report needs a directory")?;
                 let world = world::World::new(dir, args.mib << 20)?;

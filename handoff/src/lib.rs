@@ -27,6 +27,7 @@ pub mod stage;
 pub mod step;
 pub mod target;
 pub mod tcp;
+pub mod tls;
 pub mod trace;
 pub mod vm;
 pub mod wire;

@@ -27,6 +27,12 @@ pub trait LinkGauge: Send {
     /// Asks the transport to take no more than about so many bytes that it does not send yet: what
     /// waits there can no longer be changed. It may ignore that.
     fn limit_unsent(&self, _bytes: u64) {}
+
+    /// Bytes that the transport itself has sent and received on the link, besides what it was given
+    /// and gave: those of a handshake, and what encryption adds.
+    fn overhead_bytes(&self) -> (u64, u64) {
+        (0, 0)
+    }
 }
 
 /// What a transport knows of its link.

@@ -45,6 +45,11 @@ impl TcpLink {
         Ok(Self { stream })
     }
 
+    /// The connection itself, for what comes before the first frame.
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
     /// The other end.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         self.stream.peer_addr()

@@ -1,5 +1,6 @@
 //! What can be typed: the grammar of the command line, and one line for what cannot.
 
+mod peer;
 mod pipeline;
 mod trace;
 
@@ -9,6 +10,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+pub(crate) use peer::{PeerAddArgs, PeerCommand};
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
 
@@ -63,6 +65,14 @@ pub(crate) enum Command {
     /// Manage the VMs of this cloudlet
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Manage the cloudlets that are known: who may hand VMs off to here, and receive VMs from here
+    #[command(subcommand)]
+    Peer(PeerCommand),
+    /// Show this cloudlet's key, which its peers pin
+    ///
+    /// The key pair is made when it is first needed, in HOME/identity. Whoever has that file is this
+    /// cloudlet.
+    Identity,
     /// Wait for VMs that peers hand off to this cloudlet
     Receive(ReceiveArgs),
     /// Hand a running VM off to a peer
@@ -342,11 +352,11 @@ impl JailArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveArgs {
     /// Address and port to listen on
-    ///
-    /// Links are neither encrypted nor authenticated yet: listen on loopback or inside a trusted
-    /// network only.
     #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDR:PORT")]
     pub(crate) listen: SocketAddr,
+    /// Take links without TLS, of anyone, and no others: for a network that you trust
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// TAP device of this host for the received guest's network
     #[arg(long, value_name = "DEVICE")]
     pub(crate) tap: Option<String>,
@@ -367,9 +377,12 @@ pub(crate) struct ReceiveArgs {
 pub(crate) struct HandoffArgs {
     /// Name of the VM
     pub(crate) vm: VmName,
-    /// Where a peer listens: HOST:PORT
+    /// The peer: its name, its HOST:PORT, or NAME@HOST:PORT
     #[arg(required_unless_present = "cancel", value_name = "PEER")]
     pub(crate) peer: Option<String>,
+    /// Without TLS, to whoever answers at HOST:PORT: for a network that you trust
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// Compare hashes of all of RAM and disk at cutover (adds to the downtime)
     #[arg(long)]
     pub(crate) audit: bool,
@@ -384,7 +397,7 @@ pub(crate) struct HandoffArgs {
     #[command(flatten)]
     pub(crate) pipeline: PipelineArgs,
     /// Give up the handoff of this VM that is under way
-    #[arg(long, conflicts_with_all = ["peer", "audit", "objective", "throttle", "order", "commit", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share"])]
+    #[arg(long, conflicts_with_all = ["peer", "plain", "audit", "objective", "throttle", "order", "commit", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share"])]
     pub(crate) cancel: bool,
 }
 

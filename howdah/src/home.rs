@@ -1,6 +1,7 @@
 //! The directory in which a cloudlet keeps its bases and its VMs.
 //!
 //! ```text
+//! HOME/identity          this cloudlet's key pair; HOME/peers.json the keys of others (crate::peers)
 //! HOME/store/            bases (guest_images::store)
 //! HOME/vms/NAME/
 //!     lock               held by the process that runs the VM, with its pid
@@ -160,13 +161,28 @@ impl Home {
     }
 
     /// What every VM's process looks at.
-    pub(crate) fn shared(&self) -> [PathBuf; 3] {
-        ["store", "identity", "peers"].map(|name| self.root.join(name))
+    pub(crate) fn shared(&self) -> [PathBuf; 1] {
+        [self.store()]
+    }
+
+    /// Creates the directory if it is not there.
+    pub(crate) fn create(&self) -> Result<(), Failure> {
+        fs::create_dir_all(&self.root).map_err(|e| Failure::file("create", &self.root, &e))
+    }
+
+    /// Where this cloudlet's key pair is.
+    pub(crate) fn identity(&self) -> PathBuf {
+        self.root.join("identity")
+    }
+
+    /// Where the peers are that it knows.
+    pub(crate) fn peers(&self) -> PathBuf {
+        self.root.join("peers.json")
     }
 
     /// Where receiving processes log; creates its directory.
     pub(crate) fn receive_log(&self) -> Result<PathBuf, Failure> {
-        fs::create_dir_all(&self.root).map_err(|e| Failure::file("create", &self.root, &e))?;
+        self.create()?;
         Ok(self.root.join("receive.log"))
     }
 

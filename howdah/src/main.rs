@@ -35,6 +35,7 @@ mod mac;
 mod offer;
 mod output;
 mod partial;
+mod peers;
 mod receive;
 mod spawn;
 mod steps;
@@ -64,6 +65,8 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
     match cli.command {
         Command::Base(command) => commands::base::run(command, &home, output),
         Command::Vm(command) => commands::vm::run(command, &home, output, cli.verbose),
+        Command::Peer(command) => commands::peer::run(command, &home, output),
+        Command::Identity => commands::peer::show_identity(&home, output),
         Command::Handoff(args) => commands::handoff::run(args, &home, output),
         Command::Receive(args) => receive::listen(args, &home, output, cli.verbose),
         Command::Save(args) => commands::save::run(args, &home, output),

@@ -83,6 +83,8 @@ struct Measured {
     gauge: Option<Box<dyn LinkGauge>>,
     last: Option<LinkReading>,
     rate: LinkRate,
+    /// What the transport itself had sent and received when that was last counted.
+    overhead: (u64, u64),
     /// What the transport was last told of [`LinkGauge::limit_unsent`].
     unsent_limit: u64,
 }
@@ -164,6 +166,7 @@ impl LinkStatus {
         let mut measured = self.measured();
         measured.last = gauge.as_deref().and_then(LinkGauge::read);
         measured.gauge = gauge;
+        measured.overhead = (0, 0);
         measured.rate.relinked();
         measured.unsent_limit = 0;
         if let Some(reading) = measured.last {
@@ -174,13 +177,24 @@ impl LinkStatus {
     /// There is none.
     pub(super) fn link_down(&self) {
         let mut measured = self.measured();
+        self.count_overhead(&mut measured);
         (measured.gauge, measured.last) = (None, None);
+    }
+
+    /// Adds what the transport sent and received by itself.
+    fn count_overhead(&self, measured: &mut Measured) {
+        let Some(gauge) = measured.gauge.as_deref() else { return };
+        let ((sent, received), before) = (gauge.overhead_bytes(), measured.overhead);
+        measured.overhead = (sent, received);
+        self.bytes_sent.fetch_add(sent.saturating_sub(before.0), Relaxed);
+        self.bytes_received.fetch_add(received.saturating_sub(before.1), Relaxed);
     }
 
     /// Asks the transport how the link stands; none if it does not measure.
     pub(super) fn refresh(&self) -> Option<Flow> {
         let mut measured = self.measured();
         let measured = &mut *measured;
+        self.count_overhead(measured);
         // In this order: what is on its way from here to the transport is counted at least once.
         let unsent = self.unsent_bytes.load(Acquire);
         let reading = measured.gauge.as_deref().and_then(LinkGauge::read);

@@ -188,6 +188,20 @@ impl Record {
         matches!(self.state, State::Receiving { .. } | State::Prepared { .. })
     }
 
+    /// The other side of that handoff, as the driver can find it again; none where it does not matter
+    /// any more.
+    pub fn peer(&self) -> Option<&str> {
+        match &self.state {
+            State::Owner(Tenure::Unconfirmed { peer, .. })
+            | State::HandingOff { peer, .. }
+            | State::Committed { peer, .. }
+            | State::Released { peer, .. }
+            | State::Receiving { peer, .. }
+            | State::Prepared { peer, .. } => Some(peer),
+            State::Owner(_) | State::Declined { .. } => None,
+        }
+    }
+
     pub(super) fn with(&self, epoch: Epoch, state: State) -> Self {
         Self { vm: self.vm, epoch, state }
     }

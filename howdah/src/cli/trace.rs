@@ -54,8 +54,11 @@ pub(crate) struct PlayArgs {
     /// File that `howdah trace record` wrote
     pub(crate) file: PathBuf,
     /// Send to a `howdah trace take` that listens there, and not over a simulated link
-    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["mbps", "delay_ms"])]
+    #[arg(long, value_name = "PEER", conflicts_with_all = ["mbps", "delay_ms"])]
     pub(crate) to: Option<String>,
+    /// Without TLS, to whoever answers there
+    #[arg(long, requires = "to")]
+    pub(crate) plain: bool,
     /// What the simulated link carries each way; RATE@S,RATE@S... for another rate from then on
     #[arg(long, default_value = "10", value_name = "RATES")]
     pub(crate) mbps: String,
@@ -97,6 +100,9 @@ pub(crate) struct TakeArgs {
     /// Address and port to listen on
     #[arg(long, default_value = "127.0.0.1:7071", value_name = "ADDR:PORT")]
     pub(crate) listen: SocketAddr,
+    /// Without TLS, from whoever calls
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// Threads that decode [default: one for each core, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=4))]
     pub(crate) workers: Option<u8>,

@@ -2,7 +2,6 @@
 
 use std::{
     io::IsTerminal,
-    net::ToSocketAddrs,
     time::{Duration, Instant},
 };
 
@@ -11,10 +10,11 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::{
     cli::HandoffArgs,
-    control::{HandoffRequest, Progress, Reply, Request, client},
-    failure::{Exit, Failure},
+    control::{HandoffRequest, HandoffTls, Progress, Reply, Request, client},
+    failure::Exit,
     home::{Home, VmDir},
     output::{Output, bytes, shares},
+    peers::{self, BookFile},
 };
 
 /// Where there is no terminal, a line this often.
@@ -29,10 +29,21 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
         client::call(&dir, Request::CancelHandoff, Duration::from_secs(10))?;
         return super::vm::say(output, &args.vm, "handoff cancelled");
     };
-    check_address(&peer)?;
+    let book = BookFile::of(home).read()?;
+    let endpoint = peers::resolve(&book, &peer, args.plain)?;
+    let shown_peer = endpoint.shown(&book);
+    let known = endpoint.key.and_then(|key| book.by_key(key)).cloned();
+    let tls = match known {
+        Some(peer) => {
+            let identity = peers::identity(home)?.to_pem().to_string();
+            Some(HandoffTls { peer, identity })
+        }
+        None => None,
+    };
     on_interrupt(&dir, Request::CancelHandoff)?;
     let request = HandoffRequest {
-        peer,
+        peer: endpoint.to_string(),
+        tls,
         audit: args.audit,
         pace: args.pace.into(),
         keep_mib: args.keep_mib,
@@ -50,7 +61,7 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
                 if let Err(e) = super::vm::await_exit(&dir, super::vm::KEEP_TIMEOUT) {
                     tracing::warn!("{e}");
                 }
-                output.result(&report, |report| summary(&args.vm, &request.peer, report));
+                output.result(&report, |report| summary(&args.vm, &shown_peer, report));
                 return Ok(());
             }
             Reply::Failed(failure) => {
@@ -60,17 +71,6 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
             _ => {}
         }
     }
-}
-
-/// A name that cannot be looked up is the user's to mend; said before the guest is bothered.
-fn check_address(peer: &str) -> Result<(), Failure> {
-    let found = peer.to_socket_addrs().map_err(|e| bad_address(peer, e))?;
-    if found.len() == 0 { Err(bad_address(peer, "no address")) } else { Ok(()) }
-}
-
-fn bad_address(peer: &str, why: impl std::fmt::Display) -> Failure {
-    let way_out = "give HOST:PORT, where `howdah receive` listens";
-    Failure::new(Exit::Usage, format!("peer {peer}"), why, way_out)
 }
 
 /// Ctrl-C asks the process to end what it does, and this command goes on to see how that ends; a
@@ -238,13 +238,5 @@ mod tests {
         let says = "\n\nbatches, mode auto: 7 in zstd:3, 12 in xz:3; 3 decisions";
         assert_eq!(modes(&adaptation), says);
         assert_eq!(modes(&serde_json::Value::Null), "");
-    }
-
-    #[test]
-    fn addresses_are_checked_before_anything_moves() {
-        check_address("127.0.0.1:7070").unwrap();
-        for bad in ["", "nowhere", "127.0.0.1", "127.0.0.1:99999"] {
-            assert_eq!(check_address(bad).unwrap_err().exit, Exit::Usage, "{bad}");
-        }
     }
 }

@@ -4,6 +4,7 @@ pub(crate) mod base;
 pub(crate) mod console;
 pub(crate) mod handoff;
 pub(crate) mod overlay;
+pub(crate) mod peer;
 pub(crate) mod recover;
 pub(crate) mod restore;
 pub(crate) mod run;

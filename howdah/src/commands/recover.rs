@@ -9,7 +9,7 @@ use crate::{
     home::{Home, VmDir, VmName},
     lock::Probe,
     output::{Output, table},
-    vmproc,
+    vmproc::{Asking, recover},
 };
 
 /// What became of one VM.
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &RecoverArgs, home: &Home, output: Output) -> anyhow::Re
         false => args.vms.iter().map(|name| home.existing(name)).collect::<Result<_, _>>()?,
     };
     let settled: Vec<Settled> =
-        dirs.iter().filter_map(|dir| settle(dir, args.peer.as_deref())).collect();
+        dirs.iter().filter_map(|dir| settle(dir, home, args.peer.as_deref())).collect();
     output.result(&settled, |settled| shown(settled));
     let left: Vec<&str> = settled
         .iter()
@@ -50,7 +50,7 @@ pub(crate) fn run(args: &RecoverArgs, home: &Home, output: Output) -> anyhow::Re
 }
 
 /// Settles one VM; nothing for a directory that is nobody's.
-fn settle(dir: &VmDir, peer: Option<&str>) -> Option<Settled> {
+fn settle(dir: &VmDir, home: &Home, peer: Option<&str>) -> Option<Settled> {
     let told = |verdict, why: Option<String>| {
         let record = dir.record().ok().flatten();
         let ownership = record.map(|record| one_line(&record.to_string()));
@@ -68,7 +68,7 @@ fn settle(dir: &VmDir, peer: Option<&str>) -> Option<Settled> {
         Err(failure) => return failed(failure),
     };
     journal.record()?;
-    match vmproc::recover(dir, &mut journal, peer) {
+    match Asking::prepare(dir, home, peer).and_then(|asking| recover(dir, asking, &mut journal)) {
         Ok(Recovery::MayRun) => told("may-run", None),
         Ok(Recovery::Gone { peer }) => told("gone", Some(format!("it runs at {peer}"))),
         Ok(Recovery::NeverHere { reason }) => told("never-here", Some(reason)),
@@ -112,7 +112,7 @@ mod tests {
     }
 
     fn verdict(home: &Home, name: &str, peer: Option<&str>) -> &'static str {
-        settle(&home.vm(&name.parse().unwrap()), peer).unwrap().verdict
+        settle(&home.vm(&name.parse().unwrap()), home, peer).unwrap().verdict
     }
 
     /// A port of this host on which nobody listens.
@@ -137,7 +137,7 @@ mod tests {
         let record = home.vm(&"cut".parse().unwrap()).record().unwrap().unwrap();
         assert!(matches!(record.state, State::Declined { .. }), "{record}");
         assert_eq!(verdict(&home, "no", None), "never-here");
-        assert!(settle(&home.vm(&"empty".parse().unwrap()), None).is_none());
+        assert!(settle(&home.vm(&"empty".parse().unwrap()), &home, None).is_none());
     }
 
     #[test]

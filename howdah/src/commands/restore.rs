@@ -80,6 +80,7 @@ pub(crate) fn run_here(args: &RestoreArgs, home: &Home, front: Front) -> anyhow:
             tap: bringing.tap.clone(),
             held_tap: tap,
             min_free_mib: bringing.min_free_mib,
+            peer: None,
         };
         let host = Host::new(
             host_args,

@@ -15,7 +15,8 @@ use handoff::{
     engine::{ReceiveOptions, SendOptions},
     report::Report,
     sim::{LinkShape, MemHost, Rate, SimConnect},
-    tcp::{MonotonicClock, TcpConnect, TcpLink, accept_tcp},
+    tcp::{MonotonicClock, TcpLink, accept_tcp},
+    tls::Guarded,
     trace::{
         Play, Summary, Trace, TraceVm,
         file::{self, TraceFileError},
@@ -27,10 +28,11 @@ use super::handoff::{on_interrupt, summary};
 use crate::{
     cli::{PlayArgs, RecordArgs, TakeArgs, TraceCommand},
     control::{Encode, RecordRequest, Reply, Request, client},
-    failure::{Exit, Failure},
+    failure::{Exit, Failure, one_line},
     home::Home,
     output::{Output, bytes, table},
     partial::Partial,
+    peers::{self, BookFile, Dial, Gate, Right},
 };
 
 /// How long compressing and writing a trace may take, beyond the recording.
@@ -45,8 +47,8 @@ pub(crate) fn run(command: TraceCommand, home: &Home, output: Output) -> anyhow:
             output.result(&summary, shown);
             Ok(())
         }
-        TraceCommand::Play(args) => play_trace(args, output),
-        TraceCommand::Take(args) => take(&args, output),
+        TraceCommand::Play(args) => play_trace(args, home, output),
+        TraceCommand::Take(args) => take(&args, home, output),
     }
 }
 
@@ -167,7 +169,7 @@ fn seconds(what: &str, value: f64) -> Result<Duration, Failure> {
         .map_err(|e| Failure::new(Exit::Usage, what, e, "give a positive number"))
 }
 
-fn play_trace(args: PlayArgs, output: Output) -> anyhow::Result<()> {
+fn play_trace(args: PlayArgs, home: &Home, output: Output) -> anyhow::Result<()> {
     let shape =
         LinkShape::symmetric(rates(&args.mbps)?, seconds("--delay-ms", args.delay_ms / 1e3)?);
     let from = seconds("--from-s", args.from_s)?;
@@ -178,7 +180,8 @@ fn play_trace(args: PlayArgs, output: Output) -> anyhow::Result<()> {
     let options = send_options(&args);
     let report = match &args.to {
         Some(peer) => {
-            let mut connect = TcpConnect::new(peer.clone());
+            let endpoint = peers::resolve(&*BookFile::of(home).read()?, peer, args.plain)?;
+            let mut connect = Dial::from(home, &endpoint)?;
             play::send_trace(
                 &mut vm,
                 &mut connect,
@@ -244,7 +247,7 @@ fn failure(file: &Path, error: PlayError) -> Failure {
     }
 }
 
-fn take(args: &TakeArgs, output: Output) -> anyhow::Result<()> {
+fn take(args: &TakeArgs, home: &Home, output: Output) -> anyhow::Result<()> {
     let trace = load(&args.file)?;
     let base: Arc<dyn BaseView> = Arc::clone(trace.base()) as Arc<dyn BaseView>;
     let listen = |e| {
@@ -254,7 +257,8 @@ fn take(args: &TakeArgs, output: Output) -> anyhow::Result<()> {
     let listener = TcpListener::bind(args.listen).map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     output.note(&format!("listening on {address}"));
-    let ends = accepting(listener);
+    let gate = if args.plain { None } else { Some(Gate::of(home)?) };
+    let ends = accepting(listener, gate, output);
     let mut options = ReceiveOptions::new("trace");
     if let Some(workers) = args.workers {
         options.workers = workers.into();
@@ -276,13 +280,30 @@ fn take(args: &TakeArgs, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn accepting(listener: TcpListener) -> Receiver<TcpLink> {
+/// A link of a peer that may send, or of anyone.
+fn let_in(gate: Option<&Gate>, link: TcpLink) -> anyhow::Result<Guarded<TcpLink>> {
+    let Some(gate) = gate else { return Ok(Guarded::Plain(link)) };
+    let (peer, done) = gate.admit(link.stream())?;
+    peer.check(Right::Send)?;
+    Ok(Guarded::Tls(done.over(link)))
+}
+
+fn accepting(
+    listener: TcpListener,
+    gate: Option<Gate>,
+    output: Output,
+) -> Receiver<Guarded<TcpLink>> {
     let (to, ends) = unbounded();
     // Ends with the process.
     std::thread::spawn(move || {
         while let Ok(link) = accept_tcp(&listener) {
-            if to.send(link).is_err() {
-                return;
+            match let_in(gate.as_ref(), link) {
+                Ok(link) => {
+                    if to.send(link).is_err() {
+                        return;
+                    }
+                }
+                Err(e) => output.note(&one_line(&format!("howdah: a caller was refused: {e:#}"))),
             }
         }
     });

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cli::{EncodeArgs, Means, PaceArgs, PipelineArgs},
     failure::Failure,
+    peers::Peer,
 };
 
 /// Version of these messages. Both ends are this binary, but an upgrade may happen between.
@@ -74,20 +75,51 @@ pub(crate) enum Request {
     Record(RecordRequest),
     /// End a recording early, and write what there is of it.
     EndRecording,
-    /// A link of the handoff that this process receives; its socket comes along.
-    AdoptLink {
+    /// Whether this process receives a handoff: asked before a link of it is handed over.
+    Expects {
         /// The handoff, in hex.
         handoff: String,
-        /// What was already read from the link, in hex.
-        hello: String,
     },
+    /// A link of the handoff that this process receives; its socket comes along. From then on nobody
+    /// else uses the link.
+    AdoptLink(Adopted),
+}
+
+/// A link that passes from one process to another.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Adopted {
+    /// The handoff, in hex.
+    pub(crate) handoff: String,
+    /// What was already read from the link, in hex.
+    pub(crate) hello: String,
+    /// What was agreed on with TLS: with whom, and the session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls: Option<AdoptedTls>,
+}
+
+/// The TLS of a link that passes from one process to another.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct AdoptedTls {
+    /// Who is at the other end.
+    pub(crate) peer: Peer,
+    /// The session, in hex: the link's secrets.
+    pub(crate) session: String,
+}
+
+impl std::fmt::Debug for AdoptedTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AdoptedTls({})", self.peer.key)
+    }
 }
 
 /// How to hand a VM off.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HandoffRequest {
-    /// Where to, `HOST:PORT`.
+    /// Where to, as the ownership record is to name it: see [`crate::peers::Endpoint`].
     pub(crate) peer: String,
+    /// With whom, and as whom; none without TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls: Option<HandoffTls>,
     /// Hash all of RAM and disk on both sides at cutover and compare.
     pub(crate) audit: bool,
     /// When the guest is paused, and how rounds go until then.
@@ -98,6 +130,22 @@ pub(crate) struct HandoffRequest {
     pub(crate) encode: Encode,
     /// How that is compressed, and with how much of this host.
     pub(crate) pipeline: PipelineArgs,
+}
+
+/// Both ends of a TLS link to be made. The process of a VM cannot look them up: it sees the files of its
+/// VM only.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HandoffTls {
+    /// The peer, which may receive the VM.
+    pub(crate) peer: Peer,
+    /// This cloudlet's key pair, in PEM.
+    pub(crate) identity: String,
+}
+
+impl std::fmt::Debug for HandoffTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HandoffTls({})", self.peer.key)
+    }
 }
 
 /// What a handoff is to be good at.
@@ -338,6 +386,20 @@ mod tests {
         }
     }
 
+    fn peer() -> Peer {
+        let key = handoff::tls::Identity::generate().unwrap().key();
+        Peer { bases: Some(vec!["web".into()]), ..Peer::new("a".parse().unwrap(), key) }
+    }
+
+    #[test]
+    fn secrets_are_not_logged() {
+        let tls = HandoffTls { peer: peer(), identity: "SECRET".into() };
+        let request = HandoffRequest { tls: Some(tls), ..HandoffRequest::default() };
+        assert!(!format!("{request:?}").contains("SECRET"));
+        let tls = Some(AdoptedTls { peer: peer(), session: "SECRET".into() });
+        assert!(!format!("{:?}", Adopted { tls, ..Adopted::default() }).contains("SECRET"));
+    }
+
     #[test]
     fn messages_survive_the_wire() {
         let requests = [
@@ -345,6 +407,7 @@ mod tests {
             Request::Stop { force: true },
             Request::Handoff(HandoffRequest {
                 peer: "b:1".into(),
+                tls: Some(HandoffTls { peer: peer(), identity: "PEM".into() }),
                 audit: true,
                 pace: Pace {
                     objective: Objective::Deadline(Duration::from_secs(9)),
@@ -356,7 +419,11 @@ mod tests {
                 encode: Encode { without: vec![Means::BaseDisk], delta: DeltaMode::None },
                 pipeline: PipelineArgs { workers: Some(2), ..PipelineArgs::default() },
             }),
-            Request::AdoptLink { handoff: "00".into(), hello: "ff".into() },
+            Request::AdoptLink(Adopted {
+                handoff: "00".into(),
+                hello: "ff".into(),
+                tls: Some(AdoptedTls { peer: peer(), session: "13".into() }),
+            }),
         ];
         for request in requests {
             let sent = Envelope { version: VERSION, request };

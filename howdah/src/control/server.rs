@@ -226,7 +226,7 @@ mod tests {
             for Asked { request, fd, answer } in asked {
                 match request {
                     Request::Status => answer.last(Reply::Status(status())),
-                    Request::AdoptLink { .. } if fd.is_some() => answer.last(Reply::Done),
+                    Request::AdoptLink(_) if fd.is_some() => answer.last(Reply::Done),
                     Request::Pause => drop(answer),
                     _ => answer.last(Failure::new(Exit::Conflict, "x", "y", "z")),
                 }
@@ -253,7 +253,7 @@ mod tests {
         let ended = client::call(&dir, Request::Pause, second).unwrap_err();
         assert!(ended.message.contains("ended before it answered"), "{ended}");
         let file = std::fs::File::open(root.path()).unwrap();
-        let adopt = Request::AdoptLink { handoff: String::new(), hello: String::new() };
+        let adopt = Request::AdoptLink(crate::control::Adopted::default());
         let mut channel = client::ask(&dir, adopt, Some(file.as_fd())).unwrap();
         assert_eq!(client::next_reply(&dir, &mut channel).unwrap(), Reply::Done);
     }

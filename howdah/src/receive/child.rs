@@ -16,7 +16,9 @@ use handoff::{
     engine::{self, Incoming, Limits, ReceiveError, ReceiveOptions, accept},
     ownership::{HandoffId, Record, State},
     tcp::MonotonicClock,
+    tls::{Guarded, PeerKey, Session, TlsLink},
 };
+use zeroize::Zeroizing;
 
 use super::{
     host::{Host, HostArgs},
@@ -25,15 +27,19 @@ use super::{
 use crate::{
     cli::ReceiveProcessArgs,
     console::Console,
-    control::{Envelope, Phase, Reply, Request, channel::Channel, server, server::Asked},
+    control::{Adopted, Envelope, Phase, Reply, Request, channel::Channel, server, server::Asked},
     failure::{Exit, Failure, guarded},
     home::{Home, VmDir},
     jail::{self, Kind},
     lock::Lock,
+    peers::{Endpoint, Peer},
     spawn::{self, Ready},
     steps, visit,
     vmproc::{self, Coming, Event, HeldTap, Links, Process, machine::Machine},
 };
+
+/// What a guest comes in over.
+type Link = Guarded<Replayed>;
 
 /// How long the listener may take to pass its link.
 const LINK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -48,11 +54,12 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
     dir.create()?;
     let held_tap = HeldTap::open(args.tap.as_deref());
     jail::enter(&args.jail, &dir, home)?;
-    let (incoming, peer) = first_link()?;
+    let (incoming, peer, known) = first_link()?;
     let (incoming, lock) = admit(&dir, incoming)?;
     spawn::log_to(&dir.vm_log())?;
     let fresh = dir.record()?.is_none();
-    let host_args = HostArgs { tap: args.tap.clone(), held_tap, min_free_mib: args.min_free_mib };
+    let host_args =
+        HostArgs { tap: args.tap.clone(), held_tap, min_free_mib: args.min_free_mib, peer: known };
     match receive(args, host_args, home, &dir, incoming, peer) {
         Ok(_) => Ok(()),
         Err(error) => {
@@ -62,25 +69,37 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
     }
 }
 
-/// The link that the listener took, read again from its first byte.
-fn first_link() -> anyhow::Result<(Incoming<Replayed>, String)> {
+/// The link that the listener took, read again from its first byte; with what is known of who made it.
+fn first_link() -> anyhow::Result<(Incoming<Link>, Endpoint, Option<Peer>)> {
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     let mut channel = Channel::new(UnixStream::from(stdin), Some(LINK_TIMEOUT))?;
     let message = channel.receive::<Envelope>()?.map(|envelope| envelope.request);
     match (message, channel.take_fd()) {
-        (Some(Request::AdoptLink { hello, .. }), Some(fd)) => Ok(adopt(&hello, fd)?),
+        (Some(Request::AdoptLink(adopted)), Some(fd)) => {
+            let (incoming, peer) = adopt(&adopted, fd)?;
+            Ok((incoming, peer, adopted.tls.map(|tls| tls.peer)))
+        }
         _ => anyhow::bail!("started without a link: use `howdah receive`"),
     }
 }
 
-fn adopt(hello: &str, fd: OwnedFd) -> anyhow::Result<(Incoming<Replayed>, String)> {
-    let link = Replayed::new(hex::decode(hello)?, fd)?;
-    let peer = link.peer();
+/// A link that the listener took, with who is at its other end.
+fn adopt(adopted: &Adopted, fd: OwnedFd) -> anyhow::Result<(Incoming<Link>, Endpoint)> {
+    let link = Replayed::new(hex::decode(&adopted.hello)?, fd)?;
+    let address = link.peer();
+    let link = match &adopted.tls {
+        None => Guarded::Plain(link),
+        Some(tls) => {
+            let session = Zeroizing::new(hex::decode(&tls.session)?);
+            Guarded::Tls(TlsLink::new(link, Session::from_bytes(&session)?, tls.peer.key))
+        }
+    };
+    let peer = Endpoint { key: link.peer(), address };
     Ok((accept(link, &Limits::default(), &MonotonicClock::default())?, peer))
 }
 
 /// Takes the name for the newcomer, or tells the peer who has it.
-fn admit(dir: &VmDir, incoming: Incoming<Replayed>) -> Result<(Incoming<Replayed>, Lock), Failure> {
+fn admit(dir: &VmDir, incoming: Incoming<Link>) -> Result<(Incoming<Link>, Lock), Failure> {
     let lock = dir.lock().and_then(|lock| {
         let mut journal = dir.journal()?;
         // Of a process that is gone: its source has been told, or is when it asks.
@@ -106,7 +125,7 @@ fn admit(dir: &VmDir, incoming: Incoming<Replayed>) -> Result<(Incoming<Replayed
 }
 
 /// Whether what is here stands in the newcomer's way.
-fn conflict(record: &Record, incoming: &Incoming<Replayed>) -> Option<String> {
+fn conflict(record: &Record, incoming: &Incoming<Link>) -> Option<String> {
     let offered = incoming.hello.handoff;
     let ended = matches!(record.state, State::Released { .. } | State::Declined { .. });
     if record.vm != offered.vm {
@@ -126,8 +145,8 @@ fn receive(
     host_args: HostArgs,
     home: &Home,
     dir: &VmDir,
-    incoming: Incoming<Replayed>,
-    peer: String,
+    incoming: Incoming<Link>,
+    peer: Endpoint,
 ) -> anyhow::Result<vmproc::End> {
     let console = Arc::new(Console::new(&dir.console_log())?);
     let (process, events) = Process::new(dir.clone());
@@ -135,9 +154,9 @@ fn receive(
     let server = server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
     let shown = Arc::clone(&console);
     let (relink, relinks) = bounded(MAX_WAITING_LINKS);
-    let links = take_links(incoming.hello.id(), relink);
+    let links = take_links(incoming.hello.id(), peer.key, relink);
     let host = Host::new(host_args, home, dir, console, events.clone());
-    let mut options = ReceiveOptions::new(peer);
+    let mut options = ReceiveOptions::new(peer.to_string());
     options.workers = args.workers.map_or(options.workers, usize::from);
     options.steps = steps::from_env()?;
     let (tell, details) = bounded(1);
@@ -156,9 +175,9 @@ fn receive(
 
 /// Receives the guest; what is known of the transfer goes to `details`.
 fn work(
-    incoming: Incoming<Replayed>,
+    incoming: Incoming<Link>,
     mut host: Host,
-    relinks: &Receiver<Incoming<Replayed>>,
+    relinks: &Receiver<Incoming<Link>>,
     options: &ReceiveOptions,
     details: &Sender<serde_json::Value>,
 ) -> Result<Box<dyn Machine>, Failure> {
@@ -192,14 +211,19 @@ fn work(
 }
 
 /// Gives later links of this handoff to the reception.
-fn take_links(handoff: HandoffId, relink: Sender<Incoming<Replayed>>) -> Links {
+fn take_links(handoff: HandoffId, key: Option<PeerKey>, relink: Sender<Incoming<Link>>) -> Links {
     Box::new(move |Asked { request, fd, answer }| {
         let taken = match (request, fd) {
-            (Request::AdoptLink { hello, .. }, Some(fd)) => adopt(&hello, fd),
-            _ => Err(anyhow::anyhow!("no link came along")),
+            (Request::Expects { handoff: asked }, _) if asked == handoff.to_string() => {
+                return answer.last(Reply::Done);
+            }
+            (Request::AdoptLink(adopted), Some(fd)) => adopt(&adopted, fd),
+            (Request::AdoptLink(_), None) => Err(anyhow::anyhow!("no link came along")),
+            _ => Err(anyhow::anyhow!("another handoff is under way")),
         };
-        let taken = taken.and_then(|(incoming, _)| {
+        let taken = taken.and_then(|(incoming, peer)| {
             anyhow::ensure!(incoming.hello.id() == handoff, "another handoff is under way");
+            anyhow::ensure!(peer.key == key, "the handoff is another cloudlet's");
             relink
                 .try_send(incoming)
                 .map_err(|_| anyhow::anyhow!("links come faster than they are used"))

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use handoff::tls::PeerKey;
 use serde::Serialize;
 
 use crate::output::Output;
@@ -14,6 +15,9 @@ pub(super) enum Event {
     Listening {
         /// Where; the port is real even if any was asked for.
         address: String,
+        /// The key that it shows; none if links are plain.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        key: Option<PeerKey>,
     },
     /// A VM begins to come in.
     Receiving {
@@ -64,7 +68,12 @@ impl Event {
 
     fn text(&self) -> String {
         match self {
-            Self::Listening { address } => format!("listening on {address}"),
+            Self::Listening { address, key: Some(key) } => {
+                format!("listening on {address} as {key}")
+            }
+            Self::Listening { address, key: None } => {
+                format!("listening on {address}, without TLS")
+            }
             Self::Receiving { vm, peer } => format!("receiving VM {vm} from {peer}"),
             Self::Received { vm, peer, .. } => format!("VM {vm} from {peer} runs here"),
             Self::NotReceived { vm, peer, why } => {

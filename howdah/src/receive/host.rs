@@ -17,6 +17,7 @@ use crate::{
     home::{Home, VmConfig, VmDir, VmName},
     mac::Mac,
     offer::MachineOffer,
+    peers::Peer,
     visit::{Unusable, Visit},
     vmproc::{
         Event, HeldTap,
@@ -35,6 +36,7 @@ pub(crate) struct Host {
     tap: Option<String>,
     held_tap: HeldTap,
     min_free_bytes: u64,
+    peer: Option<Peer>,
     console: Arc<Console>,
     events: Sender<Event>,
     /// What the machine needs besides the VMM's part, once it is prepared.
@@ -50,6 +52,8 @@ pub(crate) struct HostArgs {
     pub(crate) held_tap: HeldTap,
     /// Disk space that stays free.
     pub(crate) min_free_mib: u64,
+    /// Who hands the VM off, where that is known.
+    pub(crate) peer: Option<Peer>,
 }
 
 struct Prepared {
@@ -72,6 +76,7 @@ impl Host {
             tap: args.tap,
             held_tap: args.held_tap,
             min_free_bytes: args.min_free_mib.saturating_mul(1 << 20),
+            peer: args.peer,
             console,
             events,
             prepared: None,
@@ -169,7 +174,7 @@ impl TargetHost for Host {
             }
         };
         self.prepared = Some(Prepared { disk, append: machine.append });
-        let also = also_held(&self.home, offer);
+        let also = also_held(&self.home, offer, self.peer.as_ref());
         let bases = Bases::new(base, also).map_err(|e| other(&e))?;
         Ok(Ready { vm, bases, start })
     }
@@ -239,9 +244,11 @@ fn other(error: &dyn std::fmt::Display) -> Refusal {
     Refusal::Other(error.to_string())
 }
 
-/// Those of the other bases on offer that are here and whole, in the order of the offer.
-fn also_held(home: &Home, offer: &Offer) -> Vec<Arc<dyn BaseView>> {
-    let held = offer.also.iter().filter_map(|id| open_base(home, *id).ok());
+/// Those of the other bases on offer that are here and whole, in the order of the offer. Of those
+/// that are none of the peer's business it is not told.
+fn also_held(home: &Home, offer: &Offer, peer: Option<&Peer>) -> Vec<Arc<dyn BaseView>> {
+    let may = |id: &&BaseId| peer.is_none_or(|peer| base::allowed(home, peer, **id));
+    let held = offer.also.iter().filter(may).filter_map(|id| open_base(home, *id).ok());
     held.map(|base| base as Arc<dyn BaseView>).collect()
 }
 

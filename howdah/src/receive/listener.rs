@@ -17,28 +17,36 @@ use std::{
 };
 
 use crossbeam_channel::Sender;
+use guest_images::BaseId;
 use handoff::{
-    Refusal,
-    engine::{Incoming, Limits, accept},
+    Clock, Refusal,
+    engine::{Incoming, Limits},
+    ownership::Record,
     tcp::MonotonicClock,
+    tls::Guarded,
 };
 
 use super::{
+    door::{Caller, Door, Greeted, Handed},
     events::Event,
-    link::{Peek, Seen},
+    link::Peek,
+    quota::{self, Place, Quota},
+    refusals::Refusals,
 };
 use crate::{
     cli::ReceiveArgs,
-    control::{Envelope, Request, VERSION, channel::Channel, client},
+    commands::base,
+    control::{Reply, channel::Channel, client},
     failure::{Exit, Failure, one_line},
     home::{Home, VmDir, VmName},
     lock::Probe,
     output::Output,
+    peers::{Peer, Right},
     spawn, vmproc,
 };
 
-/// Links that are looked at at once; more wait in the kernel.
-const MAX_LINKS: usize = 16;
+/// Links of peers that are served at once; strangers have bounds of their own ([`quota`]).
+const MAX_LINKS: usize = 64;
 /// How long a process just started may take to take its link.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -48,6 +56,10 @@ struct Listener {
     output: Output,
     verbose: u8,
     args: ReceiveArgs,
+    door: Door,
+    quota: Quota,
+    refusals: Refusals,
+    clock: MonotonicClock,
     busy: AtomicUsize,
 }
 
@@ -58,21 +70,37 @@ pub(crate) fn listen(
     output: Output,
     verbose: u8,
 ) -> anyhow::Result<()> {
+    let door = Door::new(home, args.plain)?;
     let listener = bind(args.listen)?;
     vmproc::check_host()?;
     vmproc::warn_of_slow_host(output);
-    if !args.listen.ip().is_loopback() {
+    if args.plain && !args.listen.ip().is_loopback() {
         output.note(&format!(
-            "howdah: {} is not loopback, and links are neither encrypted nor authenticated yet: \
+            "howdah: {} is not loopback, and links are neither encrypted nor authenticated (--plain): \
              whoever reaches this port can send VMs here",
             args.listen
         ));
     }
+    if door.is_shut()? {
+        output.note(
+            "howdah: no peer is known, so that nobody can send VMs here; \
+             `howdah peer add NAME KEY` lets one in, also while this listens",
+        );
+    }
     let address = listener.local_addr().map_or(args.listen, |address| address).to_string();
-    Event::Listening { address }.tell(output);
+    Event::Listening { address, key: door.key() }.tell(output);
     let once = args.once;
-    let shared =
-        Arc::new(Listener { home: home.clone(), output, verbose, args, busy: AtomicUsize::new(0) });
+    let shared = Arc::new(Listener {
+        home: home.clone(),
+        output,
+        verbose,
+        args,
+        door,
+        quota: Quota::new(quota::Limits::DEFAULT),
+        refusals: Refusals::default(),
+        clock: MonotonicClock::default(),
+        busy: AtomicUsize::new(0),
+    });
     let (done, ended) = crossbeam_channel::bounded(MAX_LINKS);
     std::thread::spawn(move || accept_links(&listener, &shared, &done));
     loop {
@@ -91,25 +119,22 @@ pub(crate) fn listen(
 fn accept_links(listener: &TcpListener, shared: &Arc<Listener>, done: &Sender<Event>) {
     loop {
         let link = listener.accept();
-        while shared.busy.load(Ordering::Relaxed) >= MAX_LINKS {
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let (shared, done) = (Arc::clone(shared), done.clone());
-        let handled = link.and_then(|(stream, peer)| {
-            shared.busy.fetch_add(1, Ordering::Relaxed);
-            let working = Arc::clone(&shared);
+        let handled = link.and_then(|(stream, address)| {
+            let place = match shared.quota.enter(address.ip(), shared.clock.now()) {
+                Ok(place) => place,
+                Err(full) => {
+                    shared.refused(address, &full);
+                    return Ok(());
+                }
+            };
+            let (working, done) = (Arc::clone(shared), done.clone());
             let work = move || {
-                let event = working.link(stream, peer);
-                working.busy.fetch_sub(1, Ordering::Relaxed);
-                if let Some(event) = event {
+                if let Some(event) = working.link(stream, address, place) {
                     event.tell(working.output);
                     let _ = done.send(event);
                 }
             };
-            let started = std::thread::Builder::new().name("link".into()).spawn(work);
-            started.map(drop).inspect_err(|_| {
-                shared.busy.fetch_sub(1, Ordering::Relaxed);
-            })
+            std::thread::Builder::new().name("link".into()).spawn(work).map(drop)
         });
         if let Err(e) = handled {
             // Out of descriptors or threads, most likely: let some links end.
@@ -135,37 +160,90 @@ fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
 
 impl Listener {
     /// Handles one link; what is worth telling.
-    fn link(&self, stream: TcpStream, address: SocketAddr) -> Option<Event> {
-        let peer = address.to_string();
-        let dropped =
-            |why: String| Some(Event::Dropped { peer: peer.clone(), why: one_line(&why) });
-        let opened =
-            stream.try_clone().map(OwnedFd::from).and_then(|fd| Ok((fd, Peek::new(stream)?)));
-        let (socket, (peek, seen)) = match opened {
-            Ok(opened) => opened,
-            Err(e) => return dropped(e.to_string()),
-        };
-        let incoming = match accept(peek, &Limits::default(), &MonotonicClock::default()) {
-            Ok(incoming) => incoming,
-            Err(e) => return dropped(e.to_string()),
-        };
-        let name = match incoming.hello.vm_name.parse::<VmName>() {
-            Ok(name) => name,
-            Err(why) => {
-                let _ = incoming.refuse(Refusal::Other(format!("the VM's name: {why}")));
-                return dropped(why);
+    fn link(&self, stream: TcpStream, address: SocketAddr, place: Place) -> Option<Event> {
+        let greeted = match self.door.greet(stream, address) {
+            Ok(greeted) => greeted,
+            Err(dropped) => {
+                self.refused(address, &dropped);
+                return None;
             }
         };
-        let dir = self.home.vm(&name);
-        let handed = Handed { socket, seen, handoff: incoming.hello.id().to_string() };
+        // From here on it is a peer's, and not a stranger's.
+        drop(place);
+        let Greeted { caller, incoming, handed } = greeted;
+        let _served = match Served::begin(&self.busy) {
+            Some(served) => served,
+            None => {
+                let why = format!("{MAX_LINKS} links are being served there already");
+                return self.turn_away(address, &caller, incoming, Refusal::Other(why));
+            }
+        };
+        let name = match self.allowed(&caller, &incoming) {
+            Ok(name) => name,
+            Err(refusal) => return self.turn_away(address, &caller, incoming, refusal),
+        };
         if incoming.is_new() {
-            Event::Receiving { vm: name.to_string(), peer: peer.clone() }.tell(self.output);
-            return Some(self.new_handoff(&name, peer, handed));
+            // The process that is started has the word from here on.
+            drop(incoming);
+            Event::Receiving { vm: name.to_string(), peer: caller.to_string() }.tell(self.output);
+            return Some(self.new_handoff(&name, caller.to_string(), handed));
         }
-        match self.known_handoff(&dir, incoming, &handed) {
+        match self.known_handoff(&self.home.vm(&name), &caller, incoming, &handed) {
             Ok(()) => None,
-            Err(e) => dropped(format!("{e:#}")),
+            Err(e) => {
+                self.refused(address, &format!("{caller}: {e:#}"));
+                None
+            }
         }
+    }
+
+    /// Tells why a caller came to nothing, unless that was told lately.
+    fn refused(&self, address: SocketAddr, why: &dyn std::fmt::Display) {
+        let why = one_line(&why.to_string());
+        if let Some(why) = self.refusals.line(address.ip(), &why, self.clock.now()) {
+            Event::Dropped { peer: address.to_string(), why }.tell(self.output);
+        }
+    }
+
+    /// Tells a peer no, and the user that it was.
+    fn turn_away(
+        &self,
+        address: SocketAddr,
+        caller: &Caller,
+        incoming: Incoming<Guarded<Peek>>,
+        refusal: Refusal,
+    ) -> Option<Event> {
+        self.refused(address, &format!("{caller}: {refusal}"));
+        // A peer that is gone need not be told.
+        let _ = incoming.refuse(refusal);
+        None
+    }
+
+    /// Whether the caller may want what it wants: the VM's name, if so.
+    fn allowed(
+        &self,
+        caller: &Caller,
+        incoming: &Incoming<Guarded<Peek>>,
+    ) -> Result<VmName, Refusal> {
+        let name: VmName = incoming
+            .hello
+            .vm_name
+            .parse()
+            .map_err(|why| Refusal::Other(format!("the VM's name: {why}")))?;
+        // Rights are asked when a handoff begins; what has begun is between its two sides.
+        if let (Some(offer), Some(peer)) = (incoming.hello.offer(), caller.peer()) {
+            self.check_offer(peer, offer.base)?;
+        }
+        Ok(name)
+    }
+
+    fn check_offer(&self, peer: &Peer, id: BaseId) -> Result<(), Refusal> {
+        peer.check(Right::Send).map_err(|failure| Refusal::Other(failure.message))?;
+        if base::allowed(&self.home, peer, id) {
+            return Ok(());
+        }
+        let why = format!("peer {} may not hand off VMs of base {id} to there", peer.name);
+        Err(Refusal::Other(why))
     }
 
     /// Starts a process that receives the VM, and waits for how it went.
@@ -210,17 +288,26 @@ impl Listener {
     fn known_handoff(
         &self,
         dir: &VmDir,
-        incoming: Incoming<Peek>,
+        caller: &Caller,
+        incoming: Incoming<Guarded<Peek>>,
         handed: &Handed,
     ) -> anyhow::Result<()> {
         if matches!(dir.probe()?, Probe::Held { .. }) {
-            let request = handed.envelope().request;
-            let mut channel = client::ask(dir, request, Some(handed.socket.as_fd()))?;
-            if let Ok(crate::control::Reply::Done) = client::next_reply(dir, &mut channel) {
-                return Ok(());
+            // Asked first: once it has the link, only it may send on it.
+            let mut channel = client::ask(dir, handed.question(), None)?;
+            if let Ok(Reply::Done) = client::next_reply(dir, &mut channel) {
+                drop(incoming);
+                let socket = Some(handed.socket.as_fd());
+                let mut channel = client::ask(dir, handed.request(), socket)?;
+                return match client::next_reply(dir, &mut channel)? {
+                    Reply::Failed(failure) => Err(failure.into()),
+                    _ => Ok(()),
+                };
             }
             // It does not receive this handoff (any more): its record has the answer.
-            return Ok(incoming.answer(dir.record()?.as_ref())?);
+            let record = dir.record()?;
+            let incoming = party(caller, incoming, record.as_ref())?;
+            return Ok(incoming.answer(record.as_ref())?);
         }
         if !dir.path().is_dir() {
             return Ok(incoming.answer(None)?);
@@ -228,21 +315,43 @@ impl Listener {
         // With the lock, so that no process starts between reading the record and answering.
         let _lock = dir.lock()?;
         let mut journal = dir.journal()?;
+        let incoming = party(caller, incoming, journal.record())?;
         Ok(incoming.settle(&mut journal, &Limits::default(), &MonotonicClock::default())?)
     }
 }
 
-/// A link on its way to another process.
-struct Handed {
-    socket: OwnedFd,
-    seen: Seen,
-    handoff: String,
+/// The link, if its caller is the other side of the handoff that it asks about, as far as the record
+/// knows that handoff.
+fn party(
+    caller: &Caller,
+    incoming: Incoming<Guarded<Peek>>,
+    record: Option<&Record>,
+) -> anyhow::Result<Incoming<Guarded<Peek>>> {
+    let asked = incoming.hello.handoff.handoff;
+    let known = record.filter(|record| record.handoff() == Some(asked));
+    match known.and_then(Record::peer) {
+        Some(peer) if !caller.is(peer) => {
+            let refusal = Refusal::Other("that handoff is between other cloudlets".into());
+            let _ = incoming.refuse(refusal);
+            anyhow::bail!("it asked about a handoff with {peer}")
+        }
+        _ => Ok(incoming),
+    }
 }
 
-impl Handed {
-    fn envelope(&self) -> Envelope {
-        let hello = hex::encode(self.seen.bytes());
-        let request = Request::AdoptLink { handoff: self.handoff.clone(), hello };
-        Envelope { version: VERSION, request }
+/// One of the links that are served at once; no more when dropped.
+struct Served<'a>(&'a AtomicUsize);
+
+impl<'a> Served<'a> {
+    fn begin(busy: &'a AtomicUsize) -> Option<Self> {
+        let served = Self(busy);
+        // Dropped, and so counted back, where that is too many.
+        (busy.fetch_add(1, Ordering::Relaxed) < MAX_LINKS).then_some(served)
+    }
+}
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

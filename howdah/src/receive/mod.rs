@@ -1,19 +1,22 @@
 //! `howdah receive`: a listener, and a process for each VM that comes in.
 //!
 //! ```text
-//! listener: accept ─► read Hello ─┬─ a new handoff ─────► start a process, give it the link
-//!                                 ├─ its process lives ─► give it the link (control.sock)
-//!                                 └─ it does not ───────► answer from the ownership record
+//! listener: accept ─► TLS: who? ─► read Hello ─┬─ a new handoff ─────► start a process, give it the link
+//!                                              ├─ its process lives ─► give it the link (control.sock)
+//!                                              └─ it does not ───────► answer from the ownership record
 //! ```
 //!
 //! The process outlives the listener: it becomes the VM's own. The listener decides nothing; what
 //! it says, it reads from durable records.
 
 mod child;
+mod door;
 mod events;
 mod host;
 mod link;
 mod listener;
+mod quota;
+mod refusals;
 
 pub(crate) use child::run as run_child;
 pub(crate) use host::{Host, HostArgs};

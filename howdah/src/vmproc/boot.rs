@@ -11,7 +11,12 @@ use crossbeam_channel::{Sender, bounded};
 use serde::{Deserialize, Serialize};
 use vmm::host::{HostCheck, HostError};
 
-use super::{Coming, End, Event, HeldTap, Process, kvm, machine::Machine, settle::settle, signals};
+use super::{
+    Coming, End, Event, HeldTap, Process, kvm,
+    machine::Machine,
+    settle::{Asking, settle},
+    signals,
+};
 use crate::{
     cli::JailArgs,
     console::Console,
@@ -95,9 +100,12 @@ pub(crate) fn host_failure(error: &HostError) -> Failure {
 pub(crate) fn run(dir: &VmDir, home: &Home, front: Front, jail: &JailArgs) -> anyhow::Result<End> {
     // A configuration that cannot be read is told of when the machine is made of it.
     let tap = HeldTap::open(dir.config().ok().and_then(|config| config.tap).as_deref());
+    let asking = Asking::prepare(dir, home, None)?;
     let (starting_dir, starting_home) = (dir.clone(), home.clone());
     run_with(dir, home, front, jail, move |console, events| {
-        start(&starting_dir, &starting_home, &tap, console, events)
+        let mut journal = starting_dir.journal()?;
+        settle(&starting_dir, asking, &mut journal)?;
+        kvm::start(&starting_dir, &starting_home, journal, &tap, console, events)
     })
 }
 
@@ -166,18 +174,6 @@ pub(crate) fn finish(
         dir.remove_disk()?;
     }
     Ok(end)
-}
-
-fn start(
-    dir: &VmDir,
-    home: &Home,
-    tap: &HeldTap,
-    console: &Arc<Console>,
-    events: &Sender<Event>,
-) -> Result<Brought, Failure> {
-    let mut journal = dir.journal()?;
-    settle(dir, &mut journal)?;
-    kvm::start(dir, home, journal, tap, console, events)
 }
 
 /// A viewer like any other: a stuck terminal does not hold the guest up.

@@ -8,7 +8,8 @@ use handoff::{
     base_view::Bases,
     engine::{self, KeptReason, Limits, Recovery, SendError, SendOptions, SendOutcome},
     policy::CutOverPolicy,
-    tcp::{MonotonicClock, TcpConnect},
+    tcp::MonotonicClock,
+    tls::Identity,
     vm::MAX_ALSO,
 };
 
@@ -21,6 +22,7 @@ use crate::{
     control::{HandoffRequest, Pace},
     failure::{Exit, Failure},
     home::Home,
+    peers::{Dial, Endpoint, Peer, Right},
     steps, visit,
 };
 
@@ -33,11 +35,14 @@ pub(super) fn hand_off(
     request: &HandoffRequest,
     watch: &dyn Watch,
 ) -> HandoffEnd {
-    let (options, bases) = match (machine.options(request), machine.bases(request)) {
-        (Ok(options), Ok(bases)) => (options, bases),
-        (Err(failure), _) | (_, Err(failure)) => return HandoffEnd::Kept { machine, failure },
+    let prepared = machine.dial(request).and_then(|(connect, peer)| {
+        let bases = machine.bases(request, peer.as_ref())?;
+        Ok((connect, machine.options(request)?, bases))
+    });
+    let (mut connect, options, bases) = match prepared {
+        Ok(prepared) => prepared,
+        Err(failure) => return HandoffEnd::Kept { machine, failure },
     };
-    let mut connect = TcpConnect::new(&request.peer);
     let peer = request.peer.clone();
     let this = &mut *machine;
     let sent = engine::send(
@@ -73,7 +78,7 @@ pub(super) fn hand_off(
 }
 
 /// Other bases of this cloudlet that the peer may hold too: those in which most can be found.
-fn other_bases(home: &Home, own: BaseId) -> Vec<Arc<dyn BaseView>> {
+fn other_bases(home: &Home, own: BaseId, peer: Option<&Peer>) -> Vec<Arc<dyn BaseView>> {
     let listed = base::store(home).and_then(|store| store.list().map_err(base::store_failure));
     let listed = listed.unwrap_or_else(|failure| {
         // The VM has its own base open; less is found is all.
@@ -81,7 +86,8 @@ fn other_bases(home: &Home, own: BaseId) -> Vec<Arc<dyn BaseView>> {
         Vec::new()
     });
     let mut found: Vec<Base> = listed.into_iter().filter_map(|one| one.base.ok()).collect();
-    found.retain(|base| base.id() != own);
+    let may = |id| peer.is_none_or(|peer| base::allowed(home, peer, id));
+    found.retain(|base| base.id() != own && may(base.id()));
     found.sort_by_key(|base| std::cmp::Reverse(base.indexed_chunks()));
     found.truncate(MAX_ALSO);
     found.into_iter().map(|base| Arc::new(base) as Arc<dyn BaseView>).collect()
@@ -106,9 +112,27 @@ impl KvmMachine {
         Ok(options)
     }
 
-    fn bases(&self, request: &HandoffRequest) -> Result<Bases, Failure> {
+    /// What makes links to the peer, and what is known of it.
+    fn dial(&self, request: &HandoffRequest) -> Result<(Dial, Option<Peer>), Failure> {
+        let endpoint: Endpoint =
+            request.peer.parse().map_err(|e| Failure::plain(Exit::Usage, "the peer", e))?;
+        let Some(tls) = &request.tls else { return Ok((Dial::to(&endpoint, None)?, None)) };
+        let own = Identity::from_pem(tls.identity.as_bytes())
+            .map_err(|e| Failure::plain(Exit::Failed, "this cloudlet's key", e))?;
+        let peer = &tls.peer;
+        // The command asked for its rights; that may have been a while ago.
+        peer.check(Right::Receive)?;
+        if !base::allowed(&self.home, peer, self.base.id()) {
+            let why = format!("it may not receive VMs of base {}", self.base.id());
+            let way_out = format!("`howdah peer add {} ... --bases` changes that", peer.name);
+            return Err(Failure::new(Exit::Conflict, format!("peer {}", peer.name), why, way_out));
+        }
+        Ok((Dial::to(&endpoint, Some(Arc::new(own)))?, Some(peer.clone())))
+    }
+
+    fn bases(&self, request: &HandoffRequest, peer: Option<&Peer>) -> Result<Bases, Failure> {
         let also = match request.encode.options().other_bases {
-            true => other_bases(&self.home, self.base.id()),
+            true => other_bases(&self.home, self.base.id(), peer),
             false => Vec::new(),
         };
         let own: Arc<dyn BaseView> = self.base.clone();
@@ -148,7 +172,7 @@ impl KvmMachine {
     /// the record is durable, and the next start asks again.
     fn settle(
         mut self: Box<Self>,
-        connect: &mut TcpConnect,
+        connect: &mut Dial,
         peer: &str,
         report: serde_json::Value,
         watch: &dyn Watch,

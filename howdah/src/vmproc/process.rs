@@ -202,7 +202,7 @@ impl Process {
                 Ok(to) => self.export(&to, answer),
                 Err(failure) => answer.last(failure),
             },
-            Request::AdoptLink { .. } => match &self.state {
+            Request::Expects { .. } | Request::AdoptLink(_) => match &self.state {
                 State::Coming(Coming { links: Some(links), .. }) => {
                     links(Asked { request, answer, fd });
                 }

@@ -1,22 +1,63 @@
 //! Whether a VM may be started from its directory, asked of the peer where only it knows.
 
+use std::sync::Arc;
+
 use handoff::{
     engine::{self, Limits, Recovery},
     ownership::{Journal, State, Tenure},
-    tcp::{MonotonicClock, TcpConnect},
+    tcp::MonotonicClock,
 };
 
 use crate::{
     failure::{Exit, Failure},
-    home::VmDir,
+    home::{Home, VmDir},
+    peers::{Book, BookFile, Dial, Endpoint},
 };
+
+/// What is needed to ask a peer: looked up first, because the process of a VM sees the files of its
+/// VM only.
+#[derive(Debug, Default)]
+pub(crate) struct Asking {
+    /// The peer of the record, as it was, and what makes links to it.
+    peer: Option<(String, Dial)>,
+    book: Arc<Book>,
+}
+
+impl Asking {
+    /// For the VM of `dir`, as its record stands now: the peer where the record says, or at another
+    /// address.
+    pub(crate) fn prepare(dir: &VmDir, home: &Home, at: Option<&str>) -> Result<Self, Failure> {
+        // What is wrong with a record is told of when it is settled.
+        let Ok(Some(record)) = dir.record() else { return Ok(Self::default()) };
+        let book = BookFile::of(home).read()?;
+        let recorded = match &record.state {
+            State::Owner(Tenure::Unconfirmed { peer, .. })
+            | State::HandingOff { peer, .. }
+            | State::Committed { peer, .. } => peer,
+            // Decided by the record alone.
+            State::Owner(_)
+            | State::Released { .. }
+            | State::Receiving { .. }
+            | State::Prepared { .. }
+            | State::Declined { .. } => return Ok(Self { peer: None, book }),
+        };
+        let dial = match at {
+            None => Dial::back_to(home, &book, recorded)?,
+            Some(address) => {
+                let endpoint = Endpoint::recorded(recorded)?;
+                Dial::from(home, &Endpoint { address: address.into(), ..endpoint })?
+            }
+        };
+        Ok(Self { peer: Some((recorded.clone(), dial)), book })
+    }
+}
 
 /// Settles who owns the VM. `Ok` means that it may run here; its disk is removed where it runs
 /// elsewhere for certain.
-pub(crate) fn settle(dir: &VmDir, journal: &mut Journal) -> Result<(), Failure> {
+pub(crate) fn settle(dir: &VmDir, asking: Asking, journal: &mut Journal) -> Result<(), Failure> {
     let name = dir.name();
     let what = format!("VM {name}");
-    match recover(dir, journal, None)? {
+    match recover(dir, asking, journal)? {
         Recovery::MayRun => Ok(()),
         Recovery::Gone { peer } => {
             let why = format!("it was handed off and runs at {peer}");
@@ -38,12 +79,12 @@ pub(crate) fn settle(dir: &VmDir, journal: &mut Journal) -> Result<(), Failure> 
     }
 }
 
-/// Settles who owns the VM, asking the peer where only it knows: where the record says, or at `peer`.
-/// The disk of one that turns out to be elsewhere is removed. The VM's lock must be held.
+/// Settles who owns the VM, asking the peer where only it knows. The disk of one that turns out to be
+/// elsewhere is removed. The VM's lock must be held. Peers in the answer are as people call them.
 pub(crate) fn recover(
     dir: &VmDir,
+    asking: Asking,
     journal: &mut Journal,
-    peer: Option<&str>,
 ) -> Result<Recovery, Failure> {
     let name = dir.name();
     let what = format!("VM {name}");
@@ -55,21 +96,13 @@ pub(crate) fn recover(
             format!("`howdah vm rm {name}`, then create it again"),
         ));
     };
-    let recorded = match &record.state {
-        State::Owner(Tenure::Unconfirmed { peer, .. })
-        | State::HandingOff { peer, .. }
-        | State::Committed { peer, .. } => peer.as_str(),
-        // Decided by the record alone.
-        State::Owner(_)
-        | State::Released { .. }
-        | State::Receiving { .. }
-        | State::Prepared { .. }
-        | State::Declined { .. } => "",
-    };
-    let mut connect = TcpConnect::new(peer.unwrap_or(recorded));
+    let Asking { peer, book } = asking;
+    // If the record has changed since, another peer is meant, which the next try asks.
+    let peer = peer.filter(|(recorded, _)| record.peer() == Some(recorded.as_str()));
+    let mut connect = peer.map(|(_, dial)| dial);
     let limits = Limits::default();
     let clock = MonotonicClock::default();
-    let recovery = engine::recover(journal, name.as_ref(), Some(&mut connect), &limits, &clock)
+    let recovery = engine::recover(journal, name.as_ref(), connect.as_mut(), &limits, &clock)
         .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     let changed = journal.record() != Some(&record);
     if changed {
@@ -81,5 +114,11 @@ pub(crate) fn recover(
         Recovery::Gone { .. } if changed => dir.remove_disk()?,
         _ => {}
     }
-    Ok(recovery)
+    Ok(match recovery {
+        Recovery::Gone { peer } => Recovery::Gone { peer: book.name_all(&peer) },
+        Recovery::InDoubt { peer, reason } => {
+            Recovery::InDoubt { peer: book.name_all(&peer), reason }
+        }
+        other => other,
+    })
 }

@@ -107,7 +107,7 @@ fn vms_that_are_not_there() {
         "vm pause a",
         "vm rm a",
         "vm console a",
-        "handoff a 127.0.0.1:1",
+        "handoff a --plain 127.0.0.1:1",
         "save a file",
     ] {
         cloudlet.line(line).fails(3, &["VM a", "howdah vm ls"]);
@@ -126,7 +126,7 @@ fn vms_that_do_not_run() {
         "vm pause a",
         "vm resume a",
         "vm console a",
-        "handoff a 127.0.0.1:1",
+        "handoff a --plain 127.0.0.1:1",
         "save a file",
     ] {
         cloudlet.line(line).fails(4, &["VM a", "not running", "howdah vm run a"]);
@@ -197,7 +197,8 @@ fn bad_peers() {
     let cloudlet = Cloudlet::new();
     cloudlet.base("tiny").ok();
     stopped(&cloudlet, "a", OWNER);
-    cloudlet.line("handoff a nowhere").fails(2, &["nowhere", "HOST:PORT"]);
+    cloudlet.line("handoff a nowhere").fails(3, &["nowhere", "HOST:PORT"]);
+    cloudlet.line("handoff a --plain nowhere").fails(2, &["nowhere", "HOST:PORT"]);
     cloudlet.line("handoff a 127.0.0.1:70707").fails(2, &["127.0.0.1:70707"]);
     cloudlet.line("handoff a --cancel").fails(4, &["not running"]);
 }

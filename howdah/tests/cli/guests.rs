@@ -167,7 +167,7 @@ impl Site {
 
     fn listen(&self) -> Listener {
         let mut command = self.0.command();
-        command.args(["receive", "--listen", "127.0.0.1:0", "--once", "--json"]);
+        command.args(["receive", "--listen", "127.0.0.1:0", "--once", "--json", "--plain"]);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         let mut out = BufReader::new(child.stdout.take().unwrap());
@@ -180,7 +180,7 @@ impl Site {
     /// Hands the VM off to another site; the report.
     fn hand_off(&self, vm: &str, to: &Site, flags: &str) -> serde_json::Value {
         let listener = to.listen();
-        let line = format!("handoff {vm} {} --audit --json {flags}", listener.address);
+        let line = format!("handoff {vm} {} --plain --audit --json {flags}", listener.address);
         let report = self.0.line(&line).ok().json();
         drop(listener);
         report

@@ -6,5 +6,6 @@ mod common;
 mod errors;
 mod guests;
 mod jail;
+mod peers;
 mod saved;
 mod traces;

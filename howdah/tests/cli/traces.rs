@@ -70,12 +70,18 @@ fn a_trace_is_played() {
     for wrong in ["--mbps 5@3", "--mode magic", "--delay-ms -1", "--to x:1 --mbps 4"] {
         cloudlet.line(&format!("trace play guest.trace {wrong}")).fails(2, &[]);
     }
-    cloudlet.line("trace play guest.trace --to 127.0.0.1:1").fails(7, &["cannot reach"]);
+    cloudlet.line("trace play guest.trace --plain --to 127.0.0.1:1").fails(7, &["cannot reach"]);
+}
+
+fn key_of(cloudlet: &Cloudlet) -> String {
+    let shown = cloudlet.line("identity --json").ok().json();
+    shown["key"].as_str().unwrap().to_owned()
 }
 
 #[test]
 fn a_trace_goes_from_process_to_process() {
-    let cloudlet = cloudlet();
+    let (cloudlet, player, stranger) = (cloudlet(), Cloudlet::new(), Cloudlet::new());
+    cloudlet.line(&format!("peer add player {} --may send", key_of(&player))).ok();
     let mut taker = cloudlet
         .command()
         .args(["trace", "take", "guest.trace", "--listen", "127.0.0.1:0"])
@@ -84,10 +90,21 @@ fn a_trace_goes_from_process_to_process() {
         .spawn()
         .unwrap();
     let mut said = String::new();
-    BufReader::new(taker.stderr.take().unwrap()).read_line(&mut said).unwrap();
+    let mut notes = BufReader::new(taker.stderr.take().unwrap());
+    notes.read_line(&mut said).unwrap();
     let address = said.trim().strip_prefix("listening on ").unwrap().to_owned();
-    let report =
-        cloudlet.run(&["--json", "trace", "play", "guest.trace", "--to", &address]).ok().stdout;
+    let trace = cloudlet.path("guest.trace").display().to_string();
+    let play = format!("--json trace play {trace} --to {address}");
+    player.line(&play).fails(3, &["no peer has that address", "howdah identity"]);
+    for known in [&player, &stranger] {
+        known.line(&format!("peer add taker {} --address {address}", key_of(&cloudlet))).ok();
+    }
+    stranger.line(&play).fails(7, &[]);
+    said.clear();
+    notes.read_line(&mut said).unwrap();
+    assert!(said.contains("is not known here"), "{said}");
+    player.line(&format!("{play} --plain")).fails(7, &[]);
+    let report = player.line(&play).ok().stdout;
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
     assert_eq!(report["outcome"], "moved");
     let taken = Ran::from(taker.wait_with_output().unwrap()).ok().stdout;

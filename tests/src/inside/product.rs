@@ -173,6 +173,14 @@ impl Cloudlet {
             .with_context(|| format!("howdah {} printed no JSON", args.join(" ")))
     }
 
+    /// Learns the key of another cloudlet, and where that listens.
+    pub(crate) fn meets(&self, other: &Self) -> Result<()> {
+        let shown = other.json(&["identity"])?;
+        let key = shown.get("key").and_then(Value::as_str).context("an identity has no key")?;
+        let (name, address) = (other.side.letter(), format!("{}:{PORT}", other.side.address()));
+        self.howdah(&["peer", "add", name, key, "--address", &address]).map(drop)
+    }
+
     /// Imports the guest's base from an image directory.
     pub(crate) fn import(&self, image: &Path) -> Result<()> {
         let part = |name: &str| image.join(name).to_string_lossy().into_owned();

@@ -249,6 +249,8 @@ impl<'a> Stage<'a> {
             plan.memory_mib,
             plan.vcpus
         ));
+        self.a.meets(&self.b)?;
+        self.b.meets(&self.a)?;
         self.receive(Side::A)?;
         let stranger = |step: &Step| matches!(step, Step::Handoff { peer: Peer::OtherVersion, .. });
         if !self.scenario.steps.iter().any(stranger) {
@@ -305,6 +307,9 @@ impl<'a> Stage<'a> {
         }
         let address = format!("{}:{PORT}", to.address());
         let mut args = vec!["handoff", VM, &address];
+        if stranger.is_some() {
+            args.push("--plain");
+        }
         if *audit {
             args.push("--audit");
         }

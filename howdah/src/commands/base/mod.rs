@@ -5,7 +5,7 @@ mod build;
 use std::{fs, io::IsTerminal, path::Path, time::Duration};
 
 use guest_images::{
-    Base, Part,
+    Base, BaseId, Part,
     base::{MACHINE_FILE, MANIFEST_FILE},
     manifest::Manifest,
     store::{ImportSpec, MemorySpec, Progress, Store, StoreError},
@@ -19,6 +19,7 @@ use crate::{
     failure::{Exit, Failure},
     home::Home,
     output::{Output, bytes, table},
+    peers::Peer,
 };
 
 /// No manifest is larger.
@@ -46,6 +47,11 @@ pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::
 /// Opens the store of a home.
 pub(crate) fn store(home: &Home) -> Result<Store, Failure> {
     Store::open(&home.store()).map_err(|e| Failure::plain(Exit::Failed, "store", e))
+}
+
+/// Whether VMs of a base may go from or to a peer.
+pub(crate) fn allowed(home: &Home, peer: &Peer, id: BaseId) -> bool {
+    peer.allows_base(id, |name| Some(store(home).ok()?.get(name).ok()?.id()))
 }
 
 fn spec_of(args: BaseImportArgs) -> Result<ImportSpec, Failure> {

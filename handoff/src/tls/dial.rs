@@ -1,0 +1,50 @@
+//! Calling a peer whose key is pinned.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    handshake,
+    key::{Identity, PeerKey},
+    link::TlsLink,
+};
+use crate::{
+    Connect,
+    tcp::{MonotonicClock, TcpConnect, TcpLink},
+};
+
+/// The handshake gets so long even if the connection took nearly all the time there was.
+const LEAST_HANDSHAKE: Duration = Duration::from_secs(1);
+
+/// Makes TLS links over TCP to one peer.
+#[derive(Clone, Debug)]
+pub struct TlsConnect {
+    tcp: TcpConnect,
+    identity: Arc<Identity>,
+    peer: PeerKey,
+}
+
+impl TlsConnect {
+    /// To the cloudlet of key `peer` at `address` (`host:port`), and to no other.
+    pub fn new(address: impl Into<String>, identity: Arc<Identity>, peer: PeerKey) -> Self {
+        Self { tcp: TcpConnect::new(address), identity, peer }
+    }
+}
+
+impl Connect for TlsConnect {
+    type Link = TlsLink<TcpLink>;
+
+    fn connect(&mut self, timeout: Duration) -> io::Result<Self::Link> {
+        let begun = Instant::now();
+        let link = self.tcp.connect(timeout)?;
+        let left = timeout.saturating_sub(begun.elapsed()).max(LEAST_HANDSHAKE);
+        let clock = MonotonicClock::default();
+        let mut stream = link.stream();
+        handshake::connect(&mut stream, &self.identity, self.peer, left, &clock)
+            .map(|done| done.over(link))
+            .map_err(io::Error::other)
+    }
+}

@@ -1,0 +1,21 @@
+//! Other cloudlets: who they are, and what they may do.
+//!
+//! ```text
+//! HOME/identity      this cloudlet's key pair, made when it is first needed; for its owner alone
+//! HOME/peers.json    the keys of others, with their names, addresses and rights
+//! ```
+//!
+//! A peer is its key. Names and addresses are for people and for finding it; rights hang on the key.
+//! Rights are asked when a handoff begins; one that began is finished between the same two keys.
+
+mod book;
+mod dial;
+mod endpoint;
+mod gate;
+mod identity;
+
+pub(crate) use book::{Book, BookFile, Peer, Right, Rights, now};
+pub(crate) use dial::Dial;
+pub(crate) use endpoint::{Endpoint, check_address, resolve};
+pub(crate) use gate::{Gate, Turned};
+pub(crate) use identity::identity;
