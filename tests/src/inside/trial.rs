@@ -229,7 +229,11 @@ impl<'a> Trial<'a> {
         let (a, b) = (&self.a, &self.b);
         let receivers = thread::scope(|scope| {
             let listeners = [scope.spawn(|| a.receive()), scope.spawn(|| b.receive())];
+            let met = [scope.spawn(|| a.meets(b)), scope.spawn(|| b.meets(a))];
             a.run_vm(&self.scenario.vm)?;
+            for met in met {
+                met.join().map_err(|_| anyhow!("an introduction panicked"))??;
+            }
             let started = listeners.into_iter().map(|listener| {
                 listener.join().map_err(|_| anyhow!("the start of a listener panicked"))?
             });
