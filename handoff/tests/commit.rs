@@ -15,16 +15,16 @@ use std::{
 
 use handoff::{
     BaseView, Connect, LinkGauge, Transport,
-    engine::{CommitMode, KeptReason, Recovery, SendOutcome, send, send_resume},
+    engine::{CommitMode, KeptReason, Recovery, SendError, SendOutcome, send, send_resume},
     ownership::{Journal, State},
     policy::{CutOverPolicy, Objective},
     report::{Phase, Progress},
-    sim::{Fault, SimConnect, SimLink},
+    sim::{Fault, LinkShape, SimConnect, SimLink},
     wire::{VERSION_EARLY_COMMIT, Versions},
 };
 use sim::{
     HostFaults,
-    pair::{Pair, assert_moved, limits, mib_per_s, pair, state},
+    pair::{Pair, assert_moved, limits, mib_per_s, pair, pair_over, state},
 };
 
 /// Links that all break, and can no longer be made, once `down` is set.
@@ -96,10 +96,15 @@ fn busy_pair() -> Pair {
 }
 
 /// Calls `act` at the moment in which the commit became durable, while the last segments drain.
-fn when_committed(mut act: impl FnMut()) -> impl FnMut(&Progress) {
+fn when_committed(act: impl FnMut()) -> impl FnMut(&Progress) {
+    when(Phase::Committing, act)
+}
+
+/// Calls `act` once, when that phase begins.
+fn when(phase: Phase, mut act: impl FnMut()) -> impl FnMut(&Progress) {
     let mut done = false;
     move |progress| {
-        if progress.phase == Phase::Committing && !std::mem::replace(&mut done, true) {
+        if progress.phase == phase && !std::mem::replace(&mut done, true) {
             act();
         }
     }
@@ -193,6 +198,72 @@ fn a_link_that_breaks_before_commit_was_said_leaves_the_guest_here() {
     };
     drop(journal);
     assert_kept_at_epoch_3(pair);
+}
+
+/// Half a round trip, where the one that waits takes one and a half.
+#[test]
+fn an_early_commit_saves_a_round_trip() {
+    const DELAY: Duration = Duration::from_millis(100);
+    let downtime_ms = |commit| {
+        let shape = LinkShape::mbps(100.0, DELAY);
+        let mut pair = pair_over(shape, &[], HostFaults::default(), 0, 2);
+        pair.options.commit = commit;
+        let SendOutcome::Moved { report, .. } = pair.send() else { panic!("{commit}") };
+        println!("{commit}: {:?}", report.cutover);
+        report.downtime_ms.unwrap()
+    };
+    let round_trip_ms = 2.0 * DELAY.as_secs_f64() * 1e3;
+    let prepared = downtime_ms(CommitMode::Prepared);
+    assert!(prepared >= 1.5 * round_trip_ms, "{prepared} ms");
+    // A machine that is busy with other things adds to it.
+    let mut early = (0..5).map(|_| downtime_ms(CommitMode::Early));
+    assert!(early.any(|early| early < 0.8 * round_trip_ms), "early takes as long");
+}
+
+/// The commit cannot be written, and surely is not on disk: the guest goes on at once.
+#[test]
+fn a_commit_that_cannot_be_written_keeps_the_guest() {
+    let mut pair = pair(&[], HostFaults::default(), 100);
+    let new = pair.journals.path().join("source.new");
+    let outcome = pair.send_watched(
+        &AtomicBool::new(false),
+        &mut when(Phase::Cutover, || std::fs::create_dir(&new).unwrap()),
+    );
+    let SendOutcome::KeptHere { reason: KeptReason::Journal(_), .. } = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert!(pair.source.guest.is_running());
+    let (_source, runners, outcomes) = pair.finish();
+    assert!(outcomes.iter().all(Result::is_err));
+    assert_eq!(runners.now(), 1);
+}
+
+/// It cannot be written, and a crash might find it on disk all the same: then a restart would say it. So
+/// the guest does not go on before the record says again that it may.
+#[test]
+fn a_commit_that_may_be_on_disk_is_not_overrun() {
+    let mut pair = pair(&[], HostFaults::default(), 100);
+    let (path, aside) = (pair.journals.path().join("source"), pair.journals.path().join("aside"));
+    let mut journal = pair.journal("source");
+    let base = Arc::clone(&pair.base) as Arc<dyn BaseView>;
+    let failed = send(
+        &mut pair.source,
+        base.into(),
+        &mut pair.connect,
+        &mut journal,
+        &pair.options,
+        &pair.clock,
+        &mut when(Phase::Cutover, || {
+            std::fs::rename(&path, &aside).unwrap();
+            std::fs::create_dir(&path).unwrap();
+        }),
+        &AtomicBool::new(false),
+    );
+    assert!(matches!(failed, Err(SendError::Journal(_))), "{failed:?}");
+    assert!(journal.is_doubtful() && !pair.source.guest.is_running());
+    let (_source, runners, outcomes) = pair.finish();
+    assert!(outcomes.iter().all(Result::is_err));
+    assert_eq!(runners.now(), 0);
 }
 
 /// The target refuses what the early commit has given it: the source hears that, durable, and goes on.

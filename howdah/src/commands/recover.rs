@@ -1,6 +1,8 @@
 //! `howdah recover`: settles with the peers where VMs may run, without starting any.
 
-use handoff::engine::Recovery;
+use std::time::Duration;
+
+use handoff::engine::{Limits, Recovery};
 use serde::Serialize;
 
 use crate::{
@@ -11,6 +13,9 @@ use crate::{
     output::{Output, table},
     vmproc::{Asking, recover},
 };
+
+/// For how long a peer that cannot be reached is tried: there are other VMs, and this can be repeated.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What became of one VM.
 #[derive(Debug, Serialize)]
@@ -68,7 +73,9 @@ fn settle(dir: &VmDir, home: &Home, peer: Option<&str>) -> Option<Settled> {
         Err(failure) => return failed(failure),
     };
     journal.record()?;
-    match Asking::prepare(dir, home, peer).and_then(|asking| recover(dir, asking, &mut journal)) {
+    let limits = Limits { commit: PATIENCE, relink_grace: PATIENCE, ..Limits::default() };
+    let asked = Asking::prepare(dir, home, peer);
+    match asked.and_then(|asking| recover(dir, asking, &mut journal, &limits)) {
         Ok(Recovery::MayRun) => told("may-run", None),
         Ok(Recovery::Gone { peer }) => told("gone", Some(format!("it runs at {peer}"))),
         Ok(Recovery::NeverHere { reason }) => told("never-here", Some(reason)),

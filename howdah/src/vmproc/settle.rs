@@ -57,7 +57,12 @@ impl Asking {
 pub(crate) fn settle(dir: &VmDir, asking: Asking, journal: &mut Journal) -> Result<(), Failure> {
     let name = dir.name();
     let what = format!("VM {name}");
-    match recover(dir, asking, journal)? {
+    let before = journal.record().map(ToString::to_string).unwrap_or_default();
+    let recovery = recover(dir, asking, journal, &Limits::default())?;
+    if journal.record().is_some_and(|record| record.to_string() != before) {
+        tracing::warn!("settled: {recovery:?} (the record said: {before})");
+    }
+    match recovery {
         Recovery::MayRun => Ok(()),
         Recovery::Gone { peer } => {
             let why = format!("it was handed off and runs at {peer}");
@@ -85,6 +90,7 @@ pub(crate) fn recover(
     dir: &VmDir,
     asking: Asking,
     journal: &mut Journal,
+    limits: &Limits,
 ) -> Result<Recovery, Failure> {
     let name = dir.name();
     let what = format!("VM {name}");
@@ -100,14 +106,10 @@ pub(crate) fn recover(
     // If the record has changed since, another peer is meant, which the next try asks.
     let peer = peer.filter(|(recorded, _)| record.peer() == Some(recorded.as_str()));
     let mut connect = peer.map(|(_, dial)| dial);
-    let limits = Limits::default();
     let clock = MonotonicClock::default();
-    let recovery = engine::recover(journal, name.as_ref(), connect.as_mut(), &limits, &clock)
+    let recovery = engine::recover(journal, name.as_ref(), connect.as_mut(), limits, &clock)
         .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     let changed = journal.record() != Some(&record);
-    if changed {
-        tracing::warn!("settled: {recovery:?} (the record said: {record})");
-    }
     match recovery {
         Recovery::NeverHere { .. } => dir.remove_disk()?,
         // Of what was released before, a visit may be kept.

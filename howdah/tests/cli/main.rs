@@ -7,5 +7,6 @@ mod errors;
 mod guests;
 mod jail;
 mod peers;
+mod recover;
 mod saved;
 mod traces;
