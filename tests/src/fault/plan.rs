@@ -128,11 +128,13 @@ fn side_of(step: Step) -> Side {
 /// A case that follows from seed and number alone, so that it can be run again without the others.
 fn random(seed: u64, number: u32) -> Case {
     let mut dice = Dice::new(seed, number);
+    let mut waits = false;
     let moment = if dice.below(5) < 3 {
         Moment::Part { permille: dice.below(PERMILLE) }
     } else {
         let step = STEPS[dice.below(STEPS.len() as u64) as usize];
         let then_ms = 1 + dice.below(AFTER_STEP_MS);
+        waits = COMMIT_WAITS.contains(&step);
         Moment::Step { step: step.to_string(), side: side_of(step), then_ms }
     };
     let hits = match dice.below(9) {
@@ -154,7 +156,7 @@ fn random(seed: u64, number: u32) -> Case {
         back_after_ms,
         rate_mbps: RATE_MBPS,
         cancelled: false,
-        commit: None,
+        commit: (waits || dice.below(4) == 0).then(|| "prepared".to_owned()),
     }
 }
 
