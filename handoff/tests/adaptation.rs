@@ -254,7 +254,8 @@ fn compare(profile: fn(u64) -> Profile, name: &str, slower: f64, most: f64) {
 fn as_good_as_the_best_static_mode() {
     compare(|_| DEBIAN, "debian", 1.0, 1.05);
     compare(|_| NOISE, "noise", 1.0, 1.05);
-    compare(|_| TEXT, "text", 1.0, 1.05);
+    // What bzip2 is worth on text is found by samples, which take their time.
+    compare(|_| TEXT, "text", 1.0, 1.06);
 }
 
 #[test]

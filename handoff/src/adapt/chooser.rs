@@ -29,9 +29,11 @@ const MARGIN: Duration = Duration::from_millis(15);
 const RISK_S: f64 = 0.05;
 /// How much slower.
 const RISK: f64 = 3.0;
-/// CPU seconds for samples at the start, and then for each second of a worker that waits.
-const FIRST_SAMPLES_S: f64 = 0.1;
-const SAMPLES_SHARE: f64 = 0.05;
+/// CPU seconds for samples at the start, and then for each second of a worker that waits, and of one
+/// that does not.
+const FIRST_SAMPLES_S: f64 = 0.2;
+const SAMPLES_SHARE: f64 = 0.1;
+const BUSY_SAMPLES_SHARE: f64 = 0.02;
 /// The most that one sample may take, if a worker has nothing else to do, and if it has.
 const IDLE_SAMPLE_S: f64 = 0.15;
 const BUSY_SAMPLE_S: f64 = 0.03;
@@ -39,6 +41,8 @@ const BUSY_SAMPLE_S: f64 = 0.03;
 const LEAST_SAMPLE_BYTES: f64 = 32e3;
 /// A sample that was not heard of for so long is lost.
 const SAMPLE_LOST: Duration = Duration::from_secs(5);
+/// What a mode brings is known well enough within so much.
+const KNOWN_WITHIN: f64 = 0.035;
 /// A mode is worth a sample if it might promise so much more.
 const WORTH: f64 = 1.02;
 /// How much more than a body takes the link should have to do, and the most that it should have.
@@ -344,7 +348,6 @@ impl Chooser {
     pub(super) fn wants_sample(&mut self, now: Duration, idle: bool) -> Option<Sample> {
         if self.sampling.is_some_and(|since| now.saturating_sub(since) < SAMPLE_LOST)
             || self.view.paused
-            || (!idle && self.wanted.is_none())
         {
             return None;
         }
@@ -352,7 +355,9 @@ impl Chooser {
         let link = link.clamp(1e3, 1e12);
         let workers = self.view.workers.max(1) as f64;
         let elapsed = now.saturating_sub(self.started).as_secs_f64();
-        let allowance = FIRST_SAMPLES_S + SAMPLES_SHARE * elapsed * workers - self.sampled_s;
+        // A plan that keeps the workers busy all the time would else never be compared with others.
+        let share = if idle { SAMPLES_SHARE } else { BUSY_SAMPLES_SHARE };
+        let allowance = FIRST_SAMPLES_S + share * elapsed * workers - self.sampled_s;
         let most_s = allowance.min(if idle { IDLE_SAMPLE_S } else { BUSY_SAMPLE_S });
         let modes: Vec<Estimate> = self.estimates.all().collect();
         let mode = match self.wanted {
@@ -399,7 +404,8 @@ fn doubtful(modes: &[Estimate], workers: f64, link: f64) -> Option<Estimate> {
     let mut best: Option<(f64, Estimate)> = None;
     for (at, mode) in modes.iter().enumerate() {
         // Known well enough, and nothing to be known of.
-        let known = mode.measured_bytes > 0 && mode.cost_within < 1.4;
+        let known =
+            mode.measured_bytes > 0 && mode.cost_within < 1.4 && mode.ratio_within < KNOWN_WITHIN;
         if known || mode.mode == Mode::NONE {
             continue;
         }

@@ -31,9 +31,11 @@ const SMALL_BYTES: f64 = 65_536.0;
 const RATIO_VAR: f64 = 0.006;
 /// How much that may change in a second.
 const RATIO_DRIFT: f64 = 2e-5;
-/// How well two modes are compared on the same body, and on a part of it.
+/// How well two modes are compared on the same body, and what half of it tells less than all, a third
+/// twice that, and so on.
 const PAIRED_NOISE: f64 = 2e-4;
-const PIECE_NOISE: f64 = 4e-3;
+const PIECE_NOISE: f64 = 1e-3;
+const MOST_PIECES: f64 = 5.0;
 /// Savings are a mean over so many bytes.
 const WINDOW_BYTES: f64 = 8e6;
 /// What the prior counts for in that.
@@ -145,10 +147,8 @@ impl Estimates {
         self.cost(sample.mode, &seen);
         let (Some(whole), Some(known)) = (Seen::of(body), self.position(body.mode)) else { return };
         let Some(here) = savings(whole.ratio, self.modes[known].ratio.mean) else { return };
-        let noise = match sample.bytes_in == body.bytes_in {
-            true => PAIRED_NOISE,
-            false => PIECE_NOISE,
-        };
+        let rest = (whole.bytes / seen.bytes.max(1.0) - 1.0).clamp(0.0, MOST_PIECES);
+        let noise = PAIRED_NOISE + PIECE_NOISE * rest;
         if let Some(at) = self.position(sample.mode) {
             self.modes[at].compare(here, seen.ratio, noise);
         }
