@@ -14,7 +14,7 @@
 //! The same targets run in two ways: under libFuzzer with coverage and address sanitizer
 //! (`make fuzz`, `fuzz/README.md`), and for a moment each in `cargo test`, over the seeds and random
 //! mutations of them. Goals: one list of targets, each of them deterministic where the product is.
-//! Non-goals: KVM (a guest's instructions are not fuzzed), TLS (rustls does that).
+//! Non-goals: KVM (a guest's instructions are not fuzzed), the insides of rustls.
 
 pub mod device;
 pub mod disk;

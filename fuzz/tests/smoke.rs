@@ -1,6 +1,7 @@
 //! Every target over its seeds, and for a moment over random mutations of them.
 //!
-//! `HOWDAH_SMOKE_MS` is how long each target is tried (500), `HOWDAH_SMOKE_SEED` where chance begins.
+//! `HOWDAH_SMOKE_MS` is how long each target is tried (500), `HOWDAH_SMOKE_SEED` where chance begins,
+//! `HOWDAH_SMOKE_TARGETS` which targets (all).
 //! What a target does not survive is left in a file, and the seed is printed: `fuzz/README.md`.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -84,7 +85,9 @@ fn every_target_survives_its_seeds_and_mutations_of_them() {
     let patience = Duration::from_millis(number("HOWDAH_SMOKE_MS").unwrap_or(500));
     let seed = number("HOWDAH_SMOKE_SEED").unwrap_or_else(rand::random);
     println!("seed {seed}");
-    for target in TARGETS {
+    let only = env::var("HOWDAH_SMOKE_TARGETS").unwrap_or_default();
+    let only: Vec<&str> = only.split_whitespace().collect();
+    for target in TARGETS.iter().filter(|target| only.is_empty() || only.contains(&target.name)) {
         smoke(target, patience, seed);
     }
 }

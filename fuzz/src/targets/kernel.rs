@@ -35,7 +35,7 @@ fn run(data: &[u8]) -> bool {
 }
 
 /// An ELF file of one segment.
-fn elf() -> Vec<u8> {
+pub(super) fn elf() -> Vec<u8> {
     const AT: u64 = 0x100_0000;
     let code = [0xf4; 64];
     let headers = 64 + 56;

@@ -4,11 +4,22 @@
 //! same. Values are not looked at here: KVM and the devices judge them (`virtio` restores the
 //! latter). Input: what it is, and the blob.
 
-use kvm_bindings::kvm_cpuid_entry2;
-use vmm::{MachineProfile, MachineSnapshot, state::VmState};
+use std::{io, sync::mpsc};
 
-use super::{Origin, Target};
-use crate::input::{Input, Program};
+use kvm_bindings::kvm_cpuid_entry2;
+use vmm::{
+    HostCheck, MachineProfile, MachineSnapshot, ThreadHook, Vm, VmConfig, layout::MIN_MEMORY_BYTES,
+    state::VmState,
+};
+
+use super::{Origin, Target, kernel};
+use crate::{
+    input::{Input, Program},
+    scratch::Scratch,
+};
+
+/// Magic and version, before what they are of.
+const HEADER_BYTES: usize = 10;
 
 pub(super) const TARGET: Target =
     Target { name: "machine", from: Origin::Peer, run, seeds, max_len: 32 << 10 };
@@ -29,20 +40,23 @@ fn run(data: &[u8]) -> bool {
             assert_eq!(MachineSnapshot::decode(&said).ok(), Some(snapshot));
         }
         _ => {
-            let Ok(state) = VmState::decode(blob, &machine()) else { return false };
+            // Any machine is the one that was announced: the state begins with it.
+            let announced = blob.get(HEADER_BYTES..).map(postcard::take_from_bytes);
+            let Some(Ok((announced, _))) = announced else { return false };
+            let Ok(state) = VmState::decode(blob, &announced) else { return false };
             let said = state.encode().expect("what was read can be written");
-            let again = VmState::decode(&said, &machine()).expect("what was written can be read");
+            let again = VmState::decode(&said, &announced).expect("what was written can be read");
             assert_eq!(again.encode().ok(), Some(said));
         }
     }
     true
 }
 
-/// A machine; that of the state among the committed seeds.
+/// A machine that nobody has.
 fn machine() -> MachineProfile {
     MachineProfile {
         vcpus: 1,
-        memory_bytes: 64 << 20,
+        memory_bytes: MIN_MEMORY_BYTES,
         disk: false,
         mac: None,
         cpuid: vec![kvm_cpuid_entry2 { function: 1, eax: 7, ..Default::default() }],
@@ -51,10 +65,37 @@ fn machine() -> MachineProfile {
     }
 }
 
+/// The state of a machine of this host, if it has KVM; there is one from elsewhere among the committed
+/// seeds.
+fn state() -> Option<Vec<u8>> {
+    HostCheck::run().ok()?;
+    let scratch = Scratch::new();
+    let (events, _) = mpsc::channel();
+    let config = VmConfig {
+        memory_bytes: MIN_MEMORY_BYTES,
+        vcpus: 1,
+        kernel: scratch.file("kernel", &kernel::elf()),
+        initramfs: None,
+        cmdline: String::new(),
+        base_memory: None,
+        disk: None,
+        net: None,
+        keep_free_pages: false,
+        console: Box::new(io::sink()),
+        events,
+        threads: ThreadHook::default(),
+    };
+    let mut vm = Vm::boot(config).ok()?;
+    let mut state = VmState::decode(&vm.save().ok()?, vm.profile()).ok()?;
+    // What this host's CPU has is nobody's business, and long.
+    state.profile.cpuid = machine().cpuid;
+    state.encode().ok()
+}
+
 fn seeds() -> Vec<Vec<u8>> {
     let profile = machine();
     let snapshot = MachineSnapshot { profile: profile.clone(), state: b"state".to_vec() };
-    let blobs = [profile.encode(), snapshot.encode()];
-    let numbered = (0..).zip(blobs.map(|blob| blob.expect("a sound machine")));
+    let blobs = [profile.encode(), snapshot.encode()].map(|blob| blob.expect("a sound machine"));
+    let numbered = (0..).zip(blobs.into_iter().chain(state()));
     numbered.map(|(what, blob)| Program::new().u8(what).bytes(&blob).finish()).collect()
 }

@@ -14,6 +14,7 @@ mod receive;
 mod saved;
 mod send;
 mod table;
+mod tls;
 mod trace;
 mod virtio;
 
@@ -47,6 +48,7 @@ pub enum Origin {
 
 /// All of them.
 pub const TARGETS: &[Target] = &[
+    tls::TARGET,
     frames::TARGET,
     payload::TARGET,
     batch::TARGET,
