@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use crossbeam_channel::{RecvTimeoutError, Sender, bounded, never};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never, unbounded};
 use handoff::{
     Bases, Connect, SourceVm, Transport,
     engine::{
@@ -32,6 +32,9 @@ use crate::{
     link::{Link, Namespace},
     sink,
 };
+
+/// How often it is looked for a later link.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What is between the two ends.
 #[derive(Clone, Copy)]
@@ -150,7 +153,15 @@ fn simulated(
 ) -> anyhow::Result<Ran> {
     let (mut connect, ends) = SimConnect::new(shape.clone());
     thread::scope(|scope| {
-        let target = scope.spawn(move || take(ends.recv()?, plan, bases, dir));
+        let (later, relinks) = unbounded();
+        let target = scope.spawn(move || {
+            let first = ends.recv()?;
+            thread::scope(|scope| {
+                // Until the source makes no more.
+                scope.spawn(|| ends.iter().for_each(|link| pass_on(link, plan, &later)));
+                take_over(first, relinks, plan, bases, dir)
+            })
+        });
         let ran = near_end(vm, bases, &mut connect, plan, dir)?;
         drop(connect);
         let target = target.join().map_err(|_| anyhow!("the target panicked"))?;
@@ -224,16 +235,69 @@ fn far_end(
     };
     let listener = TcpListener::bind((address, 0))?;
     tell.send(listener.local_addr()?)?;
-    let link = accept_tcp(&listener)?;
-    let Some(keys) = &plan.keys else { return take(link, plan, bases, dir) };
-    let clock = MonotonicClock::default();
-    let done = tls::accept(&mut link.stream(), &keys.far, HANDSHAKE, &clock)?;
-    take(done.over(link), plan, bases, dir)
+    match &plan.keys {
+        None => take_all(&listener, Ok, plan, bases, dir),
+        Some(keys) => {
+            let clock = MonotonicClock::default();
+            let open = |link: TcpLink| {
+                let done = tls::accept(&mut link.stream(), &keys.far, HANDSHAKE, &clock)?;
+                Ok(done.over(link))
+            };
+            take_all(&listener, open, plan, bases, dir)
+        }
+    }
+}
+
+/// Takes the guest over the first link that comes, and over those that come when it breaks.
+fn take_all<L: Transport>(
+    listener: &TcpListener,
+    open: impl Fn(TcpLink) -> anyhow::Result<L> + Sync,
+    plan: &Plan<'_>,
+    bases: &Bases,
+    dir: &Path,
+) -> anyhow::Result<()> {
+    let first = open(accept_tcp(listener)?)?;
+    listener.set_nonblocking(true)?;
+    let (later, relinks) = unbounded();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Relaxed) {
+                match accept_tcp(listener) {
+                    // One that cannot be opened is of no use.
+                    Ok(link) => _ = open(link).map(|link| pass_on(link, plan, &later)),
+                    Err(_) => thread::sleep(LOOK_AGAIN),
+                }
+            }
+        });
+        let taken = take_over(first, relinks, plan, bases, dir);
+        over.store(true, Relaxed);
+        taken
+    })
+}
+
+/// Gives a later link to the target.
+fn pass_on<L: Transport>(link: L, plan: &Plan<'_>, to: &Sender<Incoming<L>>) {
+    // One that says nothing is of no use.
+    if let Ok(link) = accept(link, &plan.receive.limits, &MonotonicClock::default()) {
+        let _ = to.send(link);
+    }
 }
 
 /// The target: takes the guest that comes over a link.
 pub(crate) fn take<L: Transport>(
     link: L,
+    plan: &Plan<'_>,
+    bases: &Bases,
+    dir: &Path,
+) -> anyhow::Result<()> {
+    take_over(link, never(), plan, bases, dir)
+}
+
+/// The same, over later links too.
+fn take_over<L: Transport>(
+    link: L,
+    relinks: Receiver<Incoming<L>>,
     plan: &Plan<'_>,
     bases: &Bases,
     dir: &Path,
@@ -244,7 +308,7 @@ pub(crate) fn take<L: Transport>(
     let clock = MonotonicClock::default();
     let first: Incoming<L> = accept(link, &plan.receive.limits, &clock)?;
     let mut journal = Journal::open(dir.join("target"))?;
-    let (relinks, options) = (never(), &plan.receive);
+    let options = &plan.receive;
     if plan.far == Far::TargetOnBase {
         let mut host = MemHost::new(bases.clone());
         receive(first, &mut host, &mut journal, &relinks, options, &clock)?;

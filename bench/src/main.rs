@@ -9,6 +9,7 @@
 mod adaptive;
 mod codecs;
 mod contents;
+mod cut;
 mod guest;
 mod hand_off;
 mod harness;
@@ -81,6 +82,8 @@ enum Group {
     Adaptive,
     /// The same on links that change.
     Changing,
+    /// What a link that is cut for 30 s costs.
+    Cut,
 }
 
 /// Takes an outcome as soon as there is one.
@@ -96,6 +99,7 @@ impl Group {
             Self::Memory => memory::beyond_ram(tell),
             Self::Adaptive => adaptive::steady(tell),
             Self::Changing => adaptive::changing(tell),
+            Self::Cut => cut::costs(tell),
             Self::Utilisation => utilisation::slow_links(tell),
             Self::FastLinks => utilisation::fast_links(tell),
             Self::Tls => tls::total_time(tell),

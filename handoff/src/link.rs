@@ -4,7 +4,9 @@ use std::{io, time::Duration};
 
 /// A reliable, ordered byte stream to the peer, as two halves used by two threads.
 pub trait Transport: Send {
-    /// The half that sends.
+    /// The half that sends. A write that finds no room returns `WouldBlock` or `TimedOut` after at
+    /// most [`WRITE_TICK`], and has then taken nothing: its owner looks at clocks and cancellation,
+    /// and writes the same again. Whether the link is dead is for its owner to say.
     type Tx: io::Write + Send;
     /// The half that receives. A read returns `TimedOut` or `WouldBlock` after at most
     /// [`READ_TICK`] without data, so that its owner can look at clocks and cancellation.
@@ -55,6 +57,13 @@ pub struct LinkReading {
 
 /// The longest a receiving half may block.
 pub const READ_TICK: Duration = Duration::from_millis(100);
+/// The longest a sending half may block.
+pub const WRITE_TICK: Duration = Duration::from_millis(100);
+
+/// Whether an error of a link's half only says that there was nothing to do within its tick.
+pub fn is_tick(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+}
 
 /// Makes links to one peer; called again when a link broke.
 pub trait Connect {

@@ -97,9 +97,16 @@ pub struct Report {
     pub bytes_received: u64,
     /// Links that were made; more than one where a link broke.
     pub links: u32,
+    /// When there was no link: the first few of those times, if there were many.
+    #[serde(default)]
+    pub outages: Vec<Outage>,
+    /// How long in all there was none between the first link and the last.
+    #[serde(default)]
+    pub outage_ms: f64,
     /// The rate at which the link took bytes while it was kept busy, in bytes a second.
     pub link_rate_bytes_per_s: Option<f64>,
-    /// Bytes sent ÷ (that rate × the time from the first round's start to the last segment sent).
+    /// Bytes sent ÷ (that rate × the time from the first round's start to the last segment sent, less
+    /// outages).
     pub utilisation: Option<f64>,
     /// BLAKE3 of all RAM and disk while the guest was paused, in hex, if the handoff was audited: both
     /// sides computed it, and the target had to find the same.
@@ -160,6 +167,20 @@ pub struct Round {
     pub duration_ms: f64,
     /// Chunks that were dirty again when it ended.
     pub dirty_after: u64,
+    /// Of `duration_ms`, the time without a link.
+    #[serde(default)]
+    pub outage_ms: f64,
+}
+
+/// A time in which there was no link.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Outage {
+    /// When the link was given up, counted as [`Report::total_ms`] is.
+    pub began_ms: f64,
+    /// From then until the peer welcomed a new one.
+    pub lasted_ms: f64,
+    /// Why it was given up.
+    pub reason: String,
 }
 
 /// What one class of chunks or one stage took in and gave out.
@@ -265,6 +286,7 @@ mod tests {
             downtime_ms: Some(downtime.estimate_ms),
             downtime: Some(downtime),
             rounds: vec![Round { number: 1, chunks: 10, ..Round::default() }],
+            outages: vec![Outage::default()],
             classes: class_shares(&Stats::default()),
             stages: stage_shares(&Stats::default()),
             adaptation: Some(adaptation()),

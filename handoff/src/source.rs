@@ -337,6 +337,11 @@ impl SourceSession {
         self.events.pop_front()
     }
 
+    /// Something came in on the present link, and be it part of a frame.
+    pub fn heard(&mut self, now: Duration) {
+        self.health.heard(now);
+    }
+
     /// Takes a frame that came in on the present link.
     pub fn handle(&mut self, frame: Frame, now: Duration) -> Result<(), Violation> {
         self.health.heard(now);

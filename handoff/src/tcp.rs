@@ -8,15 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::link::{Clock, Connect, LinkGauge, LinkReading, READ_TICK, Transport};
+use crate::link::{Clock, Connect, LinkGauge, LinkReading, READ_TICK, Transport, WRITE_TICK};
 
-/// How long sent bytes may go unacknowledged before the kernel gives the connection up. Also
-/// bounds every write.
+/// How long sent bytes may go unacknowledged before the kernel gives the connection up, unless it
+/// is told otherwise.
 pub const USER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Idle time before the kernel asks whether the peer is there, and between asking again.
-const KEEPALIVE: Duration = Duration::from_secs(5);
-/// Unanswered questions after which it gives up.
+/// Questions to a silent peer within that time, ...
 const KEEPALIVE_PROBES: u32 = 3;
+/// ... the first after half of it.
+const KEEPALIVE_SHARE: u32 = 2;
 /// Bytes that wait in the kernel unsent, until the link is known and
 /// [`LinkGauge::limit_unsent`] says otherwise.
 const NOTSENT_LOWAT_BYTES: u32 = 256 << 10;
@@ -30,17 +30,24 @@ pub struct TcpLink {
 impl TcpLink {
     /// Sets up a connected stream.
     pub fn new(stream: TcpStream) -> io::Result<Self> {
+        Self::with_timeout(stream, USER_TIMEOUT)
+    }
+
+    /// Sets up a connected stream, which the kernel gives up when the peer's has not answered for
+    /// so long.
+    pub fn with_timeout(stream: TcpStream, timeout: Duration) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(READ_TICK))?;
-        stream.set_write_timeout(Some(USER_TIMEOUT))?;
-        let user_timeout_ms = u32::try_from(USER_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
-        let keepalive_s = u32::try_from(KEEPALIVE.as_secs()).unwrap_or(u32::MAX);
+        stream.set_write_timeout(Some(WRITE_TICK))?;
+        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        let whole_s = |time: Duration| u32::try_from(time.as_secs().max(1)).unwrap_or(u32::MAX);
+        let idle = timeout / KEEPALIVE_SHARE;
         set(&stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-        set(&stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, keepalive_s)?;
-        set(&stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, keepalive_s)?;
+        set(&stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, whole_s(idle))?;
+        set(&stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, whole_s(idle / KEEPALIVE_PROBES))?;
         set(&stream, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, KEEPALIVE_PROBES)?;
-        set(&stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, user_timeout_ms)?;
+        set(&stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, timeout_ms)?;
         set(&stream, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)?;
         Ok(Self { stream })
     }
@@ -81,18 +88,13 @@ pub struct TcpRx(TcpStream);
 
 impl io::Write for TcpTx {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // The kernel reports a write that timed out as WouldBlock, which is not a reason to retry.
-        self.0.write(bytes).map_err(|e| match e.kind() {
-            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-            _ => e,
-        })
+        // WouldBlock, once the tick is over. A link that the kernel gave up says ETIMEDOUT, which
+        // must not look like that.
+        self.0.write(bytes).map_err(given_up)
     }
 
     fn write_vectored(&mut self, pieces: &[io::IoSlice<'_>]) -> io::Result<usize> {
-        self.0.write_vectored(pieces).map_err(|e| match e.kind() {
-            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-            _ => e,
-        })
+        self.0.write_vectored(pieces).map_err(given_up)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -102,7 +104,17 @@ impl io::Write for TcpTx {
 
 impl io::Read for TcpRx {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.0.read(into)
+        self.0.read(into).map_err(given_up)
+    }
+}
+
+/// The kernel gave the connection up: not the end of a tick, which has the same kind.
+fn given_up(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::ETIMEDOUT) => {
+            io::Error::new(io::ErrorKind::ConnectionAborted, "the peer's host does not answer")
+        }
+        _ => error,
     }
 }
 
@@ -175,32 +187,53 @@ impl LinkGauge for TcpGauge {
     }
 }
 
-/// Connects to one address.
+/// After so many attempts in vain a name is looked up again.
+const LOOK_UP_EVERY: u32 = 4;
+
+/// Connects to one peer, again and again.
+///
+/// Each connection comes from whatever address this host has then. The address that worked is tried
+/// first: the name server may be behind the same broken link as the peer.
 #[derive(Clone, Debug)]
 pub struct TcpConnect {
     address: String,
+    timeout: Duration,
+    worked: Option<SocketAddr>,
+    /// Attempts in vain since it worked.
+    misses: u32,
 }
 
 impl TcpConnect {
-    /// `address` is `host:port`; a name is looked up at each connection.
+    /// `address` is `host:port`.
     pub fn new(address: impl Into<String>) -> Self {
-        Self { address: address.into() }
+        Self { address: address.into(), timeout: USER_TIMEOUT, worked: None, misses: 0 }
     }
-}
 
-impl Connect for TcpConnect {
-    type Link = TcpLink;
+    /// From now on, links are given up when the peer's host has not answered for so long.
+    pub fn give_up_after(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
 
-    fn connect(&mut self, timeout: Duration) -> io::Result<TcpLink> {
+    fn candidates(&self) -> io::Result<Vec<SocketAddr>> {
+        match self.worked {
+            Some(address) if !(self.misses + 1).is_multiple_of(LOOK_UP_EVERY) => Ok(vec![address]),
+            _ => Ok(self.address.to_socket_addrs()?.collect()),
+        }
+    }
+
+    fn try_each(&self, timeout: Duration) -> io::Result<(SocketAddr, TcpStream)> {
         let start = Instant::now();
+        let addresses = self.candidates()?;
         let mut last = None;
-        for address in self.address.to_socket_addrs()? {
-            let left = timeout.saturating_sub(start.elapsed());
-            if left.is_zero() {
+        for (tried, address) in addresses.iter().enumerate() {
+            // One that does not answer leaves time for the others.
+            let others = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+            let share = timeout.saturating_sub(start.elapsed()) / others;
+            if share.is_zero() {
                 break;
             }
-            match TcpStream::connect_timeout(&address, left) {
-                Ok(stream) => return TcpLink::new(stream),
+            match TcpStream::connect_timeout(address, share) {
+                Ok(stream) => return Ok((*address, stream)),
                 Err(e) => last = Some(e),
             }
         }
@@ -208,6 +241,23 @@ impl Connect for TcpConnect {
             let what = format!("no address for {} within {timeout:?}", self.address);
             io::Error::new(io::ErrorKind::TimedOut, what)
         }))
+    }
+}
+
+impl Connect for TcpConnect {
+    type Link = TcpLink;
+
+    fn connect(&mut self, timeout: Duration) -> io::Result<TcpLink> {
+        match self.try_each(timeout) {
+            Ok((address, stream)) => {
+                (self.worked, self.misses) = (Some(address), 0);
+                TcpLink::with_timeout(stream, self.timeout)
+            }
+            Err(e) => {
+                self.misses = self.misses.wrapping_add(1);
+                Err(e)
+            }
+        }
     }
 }
 

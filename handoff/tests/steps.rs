@@ -17,7 +17,7 @@ use std::{
 use crossbeam_channel::{Receiver, unbounded};
 use handoff::{
     BaseView, Connect, Transport,
-    engine::{Limits, ReceiveOptions, SendOptions, SendOutcome, accept, receive, send},
+    engine::{Backoff, Limits, ReceiveOptions, SendOptions, SendOutcome, accept, receive, send},
     ownership::{Journal, Record, VmId},
     sim::{LinkShape, SimConnect, SimLink},
     step::{Step, StepHook},
@@ -106,6 +106,9 @@ fn limits() -> Limits {
         commit: ms(10_000),
         hold_prepared: ms(20_000),
         release: ms(1000),
+        attempt: ms(200),
+        retry: Backoff { first: ms(20), most: ms(100) },
+        ..Limits::default()
     }
 }
 

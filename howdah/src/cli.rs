@@ -1,5 +1,6 @@
 //! What can be typed: the grammar of the command line, and one line for what cannot.
 
+mod link;
 mod peer;
 mod pipeline;
 mod trace;
@@ -10,6 +11,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+pub(crate) use link::{LinkArgs, WaitArgs};
 pub(crate) use peer::{PeerAddArgs, PeerCommand};
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
@@ -371,6 +373,8 @@ pub(crate) struct ReceiveArgs {
     pub(crate) workers: Option<u8>,
     #[command(flatten)]
     pub(crate) jail: JailArgs,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
 }
 
 #[derive(Debug, Args)]
@@ -396,8 +400,10 @@ pub(crate) struct HandoffArgs {
     pub(crate) encode: EncodeArgs,
     #[command(flatten)]
     pub(crate) pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub(crate) link: LinkArgs,
     /// Give up the handoff of this VM that is under way
-    #[arg(long, conflicts_with_all = ["peer", "plain", "audit", "objective", "throttle", "order", "commit", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share"])]
+    #[arg(long, conflicts_with_all = ["peer", "plain", "audit", "objective", "throttle", "order", "commit", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share", "link_timeout_s", "retry_for_s", "retry_paused_s", "retry_ms"])]
     pub(crate) cancel: bool,
 }
 
@@ -537,6 +543,8 @@ pub(crate) struct ReceiveProcessArgs {
     pub(crate) workers: Option<u8>,
     #[command(flatten)]
     pub(crate) jail: JailArgs,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
 }
 
 /// Puts what clap says about a wrong command line into one line with a way out.

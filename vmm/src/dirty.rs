@@ -268,6 +268,11 @@ impl<D> Tracker<KvmLog, D> {
     pub(crate) fn use_plain_log(&mut self) -> Result<(), DirtyError> {
         self.log.use_plain()
     }
+
+    /// Whether KVM notes what the guest writes: it has no log to read where it does not.
+    pub(crate) fn is_logged(&self) -> bool {
+        self.log.read(0).is_ok()
+    }
 }
 
 #[cfg(test)]

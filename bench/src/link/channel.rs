@@ -4,7 +4,7 @@
 //! offer -> queue (bounded: what does not fit is dropped) -> rate -> delay -> poll
 //! ```
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, ops::Range, time::Duration};
 
 /// What a link is like.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +19,8 @@ pub(crate) struct Shape {
     pub(crate) loss: f64,
     /// The largest packet.
     pub(crate) mtu: usize,
+    /// From when to when nothing gets through, and nobody is told.
+    pub(crate) cuts: Vec<Range<Duration>>,
 }
 
 /// A queue holds at least so many packets.
@@ -33,13 +35,23 @@ impl Shape {
     pub(crate) fn of(mbps: f64, delay: Duration) -> Self {
         let queue = (delay * 2).max(Duration::from_millis(50));
         let rates = vec![(Duration::ZERO, mbps * 1e6)];
-        Self { rates, delay, queue, loss: 0.0, mtu: ETHERNET_MTU }
+        Self { rates, delay, queue, loss: 0.0, mtu: ETHERNET_MTU, cuts: Vec::new() }
     }
 
     /// Another rate from then on.
     pub(crate) fn then(mut self, at: Duration, mbps: f64) -> Self {
         self.rates.push((at, mbps * 1e6));
         self
+    }
+
+    /// Cut during that time.
+    pub(crate) fn cut(mut self, when: Range<Duration>) -> Self {
+        self.cuts.push(when);
+        self
+    }
+
+    fn is_cut(&self, at: Duration) -> bool {
+        self.cuts.iter().any(|cut| cut.contains(&at))
     }
 
     fn rate(&self, at: Duration) -> f64 {
@@ -133,7 +145,7 @@ impl Channel {
             self.queued_bytes -= packet.bytes.len();
             let takes = packet.bytes.len() as f64 * 8.0 / self.shape.rate(begins);
             self.free_at = begins + Duration::from_secs_f64(takes);
-            if self.is_lost() {
+            if self.shape.is_cut(self.free_at) || self.is_lost() {
                 self.lost += 1;
                 self.spare.push(packet.bytes);
                 continue;
@@ -243,6 +255,13 @@ mod tests {
         assert_eq!(channel.carried(Duration::ZERO, 30 * MS), (29_000, 29.0 / 30.0));
         assert_eq!(channel.carried(20 * MS, 40 * MS), (11_000, 11.0 / 20.0));
         assert_eq!(channel.carried(60 * MS, 70 * MS), (0, 0.0));
+    }
+
+    #[test]
+    fn nothing_gets_through_a_cut() {
+        let shape = Shape::of(8.0, MS).cut(5 * MS..20 * MS);
+        let came = arrivals(shape, 2 * MS, 15);
+        assert_eq!(came, [2, 4, 22, 24, 26, 28, 30].map(|at| at * MS));
     }
 
     #[test]

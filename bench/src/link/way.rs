@@ -2,7 +2,7 @@
 
 use std::{io, time::Instant};
 
-use handoff::sim::{LinkShape, Rate};
+use handoff::sim::{LinkShape, Outage, Rate};
 
 use super::{Channel, Link, Shape};
 use crate::hand_off::Road;
@@ -23,7 +23,10 @@ impl Way {
                 let mut rates = shape.rates.iter().map(|(at, bits)| (*at, bits / 8.0));
                 let first = Rate::bytes_per_s(rates.next().map_or(f64::MAX, |(_, rate)| rate));
                 let rate = rates.fold(first, |all, (at, rate)| all.then_bytes_per_s(at, rate));
-                let shape = LinkShape::symmetric(rate, shape.delay);
+                let outages =
+                    shape.cuts.iter().map(|cut| Outage { from: cut.start, until: cut.end });
+                let outages = outages.collect();
+                let shape = LinkShape { outages, ..LinkShape::symmetric(rate, shape.delay) };
                 Ok(Self::Simulated(Box::new(shape), Instant::now()))
             }
             Err(e) => Err(e),

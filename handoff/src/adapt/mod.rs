@@ -14,7 +14,7 @@ use std::{fmt, str::FromStr, time::Duration};
 use serde::{Deserialize, Serialize};
 
 pub use adapter::Adapter;
-pub use rate::LinkRate;
+pub use rate::{LinkRate, Stuck};
 pub use record::{Adaptation, ModeDecision, ModeEstimate, ModeShare};
 
 use crate::stage::{Mode, UnknownMode};

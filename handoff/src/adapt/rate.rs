@@ -17,6 +17,28 @@ const ENOUGH_BUSY: Duration = Duration::from_millis(100);
 /// ... unless so much was delivered in it.
 const ENOUGH_BYTES: u64 = 256 << 10;
 
+/// A link on which nothing at all arrived for longer than this was broken meanwhile.
+const BROKEN: Duration = Duration::from_secs(2);
+
+/// Tells the time that a link took to deliver what it was given from that in which it was broken:
+/// which of the two a silence was is known when it is over.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stuck(Duration);
+
+impl Stuck {
+    /// Takes what was delivered in a time in which there was something to deliver. How much of the
+    /// time since the last delivery tells how fast the link is.
+    pub fn busy(&mut self, bytes: u64, busy: Duration) -> Duration {
+        let since = self.0.saturating_add(busy);
+        if bytes == 0 {
+            self.0 = since;
+            return Duration::ZERO;
+        }
+        let stuck = std::mem::take(&mut self.0);
+        if stuck <= BROKEN { since } else { busy }
+    }
+}
+
 /// The rate at which a link delivers, from a transport's readings. Follows a change within about
 /// the third of a second in which the link was busy.
 ///
@@ -27,6 +49,7 @@ const ENOUGH_BYTES: u64 = 256 << 10;
 pub struct LinkRate {
     last: Option<LinkReading>,
     slices: VecDeque<Slice>,
+    stuck: Stuck,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,6 +68,7 @@ impl LinkRate {
     /// guess until this one was measured.
     pub fn relinked(&mut self) {
         self.last = None;
+        self.stuck = Stuck::default();
     }
 
     /// Takes a reading: the more often, the better, and at least a few times a second.
@@ -55,7 +79,8 @@ impl LinkRate {
         if last.unacked_bytes == 0 {
             busy = busy.saturating_sub(reading.min_rtt);
         }
-        if bytes == 0 && busy.is_zero() {
+        let busy = self.stuck.busy(bytes, busy);
+        if bytes == 0 {
             return;
         }
         match self.slices.back_mut().filter(|slice| slice.busy < SLICE) {
@@ -209,6 +234,30 @@ mod tests {
         near(&rate, 625e3, 0.02);
         run(&mut rate, &mut at, 1_250_000, 700, 5);
         near(&rate, 1250e3, 0.02);
+    }
+
+    /// What was on its way when it broke waits for seconds, and says nothing of the next link.
+    #[test]
+    fn a_broken_link_is_not_a_slow_one() {
+        let (mut rate, mut at) = (LinkRate::new(), LinkReading::default());
+        rate.observe(at);
+        run(&mut rate, &mut at, 625_000, 3000, 5);
+        run(&mut rate, &mut at, 0, 9000, 5);
+        near(&rate, 625e3, 0.02);
+        let mut same = rate.clone();
+        run(&mut same, &mut at, 625_000, 1000, 5);
+        near(&same, 625e3, 0.02);
+        rate.relinked();
+        let mut at = LinkReading::default();
+        rate.observe(at);
+        run(&mut rate, &mut at, 625_000, 100, 5);
+        near(&rate, 625e3, 0.02);
+
+        let mut stuck = Stuck::default();
+        assert_eq!(stuck.busy(0, 300 * MS), Duration::ZERO);
+        assert_eq!(stuck.busy(1, 5 * MS), 305 * MS, "a retransmission is the link's own");
+        assert_eq!(stuck.busy(0, 3000 * MS), Duration::ZERO);
+        assert_eq!(stuck.busy(1, 5 * MS), 5 * MS);
     }
 
     #[test]

@@ -28,8 +28,11 @@ use crate::{
 
 /// How long a courier without a link sleeps between looking at what waits for it.
 const IDLE: Duration = Duration::from_millis(5);
-/// Between two attempts to make a link.
-const RETRY: Duration = Duration::from_millis(100);
+/// How often a courier that is about to end looks whether all is said.
+const ENDING: Duration = Duration::from_millis(100);
+/// Until the target has welcomed the handoff once, links are made again only for so many times the
+/// bound on the first: what answers there may be no cloudlet at all.
+const FIRST_PATIENCE: u32 = 2;
 /// How long the last words may take to be sent.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How many links one handoff may use.
@@ -87,6 +90,10 @@ pub(super) struct Courier<'a, C: Connect> {
     /// Nothing more comes from the workers.
     pub(super) exhausted: bool,
     pub(super) submitted_bytes: u64,
+    /// The target has taken the handoff.
+    pub(super) welcomed: bool,
+    /// Attempts to make a link since one worked.
+    pub(super) misses: u32,
 }
 
 /// Why a link is no longer used.
@@ -118,6 +125,9 @@ impl<C: Connect> Courier<'_, C> {
                     // Grace counts from the loss of a link that worked, not from each attempt.
                     let now = self.clock.now();
                     let worked = self.session.take_progress();
+                    if worked {
+                        (self.welcomed, self.misses) = (true, 0);
+                    }
                     lost_at = Some(lost_at.filter(|_| !worked).unwrap_or(now));
                     why = reason;
                 }
@@ -146,32 +156,42 @@ impl<C: Connect> Courier<'_, C> {
         heard
     }
 
+    /// For how long links are made again.
+    fn grace(&self) -> Duration {
+        let limits = self.limits;
+        match (self.session.is_committed(), self.welcomed) {
+            (true, _) => limits.commit,
+            (false, true) => limits.relink_grace,
+            (false, false) => limits.relink_grace.min(limits.connect * FIRST_PATIENCE),
+        }
+    }
+
     /// Makes a link within the bound that holds now; `None` if the handoff ended meanwhile.
     fn make_link(&mut self, lost_at: Option<Duration>) -> Result<Option<C::Link>, String> {
+        let Some(lost_at) = lost_at else {
+            let first = self.connect.connect(self.limits.connect);
+            return first.map(Some).map_err(|e| format!("cannot reach the peer: {e}"));
+        };
+        let mut last = String::new();
         loop {
-            let committed = self.session.is_committed();
-            let grace = if committed { self.limits.commit } else { self.limits.relink_grace };
-            let left = match lost_at {
-                None => self.limits.connect,
-                Some(at) => (at + grace).saturating_sub(self.clock.now()),
-            };
+            let grace = self.grace();
+            let left = (lost_at + grace).saturating_sub(self.clock.now());
             if left.is_zero() {
-                return Err(format!("no link for {grace:?}"));
+                return Err(format!("no link for {grace:?}{last}"));
             }
-            if lost_at.is_some() {
-                match self.orders.recv_timeout(RETRY.min(left)) {
-                    Ok(order) => self.obey(order),
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                }
+            let wait = self.limits.retry.wait(self.misses, rand::random());
+            self.misses = self.misses.saturating_add(1);
+            match self.orders.recv_timeout(wait.min(left)) {
+                Ok(order) => self.obey(order),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
             }
             if self.over {
                 return Ok(None);
             }
-            match self.connect.connect(left.min(self.limits.connect)) {
+            match self.connect.connect(left.min(self.limits.attempt)) {
                 Ok(link) => return Ok(Some(link)),
-                Err(e) if lost_at.is_none() => return Err(format!("cannot reach the peer: {e}")),
-                Err(_) => {}
+                Err(e) => last = format!(" ({e})"),
             }
         }
     }
@@ -199,6 +219,7 @@ impl<C: Connect> Courier<'_, C> {
             Err(e) => return End::Broke(format!("cannot use the link: {e}")),
         };
         self.status.link_up(gauge);
+        self.status.heard(self.clock.now());
         self.session.link_up(self.clock.now());
         let (stop, queued) = (AtomicBool::new(false), AtomicU64::new(0));
         let (to, heard) = unbounded();
@@ -229,12 +250,20 @@ impl<C: Connect> Courier<'_, C> {
     ) -> End {
         let mut writer = FrameWriter::default();
         let mut over_at = None;
+        let mut received = self.status.bytes_received.load(Relaxed);
         loop {
             let mut busy = match self.hear(heard, queued) {
                 Ok(busy) => busy,
                 Err(why) => return End::Broke(why),
             };
             busy |= self.take_order();
+            // Bytes and not frames are a sign of life: of a long frame on a slow link each part is.
+            let bytes = self.status.bytes_received.load(Relaxed);
+            if std::mem::replace(&mut received, bytes) != bytes {
+                let now = self.clock.now();
+                self.session.heard(now);
+                self.status.heard(now);
+            }
             let room = self.publish(writer.left());
             let mut pause = room.pause;
             match self.transmit(&mut tx, &mut writer, room) {
@@ -248,7 +277,7 @@ impl<C: Connect> Courier<'_, C> {
                 if said || now.saturating_sub(since) > LAST_WORDS {
                     return End::Done;
                 }
-                pause = pause.min(RETRY);
+                pause = pause.min(ENDING);
             }
             if !self.session.tick(now) {
                 return End::Broke(format!("nothing heard for {:?}", self.limits.silence));
@@ -279,7 +308,7 @@ impl<C: Connect> Courier<'_, C> {
         if writer.left() == 0 {
             self.steps.reached(self.under_way.take());
         }
-        Ok(true)
+        Ok(taken > 0)
     }
 
     /// Gives the writer the next frame: a word, a segment of the window, or a new one, which is

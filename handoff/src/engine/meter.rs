@@ -4,6 +4,7 @@ use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use super::{
     CommitMode, SendOptions,
+    outage::Outages,
     pace::{Pace, Reading},
     status::LinkStatus,
     worker::WorkerStats,
@@ -75,6 +76,9 @@ pub(super) struct Meter<'a> {
     rounds: Vec<Round>,
     round_began: Duration,
     round_is_open: bool,
+    outages: Outages,
+    /// For how long in all there had been no link when the round began.
+    outage_before: Duration,
     pace: Pace,
     /// Chunks looked at and sent, and the time for which the engine waited to get rid of them.
     looked_at: u64,
@@ -124,6 +128,8 @@ impl<'a> Meter<'a> {
             rounds: Vec::new(),
             round_began: started,
             round_is_open: false,
+            outages: Outages::default(),
+            outage_before: Duration::ZERO,
             pace: Pace::default(),
             looked_at: 0,
             sent: 0,
@@ -163,14 +169,28 @@ impl<'a> Meter<'a> {
         self.tell();
     }
 
-    /// The link was lost or is back.
-    pub(super) fn relinking(&mut self, lost: bool) {
+    /// The link was lost.
+    pub(super) fn link_lost(&mut self, why: String) {
+        self.outages.lost(self.clock.now(), why);
+        self.enter(Phase::Relinking);
+    }
+
+    /// There is a link again.
+    pub(super) fn link_back(&mut self) {
+        self.outages.back(self.clock.now(), self.started);
         let paused = self.cutover.pausing.is_some();
-        self.enter(match (lost, paused) {
-            (true, _) => Phase::Relinking,
-            (false, true) => Phase::Cutover,
-            (false, false) => Phase::Rounds,
-        });
+        self.enter(if paused { Phase::Cutover } else { Phase::Rounds });
+    }
+
+    /// The times without a link.
+    pub(super) fn outages(&self) -> &Outages {
+        &self.outages
+    }
+
+    /// For how long the guest has been paused without a link.
+    pub(super) fn waits_paused(&self) -> Option<Duration> {
+        let since = self.outages.since()?.max(self.cutover.pausing?);
+        Some(self.clock.now().saturating_sub(since))
     }
 
     /// An ownership record was made durable here, which took so long.
@@ -198,6 +218,7 @@ impl<'a> Meter<'a> {
         }
         self.round_is_open = true;
         self.round_began = now;
+        self.outage_before = self.outages.total(now);
         self.pace.begins(self.reading());
         self.rounds.push(Round { number, chunks, ..Round::default() });
         self.line.round = number;
@@ -239,6 +260,7 @@ impl<'a> Meter<'a> {
         self.pace.ends(self.reading());
         if let Some(round) = self.rounds.last_mut() {
             round.duration_ms = millis(now.saturating_sub(self.round_began));
+            round.outage_ms = millis(self.outages.total(now).saturating_sub(self.outage_before));
             round.bytes = self.worker.round_bytes(round.number);
         }
         self.last_sent = now;
@@ -347,7 +369,10 @@ impl<'a> Meter<'a> {
 
     fn measurements(&self, dirty: u64) -> Measurements {
         let now = self.clock.now();
-        let got_nowhere = |round: &&Round| policy::stalled(round.chunks, round.dirty_after);
+        // What a guest changes while there is no link says nothing of whether rounds pay.
+        let got_nowhere = |round: &&Round| {
+            round.outage_ms == 0.0 && policy::stalled(round.chunks, round.dirty_after)
+        };
         let stalled_rounds = self.rounds.iter().rev().take_while(got_nowhere).count();
         // Where the transport measures, the guest is not paused before the link has room.
         let measured = self.pace.link_bytes_per_s(self.reading()).is_some();
@@ -378,7 +403,7 @@ impl<'a> Meter<'a> {
         let (mut bytes, mut seconds) = (0.0, 0.0);
         for round in &self.rounds {
             bytes += round.bytes as f64;
-            seconds += round.duration_ms / 1e3;
+            seconds += (round.duration_ms - round.outage_ms) / 1e3;
         }
         if seconds <= 0.0 || bytes <= 0.0 {
             let since = self.clock.now().saturating_sub(self.started).as_secs_f64();
@@ -453,7 +478,9 @@ impl<'a> Meter<'a> {
         let (sent, received) =
             (status.bytes_sent.load(Relaxed), status.bytes_received.load(Relaxed));
         let downtime = self.downtime();
-        let moving = self.last_sent.saturating_sub(self.started).as_secs_f64();
+        let outage = self.outages.total(now);
+        let moving = self.last_sent.saturating_sub(self.started).saturating_sub(outage);
+        let moving = moving.as_secs_f64();
         let rate = self.link_rate();
         Report {
             base,
@@ -466,6 +493,8 @@ impl<'a> Meter<'a> {
             bytes_sent: sent,
             bytes_received: received,
             links: u32::try_from(status.links.load(Relaxed)).unwrap_or(u32::MAX),
+            outages: self.outages.listed(now, self.started),
+            outage_ms: millis(outage),
             link_rate_bytes_per_s: rate,
             utilisation: rate
                 .filter(|rate| *rate * moving > 0.0)

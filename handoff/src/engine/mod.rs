@@ -14,6 +14,7 @@ mod accept;
 mod again;
 mod ahead;
 mod arriving;
+mod backoff;
 mod commit;
 mod courier;
 mod decode;
@@ -21,6 +22,7 @@ mod flush;
 mod landing;
 mod meter;
 mod options;
+mod outage;
 mod pace;
 mod pipe;
 mod pipeline;
@@ -36,6 +38,7 @@ mod status;
 mod worker;
 
 pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
+pub use backoff::Backoff;
 pub use options::{
     CONTENTS_BYTES, CommitMode, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions,
     Received, SendError, SendOptions, SendOutcome, TABLES_BYTES,

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
-use super::PipelineOptions;
+use super::{Backoff, PipelineOptions};
 use crate::{
     Refusal,
     order::Sequence,
@@ -19,8 +19,12 @@ use crate::{
 /// Bounds on every wait. The defaults suit a wide-area link of a few Mbps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// To make a link.
+    /// To make the first link.
     pub connect: Duration,
+    /// One attempt to make a later one.
+    pub attempt: Duration,
+    /// Between two of those.
+    pub retry: Backoff,
     /// From a link to the peer's first frame.
     pub greeting: Duration,
     /// From then until the target is ready for the guest: it opens bases, reserves memory and disk,
@@ -30,9 +34,13 @@ pub struct Limits {
     pub silence: Duration,
     /// How often the source says something, so that silence means a broken link.
     pub ping_every: Duration,
-    /// How long a broken link may stay broken before the handoff is aborted. After it, the guest
-    /// runs again on the source at once.
+    /// How long a broken link may stay broken while the guest runs on the source, before the handoff
+    /// is aborted; at the target, before what came is dropped.
     pub relink_grace: Duration,
+    /// The same while the guest is paused and nothing is committed: then it runs again on the source.
+    pub relink_paused: Duration,
+    /// How long a side that lost all but its record asks the other, where the answer changes nothing.
+    pub ask: Duration,
     /// How long the target may leave segments unapplied while the link works.
     pub stall: Duration,
     /// From Prepare sent until Prepared; disk and verification at the target fall into it. Before an
@@ -52,11 +60,15 @@ impl Default for Limits {
         let s = Duration::from_secs;
         Self {
             connect: s(5),
+            attempt: s(2),
+            retry: Backoff::default(),
             greeting: s(20),
             ready: s(120),
             silence: s(10),
             ping_every: s(1),
-            relink_grace: s(10),
+            relink_grace: s(120),
+            relink_paused: s(5),
+            ask: s(10),
             stall: s(180),
             prepare: s(120),
             commit: s(60),
@@ -259,6 +271,15 @@ pub enum SendError {
     },
 }
 
+impl Limits {
+    /// The defaults of a target: it waits for its source for longer than the source tries, which may
+    /// have noticed later that the link is broken.
+    pub fn at_target() -> Self {
+        let limits = Self::default();
+        Self { relink_grace: limits.relink_grace + limits.silence * 2, ..limits }
+    }
+}
+
 /// The default of [`ReceiveOptions::contents_bytes`].
 pub const CONTENTS_BYTES: usize = 24 << 20;
 
@@ -298,7 +319,7 @@ impl ReceiveOptions {
         Self {
             peer,
             versions: Versions::OURS,
-            limits: Limits::default(),
+            limits: Limits::at_target(),
             window_bytes,
             contents_bytes: CONTENTS_BYTES,
             workers: default_decoders(),

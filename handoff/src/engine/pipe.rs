@@ -33,6 +33,12 @@ const TICK: Duration = Duration::from_millis(20);
 /// How often an engine that waits for the link looks at it.
 const DRAIN_TICK: Duration = Duration::from_millis(1);
 
+/// A peer that lives is heard each time that it pings; so many may be late.
+const PINGS_MISSED: u32 = 2;
+
+/// What is done now and then while the link is waited for; is told whether it is broken.
+pub(super) type Meanwhile<'a> = dyn FnMut(bool) -> Result<(), KeptReason> + 'a;
+
 /// A word of the target that the phases wait for, and when it came.
 #[derive(Clone, Debug)]
 pub(super) enum Word {
@@ -63,12 +69,22 @@ pub(super) struct Pipe<'a> {
 impl Pipe<'_> {
     /// Gives a job to the pipeline, waiting while it is full.
     pub(super) fn push(&mut self, job: Job) -> Result<(), KeptReason> {
+        self.push_while(job, &mut |_| Ok(()))
+    }
+
+    /// The same, and does `meanwhile` now and then, which is told whether the link is broken.
+    pub(super) fn push_while(
+        &mut self,
+        job: Job,
+        meanwhile: &mut Meanwhile<'_>,
+    ) -> Result<(), KeptReason> {
         let began = self.clock.now();
         if let (Some(gave), Job::Body { body, .. }) = (self.gave, &job) {
             self.status.ahead.supplied(began.saturating_sub(gave), body.len());
         }
         loop {
             self.check()?;
+            meanwhile(self.is_broken())?;
             match self.feed.ticket(TICK) {
                 Ok(true) => break,
                 Ok(false) => {}
@@ -87,6 +103,15 @@ impl Pipe<'_> {
 
     /// Waits until the link will run dry within its round trip and `ahead`.
     pub(super) fn drain(&mut self, ahead: Duration) -> Result<(), KeptReason> {
+        self.drain_while(ahead, &mut |_| Ok(()))
+    }
+
+    /// The same, and does `meanwhile` as [`Pipe::push_while`] does.
+    pub(super) fn drain_while(
+        &mut self,
+        ahead: Duration,
+        meanwhile: &mut Meanwhile<'_>,
+    ) -> Result<(), KeptReason> {
         self.gave = None;
         loop {
             let low = self.meter.low_water_bytes(ahead);
@@ -94,6 +119,7 @@ impl Pipe<'_> {
                 return Ok(());
             }
             self.check()?;
+            meanwhile(self.is_broken())?;
             std::thread::sleep(DRAIN_TICK);
         }
     }
@@ -117,8 +143,7 @@ impl Pipe<'_> {
 
     /// Looks at cancellation and at what came, and fails if the handoff cannot go on.
     pub(super) fn check(&mut self) -> Result<(), KeptReason> {
-        self.meter.tick();
-        self.check_cancelled()?;
+        self.check_wait()?;
         while let Ok(notice) = self.notices.try_recv() {
             // Nothing is waited for here, so a word that is no failure is none of the target's.
             if let Some(word) = self.judge(notice)?.map(|(word, _)| word) {
@@ -128,11 +153,55 @@ impl Pipe<'_> {
         self.check_stall()
     }
 
-    /// The target must go on applying while there is something to apply.
+    /// Looks at what ends any wait before the commit.
+    fn check_wait(&mut self) -> Result<(), KeptReason> {
+        self.meter.tick();
+        self.check_cancelled()?;
+        let limit = self.limits.relink_paused;
+        match self.meter.waits_paused() {
+            Some(waited) if waited >= limit => {
+                let why = self.meter.outages().why().unwrap_or_default();
+                let why = format!("{why}; no link for {limit:?} while the guest was paused");
+                Err(KeptReason::Link(why))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether there is no link now, as far as is known.
+    pub(super) fn is_broken(&self) -> bool {
+        self.meter.outages().since().is_some()
+    }
+
+    /// Waits until there is a link, and a sign of life came over it lately: the guest is not paused
+    /// for one that is gone. Whether there was anything to wait for.
+    pub(super) fn await_link(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<bool, KeptReason> {
+        let mut waited = false;
+        loop {
+            self.check()?;
+            meanwhile(self.is_broken())?;
+            if !self.is_broken() && !self.is_silent() {
+                return Ok(waited);
+            }
+            waited = true;
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// Whether nothing was heard for longer than a peer that lives is silent.
+    fn is_silent(&self) -> bool {
+        let rtt = Duration::from_micros(self.status.rtt_us.load(Relaxed));
+        let heard = Duration::from_micros(self.status.heard_us.load(Relaxed));
+        let silent = self.clock.now().saturating_sub(heard);
+        silent > (self.limits.ping_every * PINGS_MISSED + rtt).min(self.limits.silence)
+    }
+
+    /// The target must go on applying while there is something to apply, and a link to hear of it.
     fn check_stall(&mut self) -> Result<(), KeptReason> {
         let now = self.clock.now();
         let applied = self.status.applied_bytes.load(Relaxed);
-        if applied != self.applied.1 || self.status.unapplied_bytes.load(Relaxed) == 0 {
+        let nothing_to_do = self.status.unapplied_bytes.load(Relaxed) == 0;
+        if applied != self.applied.1 || nothing_to_do || self.is_broken() {
             self.applied = (now, applied);
         }
         let limit = self.limits.stall;
@@ -152,11 +221,10 @@ impl Pipe<'_> {
         let mut moved = (self.clock.now(), self.status.applied_bytes.load(Relaxed));
         while self.clock.now() < moved.0 + limit {
             let applied = self.status.applied_bytes.load(Relaxed);
-            if applied != moved.1 {
+            if applied != moved.1 || self.is_broken() {
                 moved = (self.clock.now(), applied);
             }
-            self.meter.tick();
-            self.check_cancelled()?;
+            self.check_wait()?;
             match self.notices.recv_timeout(TICK) {
                 Ok(notice) => {
                     if let Some(word) = self.judge(notice)? {
@@ -176,7 +244,7 @@ impl Pipe<'_> {
             Notice::Event(event, at) => (event, at),
             Notice::Lost(why) => {
                 tracing::warn!(why, "link lost");
-                self.meter.relinking(true);
+                self.meter.link_lost(why);
                 return Ok(None);
             }
             Notice::Gone(why) => return Err(KeptReason::Link(why)),
@@ -185,10 +253,16 @@ impl Pipe<'_> {
             }
         };
         let word = match event {
-            SourceEvent::Welcomed { agreed, early, .. } => Word::Welcomed { agreed, early },
+            SourceEvent::Welcomed { agreed, early, .. } => {
+                // The first Welcome may come over a later link than the first.
+                if self.is_broken() {
+                    self.meter.link_back();
+                }
+                Word::Welcomed { agreed, early }
+            }
             SourceEvent::Relinked { applied_up_to } => {
                 tracing::info!(applied_up_to, "link is back");
-                self.meter.relinking(false);
+                self.meter.link_back();
                 return Ok(None);
             }
             SourceEvent::Refused(refusal) => return Err(refusal.into()),

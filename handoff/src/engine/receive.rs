@@ -253,6 +253,11 @@ enum Served<L: Transport> {
     Broke(String),
 }
 
+/// A link ended, for this reason, unless the source has made a newer one.
+fn ended<L: Transport>(newer: Option<Incoming<L>>, why: String) -> Served<L> {
+    newer.map_or(Served::Broke(why), |link| Served::Replaced(Box::new(link)))
+}
+
 /// Serves one link. A second thread reads it, so that pings are answered while this one is busy
 /// with a disk or a machine.
 fn serve<L: Transport, Vm: TargetVm>(
@@ -327,13 +332,14 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
     ) -> Served<L> {
         let mut scratch = Vec::new();
         let mut received = 0;
+        let mut newer = None;
         loop {
             let heard = self.hear(arriving);
             let broke = heard.and_then(|()| self.proceed(arriving)).err();
             while let Some(frame) = arriving.session.poll_transmit() {
                 match send_on(self.tx, &frame, &mut scratch) {
                     Ok(bytes) => self.counts.sent.fetch_add(bytes, Relaxed),
-                    Err(e) => return Served::Broke(format!("the link broke: {e}")),
+                    Err(e) => return ended(newer, format!("the link broke: {e}")),
                 };
                 self.steps.reached(Step::sent(&frame));
             }
@@ -341,12 +347,13 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                 return Served::Settled;
             }
             if let Some(why) = broke {
-                return Served::Broke(why);
+                return ended(newer, why);
             }
-            if let Ok(link) = relinks.try_recv()
-                && let Some(link) = check_relink(link, arriving)
-            {
-                return Served::Replaced(Box::new(link));
+            newer =
+                relinks.try_iter().filter_map(|link| check_relink(link, arriving)).last().or(newer);
+            // What came over this link whole need not come again.
+            if newer.is_some() && self.heard.is_empty() {
+                return ended(newer, String::new());
             }
             let now = self.clock.now();
             arriving.check_time(now);
@@ -356,7 +363,7 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                 arriving.session.heard(now);
             }
             if !arriving.session.tick(now) {
-                return Served::Broke("nothing heard for too long".into());
+                return ended(newer, "nothing heard for too long".into());
             }
             let mut select = Select::new();
             select.recv(arriving.decoded());

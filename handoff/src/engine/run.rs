@@ -1,6 +1,6 @@
 //! One handoff from the source's side: the guest, and what the phases do with it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use super::{
     KeptReason, SendError, SendOptions, SendOutcome, again::Again, pipe::Pipe, worker::Job,
@@ -27,9 +27,27 @@ pub(super) struct HeldGuest<'a> {
     pub(super) vm: &'a mut dyn SourceVm,
     pub(super) tracking: bool,
     pub(super) paused: bool,
+    /// It is to be slowed down, and is not while the link is broken.
+    pub(super) let_go: bool,
+}
+
+impl<'a> HeldGuest<'a> {
+    /// A guest that runs, untouched.
+    pub(super) fn new(vm: &'a mut dyn SourceVm) -> Self {
+        Self { vm, tracking: false, paused: false, let_go: false }
+    }
 }
 
 impl HeldGuest<'_> {
+    /// The link is broken, or not: there is no use in slowing a guest down that outruns no link.
+    fn link_is(&mut self, broken: bool, run_share: f64) -> Result<(), KeptReason> {
+        if run_share < 1.0 && !self.paused && broken != self.let_go {
+            self.let_go = broken;
+            let share = if broken { 1.0 } else { run_share };
+            self.vm.throttle(share).map_err(failed("changing the guest's speed"))?;
+        }
+        Ok(())
+    }
     pub(super) fn start_tracking(&mut self) -> Result<ChunkSet, KeptReason> {
         self.tracking = true;
         self.vm.start_tracking().map_err(failed("starting to track changes"))
@@ -200,6 +218,8 @@ impl Run<'_> {
                 self.leave_out_free(&mut order)?;
             }
             groups += 1;
+            // A round in which nothing has to be sent gives nothing to the pipeline.
+            self.pipe.check()?;
             if self.leave_out_dirty(&mut order)? {
                 break true;
             }
@@ -245,9 +265,23 @@ impl Run<'_> {
     fn push_batches(&mut self) -> Result<(), KeptReason> {
         while let Some(batch) = self.outbound.poll() {
             let (round, kind) = (self.round, SegmentKind::Chunks);
-            self.pipe.push(Job::Body { round, kind, body: batch.body, chunks: batch.chunks })?;
+            let job = Job::Body { round, kind, body: batch.body, chunks: batch.chunks };
+            let (guest, share) = (&mut self.guest, self.pipe.meter.run_share());
+            self.pipe.push_while(job, &mut |broken| guest.link_is(broken, share))?;
         }
         Ok(())
+    }
+
+    /// Waits until the link will run dry within its round trip and `ahead`.
+    pub(super) fn drain(&mut self, ahead: Duration) -> Result<(), KeptReason> {
+        let (guest, share) = (&mut self.guest, self.pipe.meter.run_share());
+        self.pipe.drain_while(ahead, &mut |broken| guest.link_is(broken, share))
+    }
+
+    /// Waits until there is a link that lives; whether there was anything to wait for.
+    pub(super) fn await_link(&mut self) -> Result<bool, KeptReason> {
+        let (guest, share) = (&mut self.guest, self.pipe.meter.run_share());
+        self.pipe.await_link(&mut |broken| guest.link_is(broken, share))
     }
 
     pub(super) fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {
@@ -269,6 +303,7 @@ impl Run<'_> {
     /// Slows the guest down, or not, as the policy wants it.
     pub(super) fn throttle(&mut self, run_share: f64) -> Result<(), KeptReason> {
         if self.pipe.meter.run_share() != run_share {
+            self.guest.let_go = false;
             let can =
                 self.guest.vm.throttle(run_share).map_err(failed("slowing the guest down"))?;
             self.pipe.meter.throttled(if can { run_share } else { 1.0 }, can);

@@ -66,7 +66,7 @@ pub fn send<C: Connect + Send>(
     let record = journal.record().ok_or(SendError::NoRecord)?;
     let handoff = source::question(record)?.ok_or(SendError::NoRecord)?;
 
-    let mut guest = HeldGuest { vm, tracking: false, paused: false };
+    let mut guest = HeldGuest::new(vm);
     let (status, worker) = (LinkStatus::default(), WorkerStats::default());
     let base_id = bases.own().id().to_string();
     let adapter = Adapter::new(AdaptOptions::new(options.pipeline.choice, clock.now()));
@@ -105,6 +105,8 @@ pub fn send<C: Connect + Send>(
             over: false,
             exhausted: false,
             submitted_bytes: 0,
+            welcomed: false,
+            misses: 0,
         };
         scope.spawn(move || courier.run());
         let applied = (clock.now(), 0);
@@ -288,15 +290,20 @@ impl<'r, 'a> Negotiated<'r, 'a> {
             let rest = run.send_round(set)?;
             // Of what does not change any more, nothing is hashed again while the guest waits.
             run.outbound.root();
-            run.pipe.drain(HARVEST_AHEAD)?;
+            run.drain(HARVEST_AHEAD)?;
             run.pipe.meter.round_ends();
             set = run.harvest_round()?;
             let broken_off = rest.is_some();
             rest.iter().for_each(|rest| set.union(rest));
             let Some(share) = run.pipe.meter.next_round(set.len(), broken_off) else {
-                // What is still queued would be waited for with the guest paused.
-                run.pipe.drain(Duration::ZERO)?;
-                return Ok(Live { run, left: set });
+                // What is still queued would be waited for with the guest paused; and so would a link.
+                run.drain(Duration::ZERO)?;
+                if !run.await_link()? {
+                    return Ok(Live { run, left: set });
+                }
+                // Meanwhile the guest ran on: what it changed is no last round any more.
+                set.union(&run.harvest_round()?);
+                continue;
             };
             run.throttle(share)?;
         }

@@ -194,7 +194,7 @@ fn ask_as_source<C: Connect>(
     let committed = matches!(record.state, State::Committed { .. });
     // Before the commit the answer cannot change what may be done, short of a takeover.
     let limits = asking.limits;
-    let patience = if committed { limits.commit } else { limits.relink_grace };
+    let patience = if committed { limits.commit } else { limits.ask };
     let deadline = asking.clock.now() + patience;
     let mut connect = connect;
     let why = loop {

@@ -17,7 +17,7 @@ use super::{
     worker::micros,
 };
 use crate::{
-    adapt::LinkRate,
+    adapt::{LinkRate, Stuck},
     link::{LinkGauge, LinkReading},
     source::DEFAULT_WINDOW_BYTES,
     target::ACK_BYTES,
@@ -70,6 +70,8 @@ pub(super) struct LinkStatus {
     pub(super) rtt_us: AtomicU64,
     pub(super) rtt_min_us: AtomicU64,
     pub(super) links: AtomicU64,
+    /// When anything was last heard, in microseconds of the clock.
+    pub(super) heard_us: AtomicU64,
     /// What is between the workers and the courier.
     pub(super) ahead: Ahead,
     /// Whether Commit may be said, and was.
@@ -85,6 +87,7 @@ struct Measured {
     rate: LinkRate,
     /// What the transport itself had sent and received when that was last counted.
     overhead: (u64, u64),
+    stuck: Stuck,
     /// What the transport was last told of [`LinkGauge::limit_unsent`].
     unsent_limit: u64,
 }
@@ -168,6 +171,7 @@ impl LinkStatus {
         measured.gauge = gauge;
         measured.overhead = (0, 0);
         measured.rate.relinked();
+        measured.stuck = Stuck::default();
         measured.unsent_limit = 0;
         if let Some(reading) = measured.last {
             measured.rate.observe(reading);
@@ -200,8 +204,9 @@ impl LinkStatus {
         let reading = measured.gauge.as_deref().and_then(LinkGauge::read);
         if let (Some(reading), Some(before)) = (reading, measured.last) {
             let delivered = reading.delivered_bytes.saturating_sub(before.delivered_bytes);
+            let busy = reading.busy.saturating_sub(before.busy);
             self.delivered_bytes.fetch_add(delivered, Relaxed);
-            self.busy_us.fetch_add(micros(reading.busy.saturating_sub(before.busy)), Relaxed);
+            self.busy_us.fetch_add(micros(measured.stuck.busy(delivered, busy)), Relaxed);
         }
         measured.last = reading;
         let said = reading.map_or(0, |reading| reading.delivery_bytes_per_s);
@@ -231,6 +236,11 @@ impl LinkStatus {
         self.ahead.link(LinkView { bytes_per_s: trusted, rtt, in_flight_bytes: in_flight });
         let reading = reading?;
         Some(Flow { unacked_bytes: reading.unacked_bytes, min_rtt: reading.min_rtt, bytes_per_s })
+    }
+
+    /// Something was heard.
+    pub(super) fn heard(&self, now: Duration) {
+        self.heard_us.store(micros(now), Relaxed);
     }
 
     /// The round trip of pings and the shortest of them. The transport's own measure is better: it

@@ -16,10 +16,8 @@ use super::{
     LinkShape,
     line::{Line, Tried},
 };
-use crate::link::{Connect, LinkGauge, LinkReading, READ_TICK, Transport};
+use crate::link::{Connect, LinkGauge, LinkReading, READ_TICK, Transport, WRITE_TICK};
 
-/// How long a write may wait for room before it fails, as over TCP.
-pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two looks at a peer that cannot be reached.
 const UNREACHABLE: Duration = Duration::from_millis(50);
 
@@ -123,7 +121,7 @@ impl io::Write for SimTx {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let (wire, way) = (&self.0.wire, &self.0.wire.ways[self.0.out]);
         let mut line = way.lock();
-        let deadline = wire.now() + WRITE_TIMEOUT;
+        let deadline = wire.now() + WRITE_TICK;
         loop {
             let now = wire.now();
             match line.write(now, bytes) {

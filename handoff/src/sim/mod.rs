@@ -16,6 +16,6 @@ mod link;
 mod shape;
 mod target;
 
-pub use link::{Fault, SimConnect, SimGauge, SimLink, SimRx, SimTx, WRITE_TIMEOUT};
+pub use link::{Fault, SimConnect, SimGauge, SimLink, SimRx, SimTx};
 pub use shape::{LinkShape, Outage, Rate, Shape};
 pub use target::{MemHost, MemTarget};

@@ -32,6 +32,11 @@ impl TlsConnect {
     pub fn new(address: impl Into<String>, identity: Arc<Identity>, peer: PeerKey) -> Self {
         Self { tcp: TcpConnect::new(address), identity, peer }
     }
+
+    /// From now on, links are given up when the peer's host has not answered for so long.
+    pub fn give_up_after(&mut self, timeout: Duration) {
+        self.tcp.give_up_after(timeout);
+    }
 }
 
 impl Connect for TlsConnect {

@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Instant,
 };
 
 use super::{
@@ -15,7 +16,7 @@ use super::{
         body_length,
     },
 };
-use crate::link::{LinkGauge, LinkReading, Transport};
+use crate::link::{LinkGauge, LinkReading, Transport, WRITE_TICK, is_tick};
 
 /// Data that is sealed for one write of the link below.
 const MAX_WRITE_BYTES: usize = 256 << 10;
@@ -105,13 +106,18 @@ pub struct TlsTx<W> {
     inner: W,
     sealing: Sealing,
     records: Vec<u8>,
+    /// Bytes of the records that the link below has taken.
+    sent: usize,
+    /// Bytes of data that are in the records; none once all of them were taken.
+    taken: usize,
     broken: bool,
     overhead: Arc<Overhead>,
 }
 
 impl<W: Write> TlsTx<W> {
     fn new(inner: W, sealing: Sealing, overhead: Arc<Overhead>) -> Self {
-        Self { inner, sealing, records: Vec::new(), broken: false, overhead }
+        let records = Vec::new();
+        Self { inner, sealing, records, sent: 0, taken: 0, broken: false, overhead }
     }
 
     /// Makes records of what the pieces hold, up to [`MAX_WRITE_BYTES`]; how much that was.
@@ -136,6 +142,25 @@ impl<W: Write> TlsTx<W> {
     }
 }
 
+impl<W: Write> TlsTx<W> {
+    /// Gives what is left of the records to the link below, for a tick or so.
+    fn push(&mut self) -> io::Result<()> {
+        let began = Instant::now();
+        while let Some(rest) = self.records.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            match self.inner.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(taken) => self.sent += taken,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+            if self.sent < self.records.len() && began.elapsed() > WRITE_TICK {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+        }
+        Ok(())
+    }
+}
+
 impl<W: Write> Write for TlsTx<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.write_vectored(&[IoSlice::new(bytes)])
@@ -145,11 +170,18 @@ impl<W: Write> Write for TlsTx<W> {
         if self.broken {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        // A record that went out in part can only be followed by the rest of it.
-        self.broken = true;
-        let taken = self.seal(pieces)?;
-        self.inner.write_all(&self.records)?;
+        if self.taken == 0 {
+            self.broken = true;
+            (self.taken, self.sent) = (self.seal(pieces)?, 0);
+        }
+        // A record that went out in part can only be followed by the rest of it. Where the link has no
+        // room now, what comes next is the same data again, and that is sealed already.
         self.broken = false;
+        if let Err(e) = self.push() {
+            self.broken = !is_tick(&e);
+            return Err(e);
+        }
+        let taken = std::mem::take(&mut self.taken);
         self.overhead.sent.fetch_add((self.records.len() - taken) as u64, Relaxed);
         Ok(taken)
     }

@@ -6,10 +6,12 @@ use std::{
 };
 
 use super::{Decoder, Frame, WireError, decode::encode_segment_head, encode};
-use crate::stage::Segment;
+use crate::{link::is_tick, stage::Segment};
 
 /// Bytes asked for in one read.
 const READ_BYTES: usize = 64 << 10;
+/// A frame that is written whole waits for room for so many ticks in a row: ten seconds.
+const MOST_TICKS: u32 = 100;
 
 /// Why no frame came.
 #[derive(Debug, thiserror::Error)]
@@ -57,11 +59,9 @@ impl<R: Read> FrameReader<R> {
                     self.bytes += n as u64;
                     self.decoder.feed(self.scratch.get(..n).unwrap_or_default());
                 }
-                Err(e) => match e.kind() {
-                    io::ErrorKind::Interrupted => {}
-                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => return Ok(None),
-                    _ => return Err(e.into()),
-                },
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if is_tick(&e) => return Ok(None),
+                Err(e) => return Err(e.into()),
             }
         }
     }
@@ -80,9 +80,27 @@ pub fn write_frame(
 ) -> io::Result<u64> {
     scratch.clear();
     encode(frame, scratch).map_err(unfit)?;
-    stream.write_all(scratch)?;
+    write_whole(stream, scratch)?;
     stream.flush()?;
     Ok(scratch.len() as u64)
+}
+
+/// Writes all of `bytes`, waiting for room for a bounded time.
+fn write_whole(stream: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
+    let mut ticks = 0;
+    while !bytes.is_empty() {
+        match stream.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(taken) => {
+                bytes = bytes.get(taken..).unwrap_or_default();
+                ticks = 0;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if is_tick(&e) && ticks < MOST_TICKS => ticks += 1,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// Writes frames piece by piece, so that its owner can look at other things in between. A segment's
@@ -127,7 +145,8 @@ impl FrameWriter {
         self.written = 0;
     }
 
-    /// Writes a piece of no more than `most` bytes; how many were taken.
+    /// Writes a piece of no more than `most` bytes; how many were taken, none if there was no room
+    /// for any within the transport's tick.
     pub fn write(&mut self, stream: &mut impl Write, most: usize) -> io::Result<usize> {
         let payload = self.segment.as_ref().map_or(&[][..], |segment| &segment.payload);
         let head = self.head.get(self.written..).unwrap_or_default();
@@ -138,7 +157,7 @@ impl FrameWriter {
         let taken = match stream.write_vectored(&[IoSlice::new(head), IoSlice::new(rest)]) {
             Ok(0) if head.len() + rest.len() > 0 => return Err(io::ErrorKind::WriteZero.into()),
             Ok(taken) => taken,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted || is_tick(&e) => 0,
             Err(e) => return Err(e),
         };
         self.written += taken;

@@ -2,6 +2,8 @@
 //! when the engine calls, and so between any two calls, but never by itself.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod sites;
+
 use std::{
     collections::VecDeque,
     sync::{

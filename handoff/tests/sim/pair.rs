@@ -14,8 +14,8 @@ use crossbeam_channel::unbounded;
 use handoff::{
     BaseView, Transport,
     engine::{
-        KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendOptions, SendOutcome,
-        accept, receive, send,
+        Backoff, KeptReason, Limits, ReceiveError, ReceiveOptions, Received, SendOptions,
+        SendOutcome, accept, receive, send,
     },
     ownership::{Journal, Record, State, VmId},
     report::Progress,
@@ -31,16 +31,20 @@ pub fn limits() -> Limits {
     let ms = Duration::from_millis;
     Limits {
         connect: ms(500),
+        attempt: ms(200),
+        retry: Backoff { first: ms(20), most: ms(100) },
         greeting: ms(2000),
         ready: ms(5000),
         silence: ms(2000),
         ping_every: ms(100),
         relink_grace: ms(1000),
+        ask: ms(1000),
         stall: ms(5000),
         prepare: ms(5000),
         commit: ms(1500),
         hold_prepared: ms(3000),
         release: ms(500),
+        ..Limits::default()
     }
 }
 

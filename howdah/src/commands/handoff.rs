@@ -5,14 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
-use nix::sys::signal::{SigSet, Signal};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::interrupt::Interrupts;
 use crate::{
     cli::HandoffArgs,
     control::{HandoffRequest, HandoffTls, Progress, Reply, Request, client},
-    failure::Exit,
-    home::{Home, VmDir},
+    home::Home,
     output::{Output, bytes, shares},
     peers::{self, BookFile},
 };
@@ -21,13 +20,15 @@ use crate::{
 const LINE_EVERY: Duration = Duration::from_secs(1);
 /// The process says something at least this often, or it hangs.
 const SILENCE: Duration = Duration::from_secs(600);
+/// A handoff that is given up says a last word to its peer, if there is a link.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs `howdah handoff`.
 pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Result<()> {
     let dir = home.existing(&args.vm)?;
     let Some(peer) = args.peer.filter(|_| !args.cancel) else {
-        client::call(&dir, Request::CancelHandoff, Duration::from_secs(10))?;
-        return super::vm::say(output, &args.vm, "handoff cancelled");
+        client::call(&dir, Request::CancelHandoff, CANCEL_TIMEOUT)?;
+        return super::vm::say(output, &args.vm, "handoff cancelled, the guest goes on here");
     };
     let book = BookFile::of(home).read()?;
     let endpoint = peers::resolve(&book, &peer, args.plain)?;
@@ -40,7 +41,7 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
         }
         None => None,
     };
-    on_interrupt(&dir, Request::CancelHandoff)?;
+    let interrupts = Interrupts::take()?;
     let request = HandoffRequest {
         peer: endpoint.to_string(),
         tls,
@@ -49,10 +50,13 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
         keep_mib: args.keep_mib,
         encode: args.encode.into(),
         pipeline: args.pipeline,
+        link: args.link,
     };
     let mut channel = client::ask(&dir, Request::Handoff(request.clone()), None)?;
     channel.set_timeout(Some(SILENCE))?;
     let mut shown = Shown::new(output);
+    let question = Some("Give up this handoff? The guest goes on here.");
+    interrupts.watch(&dir, Request::CancelHandoff, output, question, shown.quiet());
     loop {
         match client::next_reply(&dir, &mut channel)? {
             Reply::Progress(progress) => shown.show(&progress),
@@ -71,28 +75,6 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
             _ => {}
         }
     }
-}
-
-/// Ctrl-C asks the process to end what it does, and this command goes on to see how that ends; a
-/// second one leaves it to itself.
-pub(super) fn on_interrupt(dir: &VmDir, request: Request) -> anyhow::Result<()> {
-    let mut set = SigSet::empty();
-    set.add(Signal::SIGINT);
-    set.add(Signal::SIGTERM);
-    set.thread_block()?;
-    let dir = dir.clone();
-    std::thread::spawn(move || {
-        let mut asked = false;
-        while set.wait().is_ok() {
-            if std::mem::replace(&mut asked, true) {
-                std::process::exit(Exit::Cancelled as i32);
-            }
-            if let Err(e) = client::call(&dir, request.clone(), Duration::from_secs(10)) {
-                tracing::warn!("not cancelled: {e}");
-            }
-        }
-    });
-    Ok(())
 }
 
 /// The live line on a terminal, a line now and then elsewhere, nothing for programs.
@@ -114,6 +96,18 @@ impl Shown {
             bar.enable_steady_tick(Duration::from_millis(200));
         }
         Self { bar, lines: !terminal && !output.is_json(), output, last_line: None }
+    }
+
+    /// Hides the live line, or shows it again, from another thread.
+    fn quiet(&self) -> impl Fn(bool) + Send + 'static {
+        let bar = self.bar.clone();
+        move |quiet| {
+            let target =
+                if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+            if let Some(bar) = &bar {
+                bar.set_draw_target(target);
+            }
+        }
     }
 
     fn show(&mut self, progress: &Progress) {

@@ -3,6 +3,7 @@
 pub(crate) mod base;
 pub(crate) mod console;
 pub(crate) mod handoff;
+pub(crate) mod interrupt;
 pub(crate) mod overlay;
 pub(crate) mod peer;
 pub(crate) mod recover;

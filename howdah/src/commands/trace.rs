@@ -24,7 +24,7 @@ use handoff::{
     },
 };
 
-use super::handoff::{on_interrupt, summary};
+use super::{handoff::summary, interrupt::Interrupts};
 use crate::{
     cli::{PlayArgs, RecordArgs, TakeArgs, TraceCommand},
     control::{Encode, RecordRequest, Reply, Request, client},
@@ -64,7 +64,7 @@ fn record(args: &RecordArgs, home: &Home, output: Output) -> anyhow::Result<()> 
         every_ms: args.every_ms,
         most_mib: args.most_mib,
     };
-    on_interrupt(&dir, Request::EndRecording)?;
+    Interrupts::take()?.watch(&dir, Request::EndRecording, output, None, |_| {});
     let written = Partial::beside(&file)?;
     let timeout = Duration::from_secs(args.for_s) + WRITE_TIMEOUT;
     let said = match client::fill(&dir, Request::Record(request), written.file(), timeout)? {

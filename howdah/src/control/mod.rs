@@ -25,7 +25,7 @@ use handoff::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cli::{EncodeArgs, Means, PaceArgs, PipelineArgs},
+    cli::{EncodeArgs, LinkArgs, Means, PaceArgs, PipelineArgs},
     failure::Failure,
     peers::Peer,
 };
@@ -130,6 +130,9 @@ pub(crate) struct HandoffRequest {
     pub(crate) encode: Encode,
     /// How that is compressed, and with how much of this host.
     pub(crate) pipeline: PipelineArgs,
+    /// How long links are waited for.
+    #[serde(default)]
+    pub(crate) link: LinkArgs,
 }
 
 /// Both ends of a TLS link to be made. The process of a VM cannot look them up: it sees the files of its
@@ -418,6 +421,7 @@ mod tests {
                 keep_mib: 7,
                 encode: Encode { without: vec![Means::BaseDisk], delta: DeltaMode::None },
                 pipeline: PipelineArgs { workers: Some(2), ..PipelineArgs::default() },
+                link: LinkArgs { retry_for_s: Some(9), ..LinkArgs::default() },
             }),
             Request::AdoptLink(Adopted {
                 handoff: "00".into(),

@@ -61,6 +61,16 @@ impl Dial {
     }
 }
 
+impl Dial {
+    /// Links are given up when the peer's host has not answered for so long.
+    pub(crate) fn give_up_after(&mut self, timeout: Duration) {
+        match self {
+            Self::Plain(connect) => connect.give_up_after(timeout),
+            Self::Tls(peers) => peers.iter_mut().for_each(|peer| peer.give_up_after(timeout)),
+        }
+    }
+}
+
 impl Connect for Dial {
     type Link = Guarded<TcpLink>;
 

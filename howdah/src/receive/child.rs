@@ -54,7 +54,7 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
     dir.create()?;
     let held_tap = HeldTap::open(args.tap.as_deref());
     jail::enter(&args.jail, &dir, home)?;
-    let (incoming, peer, known) = first_link()?;
+    let (incoming, peer, known) = first_link(args.wait.limits().silence)?;
     let (incoming, lock) = admit(&dir, incoming)?;
     spawn::log_to(&dir.vm_log())?;
     let fresh = dir.record()?.is_none();
@@ -70,13 +70,13 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
 }
 
 /// The link that the listener took, read again from its first byte; with what is known of who made it.
-fn first_link() -> anyhow::Result<(Incoming<Link>, Endpoint, Option<Peer>)> {
+fn first_link(timeout: Duration) -> anyhow::Result<(Incoming<Link>, Endpoint, Option<Peer>)> {
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     let mut channel = Channel::new(UnixStream::from(stdin), Some(LINK_TIMEOUT))?;
     let message = channel.receive::<Envelope>()?.map(|envelope| envelope.request);
     match (message, channel.take_fd()) {
         (Some(Request::AdoptLink(adopted)), Some(fd)) => {
-            let (incoming, peer) = adopt(&adopted, fd)?;
+            let (incoming, peer) = adopt(&adopted, fd, timeout)?;
             Ok((incoming, peer, adopted.tls.map(|tls| tls.peer)))
         }
         _ => anyhow::bail!("started without a link: use `howdah receive`"),
@@ -84,8 +84,12 @@ fn first_link() -> anyhow::Result<(Incoming<Link>, Endpoint, Option<Peer>)> {
 }
 
 /// A link that the listener took, with who is at its other end.
-fn adopt(adopted: &Adopted, fd: OwnedFd) -> anyhow::Result<(Incoming<Link>, Endpoint)> {
-    let link = Replayed::new(hex::decode(&adopted.hello)?, fd)?;
+fn adopt(
+    adopted: &Adopted,
+    fd: OwnedFd,
+    timeout: Duration,
+) -> anyhow::Result<(Incoming<Link>, Endpoint)> {
+    let link = Replayed::new(hex::decode(&adopted.hello)?, fd, timeout)?;
     let address = link.peer();
     let link = match &adopted.tls {
         None => Guarded::Plain(link),
@@ -154,9 +158,11 @@ fn receive(
     let server = server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
     let shown = Arc::clone(&console);
     let (relink, relinks) = bounded(MAX_WAITING_LINKS);
-    let links = take_links(incoming.hello.id(), peer.key, relink);
+    let timeout = args.wait.limits().silence;
+    let links = take_links(incoming.hello.id(), peer.key, timeout, relink);
     let host = Host::new(host_args, home, dir, console, events.clone());
     let mut options = ReceiveOptions::new(peer.to_string());
+    options.limits = args.wait.limits();
     options.workers = args.workers.map_or(options.workers, usize::from);
     options.steps = steps::from_env()?;
     let (tell, details) = bounded(1);
@@ -211,13 +217,18 @@ fn work(
 }
 
 /// Gives later links of this handoff to the reception.
-fn take_links(handoff: HandoffId, key: Option<PeerKey>, relink: Sender<Incoming<Link>>) -> Links {
+fn take_links(
+    handoff: HandoffId,
+    key: Option<PeerKey>,
+    timeout: Duration,
+    relink: Sender<Incoming<Link>>,
+) -> Links {
     Box::new(move |Asked { request, fd, answer }| {
         let taken = match (request, fd) {
             (Request::Expects { handoff: asked }, _) if asked == handoff.to_string() => {
                 return answer.last(Reply::Done);
             }
-            (Request::AdoptLink(adopted), Some(fd)) => adopt(&adopted, fd),
+            (Request::AdoptLink(adopted), Some(fd)) => adopt(&adopted, fd, timeout),
             (Request::AdoptLink(_), None) => Err(anyhow::anyhow!("no link came along")),
             _ => Err(anyhow::anyhow!("another handoff is under way")),
         };

@@ -5,6 +5,7 @@ use std::{
     net::TcpStream,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use handoff::{
@@ -76,9 +77,10 @@ pub(super) struct Replayed {
 }
 
 impl Replayed {
-    /// Goes on with a link of which `first` was read.
-    pub(super) fn new(first: Vec<u8>, socket: OwnedFd) -> io::Result<Self> {
-        Ok(Self { first, link: TcpLink::new(TcpStream::from(socket))? })
+    /// Goes on with a link of which `first` was read; the kernel gives it up after `timeout`.
+    pub(super) fn new(first: Vec<u8>, socket: OwnedFd, timeout: Duration) -> io::Result<Self> {
+        let link = TcpLink::with_timeout(TcpStream::from(socket), timeout)?;
+        Ok(Self { first, link })
     }
 
     /// The other end, for people and the record.
@@ -137,7 +139,8 @@ mod tests {
         rx.read_exact(&mut first).unwrap();
         drop((tx, rx));
         peer.write_all(b" world").unwrap();
-        let (mut tx, mut rx) = Replayed::new(seen.bytes(), socket).unwrap().split().unwrap();
+        let (mut tx, mut rx) =
+            Replayed::new(seen.bytes(), socket, USER_TIMEOUT).unwrap().split().unwrap();
         let mut all = [0; 11];
         rx.read_exact(&mut all).unwrap();
         assert_eq!(&all, b"hello world");

@@ -183,6 +183,17 @@ impl Listener {
             Err(refusal) => return self.turn_away(address, &caller, incoming, refusal),
         };
         if incoming.is_new() {
+            // A source that missed the Welcome of a link that broke offers again.
+            if Self::is_expected(&self.home.vm(&name), &handed) {
+                drop(incoming);
+                return match Self::pass_on(&self.home.vm(&name), &handed) {
+                    Ok(()) => None,
+                    Err(failure) => {
+                        self.refused(address, &format!("{caller}: {failure}"));
+                        None
+                    }
+                };
+            }
             // The process that is started has the word from here on.
             drop(incoming);
             Event::Receiving { vm: name.to_string(), peer: caller.to_string() }.tell(self.output);
@@ -281,7 +292,26 @@ impl Listener {
         if let Some(workers) = self.args.workers {
             words.extend(["--workers".into(), workers.to_string().into()]);
         }
+        words.extend(self.args.wait.words().into_iter().map(OsString::from));
         words
+    }
+
+    /// Whether a process is there that receives the very handoff of this link.
+    fn is_expected(dir: &VmDir, handed: &Handed) -> bool {
+        let asked = |dir| {
+            let mut channel = client::ask(dir, handed.question(), None)?;
+            client::next_reply(dir, &mut channel)
+        };
+        matches!(dir.probe(), Ok(Probe::Held { .. })) && matches!(asked(dir), Ok(Reply::Done))
+    }
+
+    /// Gives the link to that process.
+    fn pass_on(dir: &VmDir, handed: &Handed) -> Result<(), Failure> {
+        let mut channel = client::ask(dir, handed.request(), Some(handed.socket.as_fd()))?;
+        match client::next_reply(dir, &mut channel)? {
+            Reply::Failed(failure) => Err(failure),
+            _ => Ok(()),
+        }
     }
 
     /// A later link: for the process that receives, or answered from the record.
@@ -294,15 +324,9 @@ impl Listener {
     ) -> anyhow::Result<()> {
         if matches!(dir.probe()?, Probe::Held { .. }) {
             // Asked first: once it has the link, only it may send on it.
-            let mut channel = client::ask(dir, handed.question(), None)?;
-            if let Ok(Reply::Done) = client::next_reply(dir, &mut channel) {
+            if Self::is_expected(dir, handed) {
                 drop(incoming);
-                let socket = Some(handed.socket.as_fd());
-                let mut channel = client::ask(dir, handed.request(), socket)?;
-                return match client::next_reply(dir, &mut channel)? {
-                    Reply::Failed(failure) => Err(failure.into()),
-                    _ => Ok(()),
-                };
+                return Ok(Self::pass_on(dir, handed)?);
             }
             // It does not receive this handoff (any more): its record has the answer.
             let record = dir.record()?;

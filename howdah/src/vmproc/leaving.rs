@@ -6,7 +6,7 @@ use guest_images::{Base, BaseId, Chunk};
 use handoff::{
     BaseView, ChunkId, SourceVm, StateTable,
     base_view::Bases,
-    engine::{self, KeptReason, Limits, Recovery, SendError, SendOptions, SendOutcome},
+    engine::{self, KeptReason, Recovery, SendError, SendOptions, SendOutcome},
     policy::CutOverPolicy,
     tcp::MonotonicClock,
     tls::Identity,
@@ -43,6 +43,7 @@ pub(super) fn hand_off(
         Ok(prepared) => prepared,
         Err(failure) => return HandoffEnd::Kept { machine, failure },
     };
+    connect.give_up_after(options.limits.silence);
     let peer = request.peer.clone();
     let this = &mut *machine;
     let sent = engine::send(
@@ -65,7 +66,7 @@ pub(super) fn hand_off(
             HandoffEnd::Kept { machine, failure }
         }
         Ok(SendOutcome::InDoubt { report }) => {
-            machine.settle(&mut connect, &request.peer, as_json(&report), watch)
+            machine.settle(&mut connect, request, as_json(&report), watch)
         }
         Err(e @ (SendError::NotHere(_) | SendError::NoRecord)) => {
             let failure = Failure::plain(Exit::Conflict, format!("VM {}", machine.dir.name()), e);
@@ -99,6 +100,7 @@ impl KvmMachine {
         let mut options = SendOptions::new(self.dir.name().to_string(), &request.peer, machine);
         options.audit = request.audit;
         options.steps = steps::from_env()?;
+        options.limits = request.link.limits();
         options.stages = request.encode.options();
         options.pipeline = request.pipeline.options();
         if options.stages.known {
@@ -173,10 +175,11 @@ impl KvmMachine {
     fn settle(
         mut self: Box<Self>,
         connect: &mut Dial,
-        peer: &str,
+        request: &HandoffRequest,
         report: serde_json::Value,
         watch: &dyn Watch,
     ) -> HandoffEnd {
+        let (peer, limits) = (&request.peer, request.link.limits());
         let what = format!("VM {}", self.dir.name());
         let mut why = format!("{peer} has not confirmed that it runs the guest");
         loop {
@@ -186,7 +189,7 @@ impl KvmMachine {
                 &mut self.journal,
                 self.dir.name().as_ref(),
                 connect,
-                &Limits::default(),
+                &limits,
                 &MonotonicClock::default(),
             );
             match settled {

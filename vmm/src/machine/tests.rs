@@ -9,8 +9,11 @@ use std::{
 
 use vm_memory::{Bytes, GuestAddress};
 
+use ::handoff::SourceVm;
+
 use super::*;
 use crate::{
+    AnyVm, VmSource,
     host::HostCheck,
     layout::{HIMEM_START, MIN_MEMORY_BYTES},
     state::StateError,
@@ -305,6 +308,34 @@ fn a_throttled_guest_gets_its_speed_back() {
     let vm = vm.pause().unwrap().resume().unwrap();
     let resumed = (0..5).map(|_| counts(&vm)).max().unwrap();
     assert!(resumed > slow * 2, "{resumed} after a pause, {slow} throttled");
+}
+
+/// A handoff that is given up leaves nothing behind that costs the guest anything.
+#[test]
+fn a_guest_that_stays_is_watched_no_more() {
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    wait_for("the guest counts", || count(&vm) > 1000);
+    let mut source = VmSource::new(vm);
+    for paused in [false, true] {
+        source.start_tracking().unwrap();
+        source.throttle(0.1).unwrap();
+        source.harvest().unwrap();
+        if paused {
+            SourceVm::pause(&mut source).unwrap();
+        }
+        let given_up = Instant::now();
+        if paused {
+            SourceVm::resume(&mut source).unwrap();
+        }
+        source.stop_tracking().unwrap();
+        assert!(given_up.elapsed() < Duration::from_secs(1), "{:?}", given_up.elapsed());
+        let Some(AnyVm::Running(vm)) = source.vm() else { panic!("it does not run") };
+        assert!(!vm.core.tracker.is_logged(), "KVM still logs what the guest writes");
+        assert!(vm.state.throttle.is_none(), "it is slowed down");
+        let before = count(vm);
+        wait_for("the guest counts", || count(vm) > before + 1000);
+    }
 }
 
 /// Adds one to a quadword in one of 256 pages, in an order that looks random, for ever.

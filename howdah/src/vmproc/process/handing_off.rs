@@ -18,6 +18,8 @@ use crate::{
 pub(super) struct Handoff {
     pub(super) answer: Answer,
     pub(super) cancel: Cancel,
+    /// Those who gave it up, and wait to hear whether that was in time.
+    pub(super) cancelled: Vec<Answer>,
     pub(super) progress: Progress,
     pub(super) in_doubt: Option<String>,
     pub(super) stop: Vec<Answer>,
@@ -65,6 +67,7 @@ impl Process {
         self.state = State::HandingOff(Handoff {
             answer,
             cancel,
+            cancelled: Vec::new(),
             progress,
             in_doubt: None,
             stop: Vec::new(),
@@ -75,10 +78,10 @@ impl Process {
     }
 
     pub(super) fn cancel(&mut self, answer: Answer) {
-        match &self.state {
+        match &mut self.state {
             State::HandingOff(handoff) if handoff.in_doubt.is_none() => {
                 handoff.cancel.cancel();
-                answer.last(Reply::Done);
+                handoff.cancelled.push(answer);
             }
             State::HandingOff(_) => answer.last(self.busy()),
             _ => answer.last(self.conflict("no handoff of it is under way")),
@@ -94,8 +97,10 @@ impl Process {
     }
 
     pub(super) fn in_doubt(&mut self, why: String) -> Option<End> {
+        let late = self.conflict("it is committed already, and the peer has not confirmed");
         if let State::HandingOff(handoff) = &mut self.state {
             tracing::warn!("in doubt: {why}");
+            handoff.cancelled.drain(..).for_each(|a| a.last(late.clone()));
             handoff.progress.stage = "in doubt".into();
             handoff.answer.passing(Reply::Progress(handoff.progress.clone()));
             handoff.in_doubt = Some(why);
@@ -111,7 +116,9 @@ impl Process {
             HandoffEnd::Moved { report, keep } => {
                 self.keep_report(&report);
                 handoff.answer.last(Reply::Moved(report));
-                handoff.stop.into_iter().for_each(|a| a.last(self.conflict("it was handed off")));
+                let late = self.conflict("it was handed off");
+                let asked = handoff.stop.into_iter().chain(handoff.cancelled);
+                asked.for_each(|answer| answer.last(late.clone()));
                 let kept = keep.map(|keep| guarded("keeping the visit", keep).and_then(|k| k));
                 if let Some(Err(failure)) = kept {
                     tracing::warn!("{failure}");
@@ -140,12 +147,14 @@ impl Process {
                 if handoff.end {
                     ended = self.stop(None, true)?;
                 }
-                handoff.stop.into_iter().for_each(|answer| answer.last(Reply::Done));
+                let asked = handoff.stop.into_iter().chain(handoff.cancelled);
+                asked.for_each(|answer| answer.last(Reply::Done));
                 Ok(ended)
             }
             HandoffEnd::Undecided { failure } => {
                 handoff.answer.last(failure.clone());
-                handoff.stop.into_iter().for_each(|answer| answer.last(failure.clone()));
+                let asked = handoff.stop.into_iter().chain(handoff.cancelled);
+                asked.for_each(|answer| answer.last(failure.clone()));
                 Err(failure.into())
             }
         }
