@@ -20,8 +20,8 @@ use handoff::{
     adapt::ModeChoice,
     base_view::testing::MemBase,
     engine::{
-        Backoff, KeptReason, Limits, PipelineOptions, ReceiveError, ReceiveOptions, SendOptions,
-        SendOutcome, accept, receive, send,
+        Backoff, CommitMode, KeptReason, Limits, PipelineOptions, ReceiveError, ReceiveOptions,
+        SendOptions, SendOutcome, accept, receive, send,
     },
     ownership::{Journal, Record, VmId},
     sim::{LinkShape, MemHost, MemTarget, Outage, SimConnect},
@@ -303,8 +303,10 @@ fn a_paused_guest_waits_for_a_link_for_a_short_time_only() {
                 pull.pull(Cable::Cut, cut);
             }
         });
-        let (outcome, arrived) =
-            Trial::new(&guest).over_cable(LinkShape::mbps(80.0, MS), hand, |_| {});
+        let mut trial = Trial::new(&guest);
+        // The other way it is committed at once, and waits for the peer's word.
+        trial.options.commit = CommitMode::Prepared;
+        let (outcome, arrived) = trial.over_cable(LinkShape::mbps(80.0, MS), hand, |_| {});
         if moves {
             moved(outcome);
             assert_same(&guest, arrived);
