@@ -150,7 +150,7 @@ fn answer(
                 quiet(false);
                 // On a thread of its own: one more Ctrl-C is heard meanwhile.
                 let give_up = give_up.clone();
-                std::thread::spawn(move || give_up());
+                std::thread::spawn(give_up);
             }
             Act::Leave => std::process::exit(Exit::Cancelled as i32),
         }
