@@ -52,7 +52,7 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
         pipeline: args.pipeline,
         link: args.link,
     };
-    let mut channel = client::ask(&dir, Request::Handoff(request.clone()), None)?;
+    let mut channel = client::ask(&dir, Request::Handoff(Box::new(request.clone())), None)?;
     channel.set_timeout(Some(SILENCE))?;
     let mut shown = Shown::new(output);
     let question = Some("Give up this handoff? The guest goes on here.");

@@ -61,7 +61,7 @@ pub(crate) enum Request {
     /// Attach to the serial console.
     Console,
     /// Send it to a peer.
-    Handoff(HandoffRequest),
+    Handoff(Box<HandoffRequest>),
     /// Give up a handoff that is not committed.
     CancelHandoff,
     /// Write the paused VM's disk, flattened, to the file that comes along.
@@ -408,7 +408,7 @@ mod tests {
         let requests = [
             Request::Status,
             Request::Stop { force: true },
-            Request::Handoff(HandoffRequest {
+            Request::Handoff(Box::new(HandoffRequest {
                 peer: "b:1".into(),
                 tls: Some(HandoffTls { peer: peer(), identity: "PEM".into() }),
                 audit: true,
@@ -422,7 +422,7 @@ mod tests {
                 encode: Encode { without: vec![Means::BaseDisk], delta: DeltaMode::None },
                 pipeline: PipelineArgs { workers: Some(2), ..PipelineArgs::default() },
                 link: LinkArgs { retry_for_s: Some(9), ..LinkArgs::default() },
-            }),
+            })),
             Request::AdoptLink(Adopted {
                 handoff: "00".into(),
                 hello: "ff".into(),

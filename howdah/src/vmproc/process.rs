@@ -187,7 +187,7 @@ impl Process {
             Request::Pause => self.pause(answer),
             Request::Resume => self.resume(answer),
             Request::Stop { force } => return self.stop(Some(answer), force),
-            Request::Handoff(request) => self.hand_off(request, answer),
+            Request::Handoff(request) => self.hand_off(*request, answer),
             Request::CancelHandoff => self.cancel(answer),
             Request::Save(request) => match passed(fd) {
                 Ok(to) => self.save(request, to, answer),

@@ -153,7 +153,8 @@ impl Bench {
 }
 
 fn handoff() -> Request {
-    Request::Handoff(HandoffRequest { peer: "b:1".into(), ..HandoffRequest::default() })
+    let request = HandoffRequest { peer: "b:1".into(), ..HandoffRequest::default() };
+    Request::Handoff(Box::new(request))
 }
 
 fn refused(reply: &Reply) -> bool {
