@@ -87,6 +87,7 @@ pub(crate) fn listen(
              `howdah peer add NAME KEY` lets one in, also while this listens",
         );
     }
+    vmproc::decline_lost_copies(home)?;
     let address = listener.local_addr().map_or(args.listen, |address| address).to_string();
     Event::Listening { address, key: door.key() }.tell(output);
     let once = args.once;

@@ -18,6 +18,6 @@ pub(crate) use boot::{
 };
 pub(crate) use kvm::cmdline;
 pub(crate) use process::{Coming, End, Event, Links, Process};
-pub(crate) use settle::{Asking, recover};
+pub(crate) use settle::{Asking, decline_lost_copies, recover};
 pub(crate) use signals::watch as watch_signals;
 pub(crate) use tap::HeldTap;

@@ -11,6 +11,7 @@ use handoff::{
 use crate::{
     failure::{Exit, Failure},
     home::{Home, VmDir},
+    lock::Probe,
     peers::{Book, BookFile, Dial, Endpoint},
 };
 
@@ -123,4 +124,70 @@ pub(crate) fn recover(
         }
         other => other,
     })
+}
+
+/// Declines what processes that are gone were receiving, and removes what came of it: nobody can
+/// complete it, and a source may be waiting for that word. What is wrong with one VM does not matter to
+/// the others.
+pub(crate) fn decline_lost_copies(home: &Home) -> Result<(), Failure> {
+    for dir in home.vms()? {
+        if let Err(failure) = decline_lost_copy(&dir) {
+            tracing::warn!("{failure}");
+        }
+    }
+    Ok(())
+}
+
+fn decline_lost_copy(dir: &VmDir) -> Result<(), Failure> {
+    let is_volatile = || Ok(dir.record()?.is_some_and(|record| record.is_volatile()));
+    if !is_volatile()? || matches!(dir.probe()?, Probe::Held { .. }) {
+        return Ok(());
+    }
+    let _lock = dir.lock()?;
+    if is_volatile()? {
+        engine::decline_lost_copy(&mut dir.journal()?)
+            .map_err(|e| Failure::plain(Exit::Failed, format!("VM {}", dir.name()), e))?;
+        dir.remove_disk()?;
+        tracing::info!("VM {} was coming in when its process ended: declined", dir.name());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use handoff::ownership::{HandoffId, Record, VmId};
+
+    use super::*;
+
+    #[test]
+    fn what_was_coming_in_is_declined_unless_it_still_is() {
+        let root = tempfile::tempdir().unwrap();
+        let home = Home::new(root.path()).unwrap();
+        let handoff = HandoffId([2; 16]);
+        let receiving = State::Receiving { handoff, peer: "b:7070".into() };
+        let mine = Record::created(VmId([1; 16]));
+        let states = [("lost", receiving.clone()), ("live", receiving), ("mine", mine.state)];
+        for (name, state) in states {
+            let dir = home.vm(&name.parse().unwrap());
+            dir.create().unwrap();
+            let record = Record { state, ..Record::created(VmId([1; 16])) };
+            dir.journal().unwrap().write(record).unwrap();
+            std::fs::write(dir.path().join("disk.data"), b"data").unwrap();
+        }
+        // Damage elsewhere stops nothing.
+        let damaged = home.vm(&"damaged".parse().unwrap());
+        damaged.create().unwrap();
+        std::fs::write(damaged.path().join("ownership"), b"?").unwrap();
+        let lock = home.vm(&"live".parse().unwrap()).lock().unwrap();
+        decline_lost_copies(&home).unwrap();
+        drop(lock);
+        let state = |name: &str| {
+            let dir = home.vm(&name.parse().unwrap());
+            let record = dir.record().unwrap().unwrap();
+            (record.state, dir.path().join("disk.data").exists())
+        };
+        assert!(matches!(state("lost"), (State::Declined { .. }, false)));
+        assert!(matches!(state("live"), (State::Receiving { .. }, true)));
+        assert!(matches!(state("mine"), (State::Owner(_), true)));
+    }
 }
