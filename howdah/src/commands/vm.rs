@@ -20,6 +20,7 @@ use crate::{
     lock::Probe,
     output::{Output, bytes, table},
     partial::Partial,
+    peers::BookFile,
     visit,
 };
 
@@ -183,6 +184,7 @@ fn look(dir: &VmDir) -> Seen {
 fn list(home: &Home, output: Output) -> anyhow::Result<()> {
     let seen: Vec<Seen> =
         home.vms()?.iter().map(|dir| Seen { last_report: None, ..look(dir) }).collect();
+    let book = BookFile::of(home).read()?;
     output.result(&seen, |seen| {
         let rows: Vec<_> = seen
             .iter()
@@ -197,7 +199,8 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
                         (_, Some(problem)) => one_line(problem),
                         (Some(record), None) => {
                             let kept = vm.kept().map(|kept| format!("; {kept}"));
-                            format!("{}{}", record.ownership, kept.unwrap_or_default())
+                            let owner = book.name_all(&record.ownership);
+                            format!("{owner}{}", kept.unwrap_or_default())
                         }
                         (None, None) if vm.process.is_some() => "nobody's yet".into(),
                         (None, None) => "nobody's: may be removed".into(),

@@ -361,6 +361,15 @@ mod tests {
     }
 
     #[test]
+    fn people_are_shown_names() {
+        let (a, b) = (peer("a"), peer("b"));
+        let text = format!("it runs at {}@10.0.0.1:7070, not at {}@b:1", a.key, b.key);
+        let book = Book::of(vec![a]);
+        let shown = format!("it runs at a at 10.0.0.1:7070, not at {}@b:1", b.key);
+        assert_eq!(book.name_all(&text), shown);
+    }
+
+    #[test]
     fn rights_end() {
         let once = Peer { until: Some(1), ..peer("a") };
         assert!(once.check(Right::Send).unwrap_err().message.contains("over"));

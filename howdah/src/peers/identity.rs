@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::MetadataExt,
     path::Path,
     sync::Arc,
 };
@@ -59,21 +59,15 @@ fn make(home: &Home, path: &Path) -> Result<(), Failure> {
         Identity::generate().map_err(|e| Failure::plain(Exit::Failed, "this cloudlet's key", e))?;
     home.create()?;
     let failed = |e: io::Error| Failure::file("write", path, &e);
-    let draft = path.with_extension(format!("{}.new", std::process::id()));
-    let mut options = fs::OpenOptions::new();
-    let opened = options.write(true).create(true).truncate(true).mode(0o600).open(&draft);
-    let written = opened
-        .and_then(|mut file| {
-            file.write_all(made.to_pem().as_bytes()).and_then(|()| file.sync_all())
-        })
-        // Unlike a rename it does not replace a key that is there by now.
-        .and_then(|()| match fs::hard_link(&draft, path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            linked => linked,
-        })
-        .and_then(|()| sync_parent(path));
-    let removed = fs::remove_file(&draft);
-    written.and(removed).map_err(failed)
+    // For its owner alone from the first byte on.
+    let mut draft = tempfile::NamedTempFile::new_in(home.root()).map_err(failed)?;
+    draft.write_all(made.to_pem().as_bytes()).map_err(failed)?;
+    draft.as_file().sync_all().map_err(failed)?;
+    match draft.persist_noclobber(path) {
+        Err(e) if e.error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(e.error)),
+        _ => {}
+    }
+    sync_parent(path).map_err(failed)
 }
 
 #[cfg(test)]

@@ -126,6 +126,12 @@ impl Ran {
     }
 }
 
+/// The key that the cloudlet shows.
+pub(crate) fn key_of(cloudlet: &Cloudlet) -> String {
+    let shown = cloudlet.line("identity --json").ok().json();
+    shown["key"].as_str().unwrap().to_owned()
+}
+
 /// Three chunks, the middle one zero.
 pub(crate) fn disk() -> Vec<u8> {
     let mut disk = vec![1; 3 * 4096];

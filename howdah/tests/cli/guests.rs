@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{Cloudlet, disk};
+use crate::common::{Cloudlet, disk, key_of};
 
 const CODE: u64 = 0x100_0000;
 /// Where the guest counts.
@@ -167,7 +167,7 @@ impl Site {
 
     fn listen(&self) -> Listener {
         let mut command = self.0.command();
-        command.args(["receive", "--listen", "127.0.0.1:0", "--once", "--json", "--plain"]);
+        command.args(["receive", "--listen", "127.0.0.1:0", "--once", "--json"]);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         let mut out = BufReader::new(child.stdout.take().unwrap());
@@ -180,7 +180,11 @@ impl Site {
     /// Hands the VM off to another site; the report.
     fn hand_off(&self, vm: &str, to: &Site, flags: &str) -> serde_json::Value {
         let listener = to.listen();
-        let line = format!("handoff {vm} {} --plain --audit --json {flags}", listener.address);
+        let (here, there) = (key_of(&self.0), key_of(&to.0));
+        to.0.line(&format!("peer add {} {here}", &here[7..15])).ok();
+        let (name, address) = (&there[7..15], &listener.address);
+        self.0.line(&format!("peer add {name} {there} --address {address}")).ok();
+        let line = format!("handoff {vm} {name} --audit --json {flags}");
         let report = self.0.line(&line).ok().json();
         drop(listener);
         report

@@ -7,20 +7,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use guest_images::BaseId;
 use handoff::{
-    Connect, Transport,
+    Connect, Geometry, Offer, Transport,
+    ownership::{Epoch, HandoffId, Journal, Question, Record, State, Verdict, VmId},
     tls::{Identity, PeerKey, TlsConnect},
-    wire::{Frame, FrameReader},
+    wire::{Frame, FrameReader, Hello, Intent, Versions, write_frame},
 };
 
-use crate::common::Cloudlet;
+use crate::common::{Cloudlet, key_of};
 
 const PATIENCE: Duration = Duration::from_secs(10);
-
-fn key_of(cloudlet: &Cloudlet) -> String {
-    let shown = cloudlet.line("identity --json").ok().json();
-    shown["key"].as_str().unwrap().to_owned()
-}
 
 #[test]
 fn a_cloudlet_has_one_key_and_knows_others() {
@@ -77,21 +74,114 @@ impl Drop for Listener {
     }
 }
 
-fn called(listener: &Listener, by: &Identity, to: PeerKey) -> Frame {
-    let mut connect = TlsConnect::new(
-        listener.address.clone(),
-        Identity::from_pem(by.to_pem().as_bytes()).unwrap().into(),
-        to,
-    );
-    let link = connect.connect(PATIENCE).unwrap();
-    let (_tx, rx) = link.split().unwrap();
+/// What the listener says to this first frame, if any is said.
+fn told(listener: &Listener, by: &Identity, to: PeerKey, first: Option<Frame>) -> Frame {
+    let own = Identity::from_pem(by.to_pem().as_bytes()).unwrap();
+    let mut connect = TlsConnect::new(listener.address.clone(), own.into(), to);
+    let (mut tx, rx) = connect.connect(PATIENCE).unwrap().split().unwrap();
+    if let Some(frame) = first {
+        write_frame(&mut tx, &frame, &mut Vec::new()).unwrap();
+    }
     let (mut reader, begun) = (FrameReader::new(rx), Instant::now());
     loop {
-        if let Some(frame) = reader.read_frame().unwrap() {
-            return frame;
+        match reader.read_frame().unwrap() {
+            Some(Frame::Ping(_)) | None => assert!(begun.elapsed() < PATIENCE),
+            Some(frame) => return frame,
         }
-        assert!(begun.elapsed() < PATIENCE);
     }
+}
+
+fn refused(listener: &Listener, by: &Identity, to: PeerKey, first: Option<Frame>) -> String {
+    match told(listener, by, to, first) {
+        Frame::Refuse(refusal) => refusal.to_string(),
+        other => panic!("let in: {other:?}"),
+    }
+}
+
+fn hello(vm_name: &str, intent: Intent) -> Hello {
+    let handoff = Question { vm: VmId([1; 16]), handoff: HandoffId([2; 16]), epoch: Epoch(2) };
+    Hello { versions: Versions::OURS, handoff, vm_name: vm_name.into(), intent, audit: false }
+}
+
+fn offer(base: BaseId) -> Intent {
+    Intent::New(Offer {
+        vm_name: "web".into(),
+        base,
+        geometry: Geometry { ram_chunks: 8192, disk_chunks: 3 },
+        changed_disk_chunks: 0,
+        machine: Vec::new(),
+        also: Vec::new(),
+        known: Vec::new(),
+    })
+}
+
+fn frame(hello: Hello) -> Option<Frame> {
+    Some(Frame::Hello(Box::new(hello)))
+}
+
+#[test]
+fn a_peer_may_do_what_is_said_and_no_more() {
+    let cloudlet = Cloudlet::new();
+    let key: PeerKey = key_of(&cloudlet).parse().unwrap();
+    let Some(listener) = Listener::start(&cloudlet, &[]) else { return };
+    let peer = Identity::generate().unwrap();
+    let add = |flags: &str| {
+        cloudlet.line(&format!("peer add a {} {flags}", peer.key())).ok();
+    };
+    let offered = || frame(hello("web", offer(BaseId([7; 32]))));
+    add("--may receive");
+    let why = refused(&listener, &peer, key, offered());
+    assert!(why.contains("may not hand VMs off"), "{why}");
+    add("--bases tiny");
+    let why = refused(&listener, &peer, key, offered());
+    assert!(why.contains("may not hand off VMs of base"), "{why}");
+    let book = cloudlet.home().join("peers.json");
+    let text = std::fs::read_to_string(&book).unwrap();
+    cloudlet.file("home/new", text.replace("\"rights\"", "\"until\": 1, \"rights\"").as_bytes());
+    std::fs::rename(cloudlet.path("home/new"), &book).unwrap();
+    let why = refused(&listener, &peer, key, offered());
+    assert!(why.contains("is over"), "{why}");
+    // With all rights it gets as far as the base that is not there, and as the version.
+    add("");
+    let why = refused(&listener, &peer, key, offered());
+    assert!(why.contains("base"), "{why}");
+    let old =
+        Hello { versions: Versions { min: 1, max: 1 }, ..hello("web", offer(BaseId([7; 32]))) };
+    let why = refused(&listener, &peer, key, frame(old));
+    assert!(why.contains("protocol 1"), "{why}");
+    cloudlet.line("peer rm a").ok();
+    let why = refused(&listener, &peer, key, offered());
+    assert!(why.contains("not known"), "{why}");
+    assert!(!cloudlet.home().join("vms/web/disk.map").exists());
+}
+
+/// What became of a handoff is between its two sides.
+#[test]
+fn a_handoff_is_nobody_elses() {
+    let cloudlet = Cloudlet::new();
+    let key: PeerKey = key_of(&cloudlet).parse().unwrap();
+    let [party, other] = [0; 2].map(|_| Identity::generate().unwrap());
+    for (name, peer) in [("party", &party), ("other", &other)] {
+        cloudlet.line(&format!("peer add {name} {}", peer.key())).ok();
+    }
+    let state = State::Released {
+        handoff: HandoffId([2; 16]),
+        peer: format!("{}@127.0.0.1:9", party.key()),
+    };
+    let config =
+        r#"{"version":1,"base":"00","memory_mib":64,"vcpus":1,"tap":null,"mac":null,"append":""}"#;
+    cloudlet.file("home/vms/web/config.json", config.as_bytes());
+    let path = cloudlet.home().join("vms/web/ownership");
+    let record = Record { vm: VmId([1; 16]), epoch: Epoch(2), state };
+    Journal::open(path).unwrap().write(record).unwrap();
+    let listed = cloudlet.line("vm ls").ok().stdout;
+    assert!(listed.contains("party at 127.0.0.1:9"), "{listed}");
+    let Some(listener) = Listener::start(&cloudlet, &[]) else { return };
+    let settle = || frame(hello("web", Intent::Settle));
+    let why = refused(&listener, &other, key, settle());
+    assert!(why.contains("between other cloudlets"), "{why}");
+    let said = told(&listener, &party, key, settle());
+    assert!(matches!(said, Frame::Status { verdict: Verdict::Released, .. }), "{said:?}");
 }
 
 #[test]
@@ -101,8 +191,8 @@ fn strangers_are_turned_away_and_told_of_once() {
     let Some(mut listener) = Listener::start(&cloudlet, &[]) else { return };
     let stranger = Identity::generate().unwrap();
     for _ in 0..3 {
-        let Frame::Refuse(refusal) = called(&listener, &stranger, key) else { panic!("let in") };
-        assert!(refusal.to_string().contains("not known"), "{refusal}");
+        let why = refused(&listener, &stranger, key, None);
+        assert!(why.contains("not known"), "{why}");
     }
     let said = listener.says();
     assert!(said.contains("dropped") && said.contains(&stranger.key().to_string()), "{said}");

@@ -11,7 +11,7 @@ use handoff::trace::{
     synth::{Mix, Synth},
 };
 
-use crate::common::{Cloudlet, Ran};
+use crate::common::{Cloudlet, Ran, key_of};
 
 fn cloudlet() -> Cloudlet {
     let cloudlet = Cloudlet::new();
@@ -71,11 +71,6 @@ fn a_trace_is_played() {
         cloudlet.line(&format!("trace play guest.trace {wrong}")).fails(2, &[]);
     }
     cloudlet.line("trace play guest.trace --plain --to 127.0.0.1:1").fails(7, &["cannot reach"]);
-}
-
-fn key_of(cloudlet: &Cloudlet) -> String {
-    let shown = cloudlet.line("identity --json").ok().json();
-    shown["key"].as_str().unwrap().to_owned()
 }
 
 #[test]
