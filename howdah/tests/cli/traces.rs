@@ -62,7 +62,8 @@ fn a_trace_is_played() {
         .stdout;
     let report: serde_json::Value = serde_json::from_str(&played).unwrap();
     assert_eq!(report["outcome"], "moved");
-    assert!(report["downtime_ms"].as_f64().unwrap() > 20.0, "{played}");
+    // One way over the link at least: nothing is waited for that goes back.
+    assert!(report["downtime_ms"].as_f64().unwrap() > 5.0, "{played}");
     assert!(report["bytes_on_link"].as_f64().unwrap() > 100_000.0, "{played}");
     let text =
         cloudlet.line("trace play guest.trace --mbps 200 --serial --order ascending").ok().stdout;
