@@ -76,6 +76,7 @@ pub(crate) fn enter(args: &JailArgs, dir: &VmDir, home: &Home) -> Result<(), Fai
             Err(e) => return Err(failure(e)),
         }
     }
+    privileges::bound_capabilities().map_err(failure)?;
     if let Some(user) = &args.run_as {
         privileges::become_user(user).map_err(failure)?;
     }

@@ -178,13 +178,18 @@ pub(super) fn become_user(run_as: &RunAs) -> Result<(), PrivilegeError> {
     changed().map_err(|source| PrivilegeError::User { user: run_as.clone(), source })
 }
 
-/// Gives up all capabilities, for good.
-pub(super) fn drop_capabilities() -> Result<(), PrivilegeError> {
-    // Without this one the bounding set cannot be touched; it matters for started programs only, and
-    // none will be.
+/// Gives up all capabilities that a started program could have. Before the user is changed: it takes
+/// one that goes with root. Whoever does not have that one starts no programs with others either, as
+/// there are no new privileges.
+pub(super) fn bound_capabilities() -> Result<(), PrivilegeError> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         caps::clear(None, CapSet::Bounding)?;
     }
+    Ok(())
+}
+
+/// Gives up all capabilities that it has, for good.
+pub(super) fn drop_capabilities() -> Result<(), PrivilegeError> {
     caps::clear(None, CapSet::Ambient)?;
     caps::clear(None, CapSet::Inheritable)?;
     caps::clear(None, CapSet::Effective)?;

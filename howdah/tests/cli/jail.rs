@@ -46,6 +46,9 @@ fn a_vms_process_has_no_rights_that_it_does_not_need() {
     for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         assert_eq!(field(&status, set), "0000000000000000", "{set}");
     }
+    if is_root() {
+        assert_eq!(field(&status, "CapBnd"), "0000000000000000");
+    }
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");

@@ -103,6 +103,30 @@ mod tests {
         (seen, Arc::new(move |event| log.lock().unwrap().push(event)))
     }
 
+    proptest::proptest! {
+        /// Only the two requests that there are do anything, at any port and in any width.
+        #[test]
+        fn other_accesses_do_nothing(
+            offset in 0u64..16,
+            data in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..9),
+        ) {
+            let (seen, sink) = sink();
+            let (keyboard, power) = (I8042::new(sink.clone()), AcpiPower::new(sink));
+            keyboard.write(offset, &data);
+            keyboard.read(offset, &mut data.clone());
+            let resets = offset == I8042_COMMAND && data == [I8042_RESET];
+            proptest::prop_assert_eq!(seen.lock().unwrap().len(), usize::from(resets));
+            seen.lock().unwrap().clear();
+            power.write(offset, &data);
+            power.read(offset, &mut data.clone());
+            let sleeps = offset == SLEEP_CONTROL
+                && matches!(data[..], [value] if value & SLP_EN != 0
+                    && value >> SLP_TYP_SHIFT & SLP_TYP_MASK == ACPI_S5_SLEEP_TYPE);
+            let starts_over = offset == RESET && data == [ACPI_RESET_VALUE];
+            proptest::prop_assert_eq!(seen.lock().unwrap().len(), usize::from(sleeps || starts_over));
+        }
+    }
+
     #[test]
     fn keyboard_controller_resets() {
         let (seen, sink) = sink();

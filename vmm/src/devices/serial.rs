@@ -259,6 +259,32 @@ mod tests {
         assert_eq!(serial.input(&[0]).unwrap(), 0);
     }
 
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(256))]
+
+        /// Whatever a guest does to the port, and whoever types meanwhile, the console can be saved and
+        /// goes on elsewhere: a guest must not be able to make itself immovable.
+        #[test]
+        fn any_access_leaves_a_state_that_can_be_moved(
+            accesses in proptest::collection::vec(
+                (0u64..10, 0usize..9, proptest::prelude::any::<u8>(), 0u8..3),
+                0..200,
+            ),
+        ) {
+            let serial = Serial::new(eventfd(), Box::new(io::sink()));
+            for (offset, width, value, what) in accesses {
+                match what {
+                    0 => serial.write(offset, &[value; 8][..width.min(8)]),
+                    1 => serial.read(offset, &mut [0; 8][..width.min(8)]),
+                    _ => drop(serial.input(&vec![value; usize::from(value)])),
+                }
+            }
+            let state = serial.state();
+            let moved = Serial::from_state(&state, eventfd(), Box::new(io::sink()));
+            proptest::prop_assert_eq!(moved.unwrap().state(), state);
+        }
+    }
+
     #[test]
     fn foreign_states_are_refused() {
         let serial = Serial::new(eventfd(), Box::new(io::sink()));
