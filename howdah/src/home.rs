@@ -160,11 +160,6 @@ impl Home {
         self.root.join("store")
     }
 
-    /// What every VM's process looks at.
-    pub(crate) fn shared(&self) -> [PathBuf; 1] {
-        [self.store()]
-    }
-
     /// Creates the directory if it is not there.
     pub(crate) fn create(&self) -> Result<(), Failure> {
         fs::create_dir_all(&self.root).map_err(|e| Failure::file("create", &self.root, &e))

@@ -5,7 +5,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::MetadataExt,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use handoff::tls::Identity;
@@ -58,6 +58,9 @@ fn make(home: &Home, path: &Path) -> Result<(), Failure> {
     let made =
         Identity::generate().map_err(|e| Failure::plain(Exit::Failed, "this cloudlet's key", e))?;
     home.create()?;
+    // Threads of one process would have one draft.
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     let failed = |e: io::Error| Failure::file("write", path, &e);
     // For its owner alone from the first byte on.
     let mut draft = tempfile::NamedTempFile::new_in(home.root()).map_err(failed)?;
