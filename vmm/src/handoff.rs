@@ -1,6 +1,6 @@
 //! A machine as the handoff engine sees it: one that leaves, and one that arrives.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use ::handoff::{
     ChunkId, ChunkSet, Geometry, SourceVm, Space, TargetVm,
@@ -232,6 +232,8 @@ pub struct IncomingVm {
     disk: Option<Arc<Overlay>>,
     /// Writes the disk, many chunks at a time.
     disk_io: Option<ChunkIo>,
+    /// Since when the guest is waited for, if it runs elsewhere meanwhile.
+    awaited_since: Option<Instant>,
 }
 
 impl std::fmt::Debug for IncomingVm {
@@ -254,7 +256,14 @@ impl IncomingVm {
         let disk = config.disk.clone();
         let prepared = Prepared::new(config, profile, ram.clone())?;
         let disk_io = disk.clone().map(|disk| ChunkIo::by(disk, Means::Calls, Means::Calls));
-        Ok(Self { stage: Stage::Receiving(Box::new(prepared)), ram: Some(ram), disk, disk_io })
+        let stage = Stage::Receiving(Box::new(prepared));
+        Ok(Self { stage, ram: Some(ram), disk, disk_io, awaited_since: None })
+    }
+
+    /// The guest still runs, elsewhere: it will not have stood still for longer than since now, and
+    /// wall clocks that say otherwise are wrong. A guest from a file has lain there for any time.
+    pub fn awaited(self) -> Self {
+        Self { awaited_since: Some(Instant::now()), ..self }
     }
 
     /// How many chunks RAM and disk have.
@@ -337,7 +346,8 @@ impl TargetVm for IncomingVm {
         // Half of a state may be in the machine when the other half is refused, so that ends it.
         match std::mem::replace(&mut self.stage, Stage::Gone) {
             Stage::Receiving(prepared) => {
-                self.stage = Stage::Loaded(prepared.restore(state)?);
+                let at_most = self.awaited_since.map(|since| since.elapsed());
+                self.stage = Stage::Loaded(prepared.restore(state, at_most)?);
                 Ok(())
             }
             Stage::Gone => Err(OutOfTurn::Gone.into()),

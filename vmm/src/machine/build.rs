@@ -1,6 +1,9 @@
 //! Making a machine: a new one that boots, or one that goes on from a saved state.
 
-use std::sync::{Arc, mpsc::Sender};
+use std::{
+    sync::{Arc, mpsc::Sender},
+    time::Duration,
+};
 
 use guest_images::CHUNK_SIZE;
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
@@ -112,10 +115,15 @@ impl Prepared {
         Ok(Self { parts: Parts::open(config, &bare)?, bare })
     }
 
-    pub(crate) fn restore(self, state: &[u8]) -> Result<Vm<Paused>, MachineError> {
+    /// Gives it its state. The guest stood still for so long at most, if that is known.
+    pub(crate) fn restore(
+        self,
+        state: &[u8],
+        at_most: Option<Duration>,
+    ) -> Result<Vm<Paused>, MachineError> {
         let Self { bare, parts } = self;
         let state = VmState::decode(state, &bare.profile)?;
-        state.restore(&bare.host, &bare.vm, &bare.vcpus)?;
+        state.restore(&bare.host, &bare.vm, &bare.vcpus, at_most)?;
         bare.complete(parts, Some(&state.devices))
     }
 }

@@ -281,7 +281,7 @@ impl Vm<Paused> {
         ram: GuestRam,
         state: &[u8],
     ) -> Result<Self, MachineError> {
-        Prepared::new(config, profile, ram)?.restore(state)
+        Prepared::new(config, profile, ram)?.restore(state, None)
     }
 
     /// Makes a machine that goes on from its base: `machine` is what [`Vm::machine`] gave when the

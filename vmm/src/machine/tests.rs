@@ -224,6 +224,37 @@ fn time_goes_on_while_a_base_lies() {
     assert!((least..most).contains(&((clock_now - clock) / 1_000_000)), "{clock}, {clock_now}");
 }
 
+/// A guest comes from a host whose clock is an hour behind, or was stepped back by that meanwhile.
+/// Once its own clocks leapt an hour ahead for it.
+#[test]
+fn a_guest_that_was_awaited_does_not_leap_with_a_hosts_clock() {
+    use ::handoff::TargetVm;
+    let Some(bench) = Bench::new(counting(), 1) else { return };
+    let vm = Vm::boot(bench.config()).unwrap().resume().unwrap();
+    wait_for("the guest counts", || count(&vm) > 0);
+    let mut vm = vm.pause().unwrap();
+    let profile = vm.profile().clone();
+    let mut state = VmState::decode(&vm.save().unwrap(), &profile).unwrap();
+    let hour = Duration::from_secs(3600);
+    state.time.realtime_ns -= hour.as_nanos() as u64;
+    state.chips.date_back(hour);
+    let (bytes, khz) = (state.encode().unwrap(), u64::from(profile.tsc_khz));
+    for awaited in [true, false] {
+        let mut incoming = crate::IncomingVm::new(profile.clone(), bench.config()).unwrap();
+        if awaited {
+            incoming = incoming.awaited();
+        }
+        incoming.load_state(&bytes).unwrap();
+        let Some(crate::AnyVm::Paused(mut vm)) = incoming.into_vm() else { panic!("no machine") };
+        let now = VmState::decode(&vm.save().unwrap(), &profile).unwrap();
+        let tsc_s = (now.time.tsc - state.time.tsc) / khz / 1000;
+        let clock_s = (now.chips.kvmclock_ns() - state.chips.kvmclock_ns()) / 1_000_000_000;
+        for moved_s in [tsc_s, clock_s] {
+            assert_eq!(moved_s < PATIENCE.as_secs(), awaited, "{tsc_s} s, {clock_s} s");
+        }
+    }
+}
+
 /// Booted over base memory, a guest finds nothing in low memory but what the loader wrote.
 #[test]
 fn a_cold_boot_over_base_memory_is_a_boot() {

@@ -1,5 +1,7 @@
 //! What KVM emulates for the whole machine: timer, clock, interrupt controllers.
 
+use std::time::Duration;
+
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     kvm_clock_data, kvm_irqchip, kvm_pit_state2,
@@ -7,7 +9,10 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
-use super::{StateError, kvm, time::wall_clock_ns};
+use super::{
+    StateError, kvm,
+    time::{away, wall_clock_ns},
+};
 
 /// In the order in which they are restored.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,9 +48,15 @@ impl ChipState {
         Ok(Self { pit, clock, pic_master, pic_slave, ioapic })
     }
 
-    pub(super) fn restore(&self, vm: &VmFd, clock_realtime: bool) -> Result<(), StateError> {
+    pub(super) fn restore(
+        &self,
+        vm: &VmFd,
+        clock_realtime: bool,
+        at_most: Option<Duration>,
+    ) -> Result<(), StateError> {
         vm.set_pit2(&self.pit).map_err(kvm("PIT", None))?;
-        vm.set_clock(&self.clock_now(clock_realtime)?).map_err(kvm("kvmclock", None))?;
+        let clock = self.clock_at(wall_clock_ns()?, clock_realtime, at_most);
+        vm.set_clock(&clock).map_err(kvm("kvmclock", None))?;
         for (chip, (chip_id, what)) in
             [&self.pic_master, &self.pic_slave, &self.ioapic].into_iter().zip(CHIPS)
         {
@@ -61,17 +72,34 @@ impl ChipState {
         self.clock.clock
     }
 
-    /// kvmclock as it must stand now: what it was, and the wall time that has gone by.
-    fn clock_now(&self, clock_realtime: bool) -> Result<kvm_clock_data, StateError> {
+    /// As if it had been saved so much earlier.
+    #[cfg(test)]
+    pub(crate) fn date_back(&mut self, by: Duration) {
+        self.clock.realtime -= by.as_nanos() as u64;
+    }
+
+    /// kvmclock as it must stand at `now`: what it was, and the wall time that has gone by, as far as
+    /// that is to be believed.
+    fn clock_at(
+        &self,
+        now_ns: u64,
+        clock_realtime: bool,
+        at_most: Option<Duration>,
+    ) -> kvm_clock_data {
         let mut clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
-        if clock_realtime {
-            // KVM adds what has gone by at the very moment it sets the clock, and never goes back.
-            clock.flags = KVM_CLOCK_REALTIME;
-            clock.realtime = self.clock.realtime;
-        } else {
-            let elapsed = wall_clock_ns()?.saturating_sub(self.clock.realtime);
-            clock.clock = clock.clock.saturating_add(elapsed);
+        match away(self.clock.realtime, now_ns, at_most) {
+            // The TSC was not set forward either, and said so.
+            Err(_) => {}
+            Ok(_) if clock_realtime => {
+                // KVM adds what has gone by at the very moment it sets the clock.
+                clock.flags = KVM_CLOCK_REALTIME;
+                clock.realtime = self.clock.realtime;
+            }
+            Ok(away) => {
+                let away = u64::try_from(away.as_nanos()).unwrap_or(u64::MAX);
+                clock.clock = clock.clock.saturating_add(away);
+            }
         }
-        Ok(clock)
+        clock
     }
 }

@@ -10,6 +10,8 @@ mod msrs;
 mod time;
 mod vcpu;
 
+use std::time::Duration;
+
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
@@ -193,13 +195,20 @@ impl VmState {
         Ok(Self { profile, time, vcpus: states, chips, devices })
     }
 
-    /// Gives the state to a machine just made, but for its devices. The vCPUs must never have run.
-    pub(crate) fn restore(&self, host: &Host, vm: &VmFd, vcpus: &[Vcpu]) -> Result<(), StateError> {
+    /// Gives the state to a machine just made, but for its devices. The vCPUs must never have run. The
+    /// guest stood still for so long at most, if that is known.
+    pub(crate) fn restore(
+        &self,
+        host: &Host,
+        vm: &VmFd,
+        vcpus: &[Vcpu],
+        at_most: Option<Duration>,
+    ) -> Result<(), StateError> {
         // The TSC of all vCPUs before anything that is measured by it.
-        self.time.restore_tsc(vcpus, self.profile.tsc_khz)?;
+        self.time.restore_tsc(vcpus, self.profile.tsc_khz, at_most)?;
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
             state.restore(vcpu, host.xsave_bytes)?;
         }
-        self.chips.restore(vm, host.clock_realtime)
+        self.chips.restore(vm, host.clock_realtime, at_most)
     }
 }
