@@ -124,9 +124,9 @@ pub(crate) fn run_with(
     }
     let lock = dir.lock()?;
     jail::enter(jail, dir, home)?;
-    let console = Arc::new(Console::new(&dir.console_log())?);
     let (process, events) = Process::new(dir.clone());
     signals::watch(events.clone())?;
+    let console = Arc::new(Console::new(&dir.console_log())?);
     let server = server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
     if front == Front::Terminal {
         show_on_stdout(&console);

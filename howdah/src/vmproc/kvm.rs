@@ -8,7 +8,7 @@ use std::{
 };
 
 use crossbeam_channel::Sender;
-use guest_images::{Base, overlay::Overlay};
+use guest_images::{Base, overlay::Overlay, store::StoreError};
 use handoff::{
     SourceVm,
     ownership::Journal,
@@ -60,9 +60,16 @@ pub(crate) fn start(
     events: &Sender<Event>,
 ) -> Result<Brought, Failure> {
     let config = dir.config()?;
-    let base = base::store(home)?.get(&config.base).map_err(base::store_failure)?;
-    let base = Arc::new(base);
     let what = format!("VM {}", dir.name());
+    let base = base::store(home)?.get(&config.base).map_err(|error| match error {
+        StoreError::NotFound { .. } => {
+            let why = format!("its base {} is not in this cloudlet's store any more", config.base);
+            let way_out = "`howdah base import` it again: the same content has the same id";
+            Failure::new(Exit::NotFound, &what, why, way_out)
+        }
+        error => base::store_failure(error),
+    })?;
+    let base = Arc::new(base);
     let disk = Overlay::open(dir.path(), Arc::clone(&base))
         .map_err(|e| Failure::plain(Exit::Failed, &what, e))?;
     let disk = Arc::new(disk);

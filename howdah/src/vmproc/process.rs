@@ -93,6 +93,11 @@ pub(crate) struct Process {
     state: State,
     /// Asked while the machine was on its way, with the record saying that it is ours.
     waiting: Vec<Asked>,
+    /// The guest runs here already, and is to end as soon as its machine is this loop's; who waits
+    /// for that.
+    end_on_arrival: Option<Vec<Answer>>,
+    /// Why the machine cannot go on. The process ends with it, once it is decided who has the guest.
+    fault: Option<String>,
     events: Receiver<Event>,
     sender: Sender<Event>,
 }
@@ -101,15 +106,26 @@ impl Process {
     /// The loop and the way to send it events.
     pub(crate) fn new(dir: VmDir) -> (Self, Sender<Event>) {
         let (sender, events) = unbounded();
-        let process =
-            Self { dir, state: State::Gone, waiting: Vec::new(), events, sender: sender.clone() };
+        let process = Self {
+            dir,
+            state: State::Gone,
+            waiting: Vec::new(),
+            end_on_arrival: None,
+            fault: None,
+            events,
+            sender: sender.clone(),
+        };
         (process, sender)
     }
 
     /// Runs until the guest ends, or does not come. [`Event::Arrived`] brings the machine.
     pub(crate) fn run(mut self, coming: Coming) -> anyhow::Result<End> {
         self.state = State::Coming(coming);
-        self.serve()
+        let end = self.serve()?;
+        match self.fault.take() {
+            Some(why) if end == End::Stopped => Err(self.failed(why)),
+            _ => Ok(end),
+        }
     }
 
     fn serve(&mut self) -> anyhow::Result<End> {
@@ -121,15 +137,23 @@ impl Process {
                     tracing::warn!("the guest ended: {why}");
                     self.guest_ended(why)?
                 }
-                Event::GuestFailed(why) => return Err(self.failed(why)),
+                Event::GuestFailed(why) => {
+                    tracing::error!("the machine cannot go on: {why}");
+                    self.fault = Some(why.clone());
+                    self.guest_ended(why)?
+                }
                 Event::Terminate => self.stop(None, true)?,
                 Event::Progress(progress) => self.progress(progress),
-                Event::InDoubt(why) => self.in_doubt(why),
+                Event::InDoubt(why) => self.in_doubt(why)?,
                 Event::HandoffEnded(end) => self.handoff_ended(end)?,
                 Event::SaveEnded(end) => self.save_ended(end)?,
                 Event::RecordEnded(machine) => self.record_ended(machine)?,
                 Event::Arrived(Ok(machine)) => self.arrived(machine)?,
-                Event::Arrived(Err(failure)) => return Err(failure.into()),
+                Event::Arrived(Err(failure)) => {
+                    let waiting = self.end_on_arrival.take().into_iter().flatten();
+                    waiting.for_each(|answer| answer.last(failure.clone()));
+                    return Err(failure.into());
+                }
             };
             if let Some(end) = end {
                 return Ok(end);
@@ -140,6 +164,11 @@ impl Process {
     fn arrived(&mut self, machine: Box<dyn Machine>) -> anyhow::Result<Option<End>> {
         if let State::Coming(coming) = std::mem::replace(&mut self.state, State::Running(machine)) {
             (coming.ready)();
+        }
+        if let Some(waiting) = self.end_on_arrival.take() {
+            let ended = self.stop(None, true);
+            waiting.into_iter().for_each(|answer| answer.last(said(&ended)));
+            return ended;
         }
         self.go_through_waiting()
     }
@@ -347,9 +376,7 @@ impl Process {
                 // The record is durable: `howdah vm run` goes on asking the peer.
                 let failure = self.conflict("ended while its handoff is committed, not confirmed");
                 handoff.answer.last(failure.clone());
-                if let Some(answer) = answer {
-                    answer.last(Reply::Done);
-                }
+                handoff.stop.into_iter().chain(answer).for_each(|a| a.last(Reply::Done));
                 Err(Failure { exit: Exit::InDoubt, ..failure }.into())
             }
             State::HandingOff(mut handoff) if force => {
@@ -371,6 +398,13 @@ impl Process {
                 recording.end.extend(answer);
                 recording.must_end = true;
                 self.state = State::Recording(recording);
+                Ok(None)
+            }
+            State::Coming(coming) if force && coming.links.is_some() && self.may_run() => {
+                // The guest runs here already: to end now would be a power cut for it. The source's
+                // last word is awaited for a few seconds at most.
+                self.state = State::Coming(coming);
+                self.end_on_arrival.get_or_insert_default().extend(answer);
                 Ok(None)
             }
             State::Coming(_) if force => {
@@ -407,4 +441,12 @@ fn passed(fd: Option<OwnedFd>) -> Result<File, Failure> {
         let way_out = "use the howdah that started this VM";
         Failure::new(Exit::Usage, "control", "no file came along to write", way_out)
     })
+}
+
+/// What those are told who wait for the guest's end.
+fn said(ended: &anyhow::Result<Option<End>>) -> Reply {
+    match ended {
+        Ok(_) => Reply::Done,
+        Err(e) => Failure::line(Exit::Failed, &format!("{e:#}")).into(),
+    }
 }

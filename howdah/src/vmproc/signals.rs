@@ -6,7 +6,9 @@ use nix::sys::signal::{SigSet, Signal};
 use super::Event;
 
 /// Turns SIGINT and SIGTERM into [`Event::Terminate`]; a second one ends the process at once.
-/// Must be called before other threads start, so that they inherit the mask.
+///
+/// Called before any other thread starts, so that they inherit the mask: one that has not would take
+/// the signal, and the process would be gone with the guest's unflushed writes.
 pub(crate) fn watch(events: Sender<Event>) -> nix::Result<()> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGINT);

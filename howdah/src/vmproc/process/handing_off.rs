@@ -96,16 +96,19 @@ impl Process {
         None
     }
 
-    pub(super) fn in_doubt(&mut self, why: String) -> Option<End> {
+    pub(super) fn in_doubt(&mut self, why: String) -> anyhow::Result<Option<End>> {
         let late = self.conflict("it is committed already, and the peer has not confirmed");
+        let mut must_end = false;
         if let State::HandingOff(handoff) = &mut self.state {
             tracing::warn!("in doubt: {why}");
             handoff.cancelled.drain(..).for_each(|a| a.last(late.clone()));
             handoff.progress.stage = "in doubt".into();
             handoff.answer.passing(Reply::Progress(handoff.progress.clone()));
             handoff.in_doubt = Some(why);
+            must_end = handoff.end;
         }
-        None
+        // Told to end before it came to this: the next start asks the peer instead.
+        if must_end { self.stop(None, true) } else { Ok(None) }
     }
 
     pub(super) fn handoff_ended(&mut self, end: HandoffEnd) -> anyhow::Result<Option<End>> {
@@ -125,15 +128,8 @@ impl Process {
                 }
                 Ok(Some(End::HandedOff))
             }
-            HandoffEnd::Kept { mut machine, mut failure } => {
-                if let Some(why) = &handoff.guest_ended {
-                    let report = failure.report.take();
-                    let what = format!("VM {} was not handed off", self.dir.name());
-                    let way_out = format!("`howdah vm run {}` boots it again", self.dir.name());
-                    let why = format!("its guest ended meanwhile: {why}");
-                    failure =
-                        Failure { report, ..Failure::new(Exit::NotMoved, what, why, way_out) };
-                }
+            HandoffEnd::Kept { mut machine, failure } => {
+                let failure = self.why_it_ends(&handoff, failure);
                 if let Some(report) = &failure.report {
                     self.keep_report(report);
                 }
@@ -158,6 +154,22 @@ impl Process {
                 Err(failure.into())
             }
         }
+    }
+
+    /// Why the guest was not handed off, where that is not that the handoff was cancelled but what
+    /// cancelled it; and where the guest is then.
+    fn why_it_ends(&self, handoff: &Handoff, failure: Failure) -> Failure {
+        let why = match &handoff.guest_ended {
+            Some(why) => format!("its guest ended meanwhile: {why}"),
+            None if handoff.end && failure.exit == Exit::Cancelled => {
+                "its process was told to end, and stops the guest here".into()
+            }
+            None => return failure,
+        };
+        let what = format!("VM {} was not handed off", self.dir.name());
+        let way_out = format!("`howdah vm run {}` boots it again", self.dir.name());
+        let report = failure.report;
+        Failure { report, ..Failure::new(Exit::NotMoved, what, why, way_out) }
     }
 
     fn keep_report(&self, report: &serde_json::Value) {

@@ -83,7 +83,10 @@ impl Machine for Fake {
             }
             "undecided" => HandoffEnd::Undecided { failure },
             "panic" => panic!("a defect, for this test"),
-            "doubt" => {
+            "doubt" | "late-doubt" => {
+                while self.outcome == "late-doubt" && !watch.cancel().load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 watch.in_doubt("silence");
                 loop {
                     std::thread::park();
@@ -264,6 +267,47 @@ fn commands_wait_for_a_guest_that_is_ours() {
     bench.thread.join().unwrap().unwrap();
 }
 
+/// A reception whose guest runs here already, and whose source has not said its last word.
+fn arriving() -> (Bench, Box<Fake>) {
+    use handoff::ownership::{Record, VmId};
+    let root = tempfile::tempdir().unwrap();
+    let dir = Home::new(root.path()).unwrap().vm(&"a".parse().unwrap());
+    dir.create().unwrap();
+    dir.journal().unwrap().write(Record::created(VmId([1; 16]))).unwrap();
+    let (process, events) = Process::new(dir);
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let fake = Box::new(Fake { done: Arc::clone(&done), outcome: "kept" });
+    let links: Links = Box::new(|_| {});
+    let coming = Coming { phase: Phase::Receiving, links: Some(links), ready: Box::new(|| {}) };
+    let thread = std::thread::spawn(move || process.run(coming));
+    (Bench { _root: root, events, done, thread }, fake)
+}
+
+/// Once it did not: the process ended at once and left a disk that was never flushed.
+#[test]
+fn a_guest_that_just_arrived_is_stopped_and_not_dropped() {
+    for gone in [Event::Terminate, Event::GuestEnded("power off".into())] {
+        let (bench, fake) = arriving();
+        bench.events.send(gone).unwrap();
+        let stopped = bench.send(Request::Stop { force: true });
+        assert_eq!(bench.phase(), Phase::Running);
+        bench.events.send(Event::Arrived(Ok(fake))).unwrap();
+        assert_eq!(stopped.iter().last(), Some(Reply::Done));
+        assert_eq!(bench.thread.join().unwrap().unwrap(), End::Stopped);
+        assert_eq!(*bench.done.lock().unwrap(), ["stop"]);
+    }
+}
+
+#[test]
+fn a_reception_that_fails_tells_who_waits_for_its_end() {
+    let (bench, _) = arriving();
+    let stopped = bench.send(Request::Stop { force: true });
+    let failure = Failure::new(Exit::Failed, "x", "y", "z");
+    bench.events.send(Event::Arrived(Err(failure.clone()))).unwrap();
+    assert_eq!(stopped.iter().last(), Some(Reply::Failed(failure)));
+    bench.thread.join().unwrap().unwrap_err();
+}
+
 #[test]
 fn commands_meet_only_states_that_allow_them() {
     let bench = bench("moved");
@@ -340,6 +384,32 @@ fn doubt_is_shown_and_cannot_be_cancelled() {
     assert_eq!(bench.call(Request::Stop { force: true }), Reply::Done);
     let failure = describe(&bench.thread.join().unwrap().unwrap_err());
     assert_eq!(failure.exit, Exit::InDoubt);
+}
+
+/// Told to end before it was in doubt, it once went on asking for ever.
+#[test]
+fn a_process_that_was_told_to_end_does_not_stay_for_a_doubt() {
+    let bench = bench("late-doubt");
+    let replies = bench.send(handoff());
+    assert_eq!(bench.phase(), Phase::HandingOff);
+    bench.events.send(Event::Terminate).unwrap();
+    let failure = describe(&bench.thread.join().unwrap().unwrap_err());
+    assert_eq!(failure.exit, Exit::InDoubt);
+    assert!(matches!(replies.iter().last(), Some(Reply::Failed(_))));
+}
+
+/// The peer hears that the handoff is over, and the disk is flushed, before the process fails.
+#[test]
+fn a_machine_that_fails_during_its_handoff_ends_when_that_is_decided() {
+    let bench = bench("kept");
+    let replies = bench.send(handoff());
+    assert_eq!(bench.phase(), Phase::HandingOff);
+    bench.events.send(Event::GuestFailed("KVM_RUN: EFAULT".into())).unwrap();
+    let Some(Reply::Failed(failure)) = replies.iter().last() else { panic!("no failure") };
+    assert!(failure.message.contains("EFAULT"), "{failure}");
+    let failure = describe(&bench.thread.join().unwrap().unwrap_err());
+    assert!(failure.message.contains("EFAULT"), "{failure}");
+    assert_eq!(*bench.done.lock().unwrap(), ["stop"]);
 }
 
 #[test]
