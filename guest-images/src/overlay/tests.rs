@@ -2,6 +2,7 @@
 
 mod batched;
 mod crash;
+mod faults;
 
 use std::{
     fs::{self, OpenOptions},

@@ -626,3 +626,50 @@ fn a_failed_sync_is_told_and_final() {
     assert_eq!((ended.members, ended.durable), (vec![8], false));
     assert!(disk.overlay.flush().is_err());
 }
+
+/// Puts another file behind the overlay's data file; what was there.
+fn exchange(overlay: &Overlay, file: &fs::File) -> fs::File {
+    use std::os::fd::AsRawFd;
+    let before = fs::File::from(overlay.data_fd().try_clone_to_owned().unwrap());
+    let (from, to) = (file.as_raw_fd(), overlay.data_fd().as_raw_fd());
+    // SAFETY: both descriptors are open, and the second goes on belonging to the overlay, which only
+    // finds another file behind it.
+    assert_eq!(unsafe { libc::dup2(from, to) }, to);
+    before
+}
+
+/// The host's disk is full: the guest hears of it, loses nothing that it had, and goes on when there is
+/// room again.
+#[test]
+fn a_full_disk_is_told_to_the_guest() {
+    let mut disk = disk(FLUSH);
+    disk.ask(0, &Ask::Write { sector: 8, sectors: 8, seed: 1 });
+    disk.run(1);
+    disk.harvest();
+    let full = fs::OpenOptions::new().read(true).write(true).open("/dev/full").unwrap();
+    let healthy = exchange(&disk.overlay, &full);
+    let before = disk.oracle.clone();
+    // A whole chunk, part of one that is the base's, and part of one that is not.
+    let writes = [(16, 8), (33, 2), (9, 3)];
+    for (n, (sector, sectors)) in writes.into_iter().enumerate() {
+        disk.ask(n, &Ask::Write { sector, sectors, seed: 7 });
+        disk.run(1);
+        assert_eq!(disk.status(n), VIRTIO_BLK_S_IOERR as u8, "sector {sector}");
+    }
+    disk.oracle = before;
+    exchange(&disk.overlay, &healthy);
+    disk.check_content("while it was full");
+    for (n, (sector, sectors)) in writes.into_iter().enumerate() {
+        disk.ask(n, &Ask::Write { sector, sectors, seed: 7 });
+        disk.run(1);
+        assert_eq!(disk.status(n), VIRTIO_BLK_S_OK as u8);
+    }
+    disk.ask(3, &Ask::Flush);
+    disk.run(1);
+    assert_eq!(disk.status(3), VIRTIO_BLK_S_OK as u8);
+    disk.check_content("when there was room again");
+    let written: BTreeSet<u64> = [1, 2, 4].into();
+    assert!(disk.harvest().is_superset(&written));
+    let oracle = disk.oracle.clone();
+    assert!(disk.reopen() == oracle);
+}
