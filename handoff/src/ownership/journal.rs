@@ -7,11 +7,19 @@
 //! Written to a temporary file, fsynced, renamed over the old one, directory fsynced: after a crash
 //! the old or the new record is there, whole. Anything else is an error that names the file; a
 //! damaged record is never guessed at, because a guess may start a second copy of the guest.
+//!
+//! The temporary file is always there, with its space: the two change places. A target whose disk got
+//! full must still be able to write that it declines, and a source must not be left waiting for it.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2},
+    libc,
 };
 
 use super::Record;
@@ -134,22 +142,52 @@ impl Journal {
             path: self.path.clone(),
             what: "the new record is too long",
         })?;
-        let temporary = self.path.with_extension("new");
+        let temporary = self.spare();
+        // Not truncated before: what is overwritten in place takes no space.
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
-            .truncate(true)
+            .truncate(false)
             .open(&temporary)
             .map_err(failed("create the new one"))?;
         file.write_all(&bytes).map_err(failed("write the new one"))?;
+        file.set_len(bytes.len() as u64).map_err(failed("write the new one"))?;
         file.sync_all().map_err(failed("make the new one durable"))?;
         // From here on, until the directory is on disk too, a crash may find either.
         self.doubtful = true;
-        fs::rename(&temporary, &self.path).map_err(failed("replace it"))?;
+        self.replace(&temporary).map_err(failed("replace it"))?;
         self.sync_directory()?;
         self.doubtful = false;
         self.record = Some(record);
+        if let Err(error) = self.keep_spare() {
+            tracing::debug!(%error, "no space is kept for the next ownership record");
+        }
         Ok(())
+    }
+
+    fn spare(&self) -> PathBuf {
+        self.path.with_extension("new")
+    }
+
+    /// Puts the new record in the old one's place, and the old one where the new one was: its space is
+    /// the next one's.
+    fn replace(&self, temporary: &Path) -> io::Result<()> {
+        if self.record.is_some() {
+            let exchange = RenameFlags::RENAME_EXCHANGE;
+            if renameat2(AT_FDCWD, temporary, AT_FDCWD, &self.path, exchange).is_ok() {
+                return Ok(());
+            }
+        }
+        // There is none yet, or the file system cannot do that.
+        fs::rename(temporary, &self.path)
+    }
+
+    /// Makes sure that there is space for the next record.
+    fn keep_spare(&self) -> io::Result<()> {
+        let spare =
+            OpenOptions::new().write(true).create(true).truncate(false).open(self.spare())?;
+        let most = libc::off_t::try_from(MAX_RECORD_BYTES).unwrap_or(libc::off_t::MAX);
+        Ok(fallocate(&spare, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, most)?)
     }
 }
 
@@ -246,12 +284,40 @@ mod tests {
         Journal::open(&path).unwrap_err();
     }
 
+    /// On a disk that is full, records can still be replaced, as often as it takes.
+    #[test]
+    fn the_space_of_the_next_record_is_always_there() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("owner");
+        let mut journal = Journal::open(&path).unwrap();
+        journal.write(record()).unwrap();
+        let inodes = || {
+            let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+            (inode(&path), inode(&path.with_extension("new")))
+        };
+        let first = inodes();
+        for id in 0..5 {
+            let spare = fs::metadata(path.with_extension("new")).unwrap();
+            assert!(spare.blocks() * 512 >= MAX_RECORD_BYTES as u64);
+            journal.write(Record::created(VmId([id; 16]))).unwrap();
+            // The same two files, which have changed places.
+            let now = inodes();
+            assert!(now == first || now == (first.1, first.0), "{first:?} {now:?}");
+        }
+        // What a longer record left behind is cut off.
+        fs::write(path.with_extension("new"), [0xa5; 6000]).unwrap();
+        journal.write(record()).unwrap();
+        assert_eq!(Journal::open(&path).unwrap().record(), Some(&record()));
+    }
+
     #[test]
     fn a_failed_write_keeps_the_old_record() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("owner");
         let mut journal = Journal::open(&path).unwrap();
         journal.write(record()).unwrap();
+        fs::remove_file(path.with_extension("new")).unwrap();
         fs::create_dir(path.with_extension("new")).unwrap();
         journal.write(Record::created(VmId([2; 16]))).unwrap_err();
         assert_eq!(journal.record(), Some(&record()));
