@@ -4,7 +4,10 @@ use std::{
     ffi::OsString,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    os::unix::{
+        fs::OpenOptionsExt,
+        process::{CommandExt, ExitStatusExt},
+    },
     path::Path,
     process::{Child, Command, Stdio},
 };
@@ -62,9 +65,15 @@ pub(crate) fn await_ready(
             Err(failure)
         }
         Err(_) => {
-            let ended = child.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
+            let ended = child.wait();
+            let killed = ended.as_ref().is_ok_and(|s| s.signal() == Some(nix::libc::SIGKILL));
+            let ended = ended.map_or_else(|e| e.to_string(), |status| status.to_string());
             let why = format!("its process ended before the guest ran ({ended})");
-            Err(Failure::new(Exit::Failed, "VM", why, format!("see {}", log.display())))
+            let mut way_out = format!("see {}", log.display());
+            if killed {
+                way_out += ", and the kernel's log (dmesg) for whether memory ran out";
+            }
+            Err(Failure::new(Exit::Failed, "VM", why, way_out))
         }
     }
 }

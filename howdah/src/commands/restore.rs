@@ -14,7 +14,7 @@ use crate::{
     failure::{Exit, Failure},
     home::{Home, VmDir},
     output::Output,
-    receive::{Host, HostArgs},
+    receive::{Host, HostArgs, Room},
     spawn,
     vmproc::{self, Brought, End, Front, HeldTap, Origin},
 };
@@ -73,7 +73,7 @@ pub(crate) fn run_here(args: &RestoreArgs, home: &Home, front: Front) -> anyhow:
     let dir = home.vm(&args.name);
     dir.create()?;
     let from = overlay::open(&args.file)?;
-    let tap = HeldTap::open(args.tap.as_deref());
+    let (tap, room) = (HeldTap::open(args.tap.as_deref()), Room::open(home)?);
     let (bringing, bringing_home, bringing_dir) = (args.clone(), home.clone(), dir.clone());
     let ended = vmproc::run_with(&dir, home, front, &args.jail, move |console, events| {
         let host_args = HostArgs {
@@ -81,6 +81,8 @@ pub(crate) fn run_here(args: &RestoreArgs, home: &Home, front: Front) -> anyhow:
             held_tap: tap,
             min_free_mib: bringing.min_free_mib,
             peer: None,
+            room,
+            live: false,
         };
         let host = Host::new(
             host_args,

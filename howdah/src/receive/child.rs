@@ -23,6 +23,8 @@ use zeroize::Zeroizing;
 use super::{
     host::{Host, HostArgs},
     link::Replayed,
+    oom::{Expendable, Ordinary},
+    room::Room,
 };
 use crate::{
     cli::ReceiveProcessArgs,
@@ -53,14 +55,16 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
     // Made before the process is confined to it, and before a byte of the peer's is looked at.
     dir.create()?;
     let held_tap = HeldTap::open(args.tap.as_deref());
+    let (room, ordinary) = (Room::open(home)?, Ordinary::open());
     jail::enter(&args.jail, &dir, home)?;
+    let expendable = ordinary.and_then(Ordinary::step_back);
     let (incoming, peer, known) = first_link(args.wait.limits().silence)?;
     let (incoming, lock) = admit(&dir, incoming)?;
     spawn::log_to(&dir.vm_log())?;
     let fresh = dir.record()?.is_none();
-    let host_args =
-        HostArgs { tap: args.tap.clone(), held_tap, min_free_mib: args.min_free_mib, peer: known };
-    match receive(args, host_args, home, &dir, incoming, peer) {
+    let (tap, min_free_mib) = (args.tap.clone(), args.min_free_mib);
+    let host_args = HostArgs { tap, held_tap, min_free_mib, peer: known, room, live: true };
+    match receive(args, host_args, expendable, home, &dir, incoming, peer) {
         Ok(_) => Ok(()),
         Err(error) => {
             clean_up(&dir, lock, fresh);
@@ -104,7 +108,7 @@ fn adopt(
 
 /// Takes the name for the newcomer, or tells the peer who has it.
 fn admit(dir: &VmDir, incoming: Incoming<Link>) -> Result<(Incoming<Link>, Lock), Failure> {
-    let lock = dir.lock().and_then(|lock| {
+    let lock = not_to_itself(dir, &incoming).and_then(|()| dir.lock()).and_then(|lock| {
         let mut journal = dir.journal()?;
         // Of a process that is gone: its source has been told, or is when it asks.
         engine::decline_lost_copy(&mut journal)
@@ -128,6 +132,21 @@ fn admit(dir: &VmDir, incoming: Incoming<Link>) -> Result<(Incoming<Link>, Lock)
     }
 }
 
+/// Whether the handoff comes from another cloudlet than this one: it is the source's own record that
+/// would be found here otherwise.
+fn not_to_itself(dir: &VmDir, incoming: &Incoming<Link>) -> Result<(), Failure> {
+    let Some(Record { vm, state: State::HandingOff { handoff, .. }, .. }) = dir.record()? else {
+        return Ok(());
+    };
+    let offered = incoming.hello.handoff;
+    if (vm, handoff) != (offered.vm, offered.handoff) {
+        return Ok(());
+    }
+    let why = "it is on this very cloudlet, which would hand it off to itself";
+    let way_out = "name the address of another one, or receive into another --home";
+    Err(Failure::new(Exit::Conflict, format!("VM {}", dir.name()), why, way_out))
+}
+
 /// Whether what is here stands in the newcomer's way.
 fn conflict(record: &Record, incoming: &Incoming<Link>) -> Option<String> {
     let offered = incoming.hello.handoff;
@@ -147,14 +166,15 @@ fn conflict(record: &Record, incoming: &Incoming<Link>) -> Option<String> {
 fn receive(
     args: &ReceiveProcessArgs,
     host_args: HostArgs,
+    expendable: Option<Expendable>,
     home: &Home,
     dir: &VmDir,
     incoming: Incoming<Link>,
     peer: Endpoint,
 ) -> anyhow::Result<vmproc::End> {
-    let console = Arc::new(Console::new(&dir.console_log())?);
     let (process, events) = Process::new(dir.clone());
     vmproc::watch_signals(events.clone())?;
+    let console = Arc::new(Console::new(&dir.console_log())?);
     let server = server::start(dir, Arc::clone(&console), events.clone(), Event::Asked)?;
     let shown = Arc::clone(&console);
     let (relink, relinks) = bounded(MAX_WAITING_LINKS);
@@ -174,7 +194,10 @@ fn receive(
         let arrived = guarded("reception", work).and_then(|received| received);
         let _ = events.send(Event::Arrived(arrived));
     });
-    let ready = Box::new(move || spawn::say(&Ready::Running(details.try_recv().ok())));
+    let ready = Box::new(move || {
+        drop(expendable);
+        spawn::say(&Ready::Running(details.try_recv().ok()));
+    });
     let end = process.run(Coming { phase: Phase::Receiving, links: Some(links), ready });
     vmproc::finish(dir, end, &shown, &server)
 }

@@ -1,6 +1,6 @@
 //! This cloudlet as the engine sees it: what can come in, and what it becomes.
 
-use std::{fs, path::Path, sync::Arc};
+use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 use guest_images::{Base, BaseId, CHUNK_SIZE, overlay::Overlay};
@@ -10,6 +10,10 @@ use handoff::{
 };
 use vmm::{AnyVm, HostCheck, HostProfile, IncomingVm, MachineProfile, VmSource};
 
+use super::{
+    room::{Needs, Reserved, Room},
+    watched::Watched,
+};
 use crate::{
     commands::base,
     console::Console,
@@ -26,9 +30,6 @@ use crate::{
     },
 };
 
-/// Memory that must stay available besides the guest's.
-const MEMORY_MARGIN_BYTES: u64 = 64 << 20;
-
 /// A cloudlet about to receive one VM.
 pub(crate) struct Host {
     home: Home,
@@ -37,6 +38,8 @@ pub(crate) struct Host {
     held_tap: HeldTap,
     min_free_bytes: u64,
     peer: Option<Peer>,
+    room: Room,
+    live: bool,
     console: Arc<Console>,
     events: Sender<Event>,
     /// What the machine needs besides the VMM's part, once it is prepared.
@@ -54,6 +57,10 @@ pub(crate) struct HostArgs {
     pub(crate) min_free_mib: u64,
     /// Who hands the VM off, where that is known.
     pub(crate) peer: Option<Peer>,
+    /// The room that there is.
+    pub(crate) room: Room,
+    /// Whether the guest runs elsewhere until it is here, and does not come out of a file.
+    pub(crate) live: bool,
 }
 
 struct Prepared {
@@ -77,6 +84,8 @@ impl Host {
             held_tap: args.held_tap,
             min_free_bytes: args.min_free_mib.saturating_mul(1 << 20),
             peer: args.peer,
+            room: args.room,
+            live: args.live,
             console,
             events,
             prepared: None,
@@ -101,7 +110,7 @@ impl Host {
     /// The guest that came, as a machine of this process.
     pub(crate) fn machine(
         self,
-        vm: IncomingVm,
+        vm: Watched,
         journal: Journal,
         contents: Option<SentCache>,
     ) -> Result<Box<dyn Machine>, Failure> {
@@ -109,7 +118,7 @@ impl Host {
             Failure::plain(Exit::Failed, format!("VM {}", self.dir.name()), "the machine is gone")
         };
         let Prepared { disk, append } = self.prepared.ok_or_else(gone)?;
-        let source = match vm.into_vm().ok_or_else(gone)? {
+        let source = match vm.into_inner().into_vm().ok_or_else(gone)? {
             AnyVm::Running(vm) => {
                 kvm::connect_console(&self.console, &vm);
                 VmSource::new(vm)
@@ -124,13 +133,12 @@ impl Host {
         Ok(Box::new(KvmMachine { home, dir, source, disk, base, journal, append, contents }))
     }
 
-    fn check_room(&self, offer: &Offer) -> Result<(), Refusal> {
-        let free = free_disk_bytes(self.dir.path()).map_err(|e| Refusal::Other(e.to_string()))?;
-        let needed = bytes_of(offer.changed_disk_chunks).saturating_add(self.min_free_bytes);
-        need("the disk", needed, free)?;
-        let available = available_memory_bytes().map_err(|e| Refusal::Other(e.to_string()))?;
-        let needed = bytes_of(offer.geometry.ram_chunks).saturating_add(MEMORY_MARGIN_BYTES);
-        need("memory", needed, available)
+    fn reserve(&self, offer: &Offer) -> Result<Reserved, Refusal> {
+        let needs = Needs {
+            memory_bytes: bytes_of(offer.geometry.ram_chunks),
+            disk_bytes: bytes_of(offer.changed_disk_chunks),
+        };
+        self.room.reserve(&self.dir, needs, self.min_free_bytes)
     }
 
     fn config(&self, offer: &Offer, machine: &MachineOffer) -> Result<VmConfig, Refusal> {
@@ -152,14 +160,14 @@ impl Host {
 }
 
 impl TargetHost for Host {
-    type Vm = IncomingVm;
+    type Vm = Watched;
 
-    fn prepare(&mut self, offer: &Offer) -> Result<Ready<IncomingVm>, Refusal> {
+    fn prepare(&mut self, offer: &Offer) -> Result<Ready<Watched>, Refusal> {
         let base = open_base(&self.home, offer.base)?;
         let machine =
             MachineOffer::decode(&offer.machine).map_err(|e| Refusal::Machine(e.to_string()))?;
         check_machine(&machine.profile, offer.geometry, base.disk_chunks())?;
-        self.check_room(offer)?;
+        let reserved = self.reserve(offer)?;
         let config = self.config(offer, &machine)?;
         self.dir.write_config(&config).map_err(|e| other(&e))?;
         let back = match Visit::find(&self.dir, offer) {
@@ -176,6 +184,7 @@ impl TargetHost for Host {
         self.prepared = Some(Prepared { disk, append: machine.append });
         let also = also_held(&self.home, offer, self.peer.as_ref());
         let bases = Bases::new(base, also).map_err(|e| other(&e))?;
+        let vm = Watched::new(vm, self.dir.path().to_owned(), self.min_free_bytes, reserved);
         Ok(Ready { vm, bases, start })
     }
 }
@@ -236,7 +245,9 @@ impl Host {
     ) -> Result<IncomingVm, Refusal> {
         let build = kvm::build(config, base, disk, &self.held_tap, &self.console, &self.events)
             .map_err(|e| Refusal::Machine(e.message))?;
-        IncomingVm::new(profile.clone(), build).map_err(|e| Refusal::Machine(e.to_string()))
+        let vm = IncomingVm::new(profile.clone(), build);
+        let vm = vm.map_err(|e| Refusal::Machine(e.to_string()))?;
+        Ok(if self.live { vm.awaited() } else { vm })
     }
 }
 
@@ -288,49 +299,9 @@ fn bytes_of(chunks: u64) -> u64 {
     chunks.saturating_mul(CHUNK_SIZE as u64)
 }
 
-fn need(what: &str, needed_bytes: u64, available_bytes: u64) -> Result<(), Refusal> {
-    if available_bytes >= needed_bytes {
-        return Ok(());
-    }
-    Err(Refusal::NoSpace { what: what.into(), needed_bytes, available_bytes })
-}
-
-fn free_disk_bytes(path: &Path) -> nix::Result<u64> {
-    let found = nix::sys::statvfs::statvfs(path)?;
-    Ok(found.blocks_available().saturating_mul(found.fragment_size()))
-}
-
-fn available_memory_bytes() -> std::io::Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    parse_available(&text).ok_or_else(|| std::io::Error::other("/proc/meminfo has no MemAvailable"))
-}
-
-fn parse_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn room_is_measured() {
-        assert!(free_disk_bytes(Path::new("/")).unwrap() > 0);
-        assert!(available_memory_bytes().unwrap() > 0);
-        assert_eq!(parse_available("MemTotal: 9 kB\nMemAvailable:      12 kB\n"), Some(12 << 10));
-        assert_eq!(parse_available("MemTotal: 9 kB"), None);
-    }
-
-    #[test]
-    fn too_little_room_says_how_much() {
-        need("memory", 5, 5).unwrap();
-        let refusal = need("memory", 6, 5).unwrap_err();
-        assert_eq!(
-            refusal,
-            Refusal::NoSpace { what: "memory".into(), needed_bytes: 6, available_bytes: 5 }
-        );
-    }
 
     #[test]
     fn sizes_that_contradict_each_other_are_refused() {

@@ -20,8 +20,8 @@ use crossbeam_channel::Sender;
 use guest_images::BaseId;
 use handoff::{
     Clock, Refusal,
-    engine::{Incoming, Limits},
-    ownership::Record,
+    engine::{Incoming, Limits, decline_lost_copy},
+    ownership::{Record, State},
     tcp::MonotonicClock,
     tls::Guarded,
 };
@@ -39,7 +39,7 @@ use crate::{
     control::{Reply, channel::Channel, client},
     failure::{Exit, Failure, one_line},
     home::{Home, VmDir, VmName},
-    lock::Probe,
+    lock::{Lock, Probe},
     output::Output,
     peers::{Peer, Right},
     spawn, vmproc,
@@ -264,9 +264,24 @@ impl Listener {
         match self.spawn(name, &handed) {
             Ok(details) => Event::Received { vm, peer, details },
             Err(failure) => {
-                self.home.vm(name).remove_if_empty();
+                self.tidy(name);
                 Event::NotReceived { vm, peer, why: failure.message }
             }
+        }
+    }
+
+    /// Removes what a reception left that did not come to tidying up, because it was killed: what
+    /// belongs to nobody, and holds room that the next try may need.
+    fn tidy(&self, name: &VmName) {
+        let dir = self.home.vm(name);
+        dir.remove_if_empty();
+        if !dir.path().is_dir() {
+            return;
+        }
+        // A name that somebody has taken since is not touched.
+        let Ok(lock) = dir.lock() else { return };
+        if let Err(e) = tidy(&dir, lock) {
+            tracing::warn!("VM {name}: {e:#}");
         }
     }
 
@@ -341,8 +356,27 @@ impl Listener {
         let _lock = dir.lock()?;
         let mut journal = dir.journal()?;
         let incoming = party(caller, incoming, journal.record())?;
-        Ok(incoming.settle(&mut journal, &Limits::default(), &MonotonicClock::default())?)
+        incoming.settle(&mut journal, &Limits::default(), &MonotonicClock::default())?;
+        if matches!(journal.record().map(|record| &record.state), Some(State::Declined { .. })) {
+            dir.remove_disk()?;
+        }
+        Ok(())
     }
+}
+
+/// What no process has in hand any more: nobody's directory goes, and a copy that was in memory is
+/// declined before anybody asks.
+fn tidy(dir: &VmDir, lock: Lock) -> anyhow::Result<()> {
+    let mut journal = dir.journal()?;
+    match journal.record() {
+        None => dir.remove(lock)?,
+        Some(record) if record.is_volatile() => {
+            decline_lost_copy(&mut journal)?;
+            dir.remove_disk()?;
+        }
+        Some(_) => {}
+    }
+    Ok(())
 }
 
 /// The link, if its caller is the other side of the handoff that it asks about, as far as the record

@@ -15,9 +15,13 @@ mod events;
 mod host;
 mod link;
 mod listener;
+mod oom;
 mod quota;
 mod refusals;
+mod room;
+mod watched;
 
 pub(crate) use child::run as run_child;
 pub(crate) use host::{Host, HostArgs};
 pub(crate) use listener::listen;
+pub(crate) use room::Room;
