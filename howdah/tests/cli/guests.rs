@@ -67,7 +67,7 @@ fn back(to: usize, from: usize) -> u8 {
 }
 
 /// An ELF file of one segment with `code` in it.
-fn elf(code: &[u8]) -> Vec<u8> {
+pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
     const HEADERS: u64 = 64 + 56;
     let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     elf.extend([2u8, 0, 62, 0, 1, 0, 0, 0]);
@@ -80,7 +80,7 @@ fn elf(code: &[u8]) -> Vec<u8> {
     elf
 }
 
-fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
         if let Some(found) = done() {
@@ -149,7 +149,7 @@ impl Site {
         whole.lines().map(|line| line.trim().to_owned()).collect()
     }
 
-    fn last_count(&self, vm: &str) -> Option<String> {
+    pub(crate) fn last_count(&self, vm: &str) -> Option<String> {
         let is_count =
             |line: &String| line.len() == 8 && line.bytes().all(|b| (b'a'..=b'p').contains(&b));
         self.lines(vm).into_iter().rfind(is_count)
@@ -161,7 +161,7 @@ impl Site {
     }
 
     /// Whether the guest ever said here that it is ready: then it booted here.
-    fn booted(&self, vm: &str) -> usize {
+    pub(crate) fn booted(&self, vm: &str) -> usize {
         self.lines(vm).iter().filter(|line| line.contains("howdah: ready")).count()
     }
 

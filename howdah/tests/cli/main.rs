@@ -3,10 +3,12 @@
 
 mod bases;
 mod common;
+mod edges;
 mod errors;
 mod guests;
 mod jail;
 mod peers;
 mod recover;
 mod saved;
+mod stage;
 mod traces;
