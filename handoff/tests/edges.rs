@@ -20,8 +20,8 @@ use handoff::{
     BaseView, ChunkId, ChunkSet, Geometry, Offer, Refusal, SourceVm, Space, TargetHost, TargetVm,
     base_view::testing::MemBase,
     engine::{
-        KeptReason, Limits, ReceiveError, ReceiveOptions, Received, Recovery, SendOptions,
-        SendOutcome, accept, receive, send, send_resume,
+        KeptReason, Limits, ReceiveError, ReceiveOptions, Received, Recovery, SendError,
+        SendOptions, SendOutcome, accept, receive, send, send_resume,
     },
     ownership::{Journal, Record, State, VmId},
     sim::{LinkShape, SimConnect, SimLink},
@@ -59,6 +59,8 @@ struct Ills {
     /// How long each write to the disk takes, and making it durable.
     slow_write: Duration,
     slow_flush: Duration,
+    /// The guest cannot be set running again, as often as this is above zero.
+    stuck: Arc<AtomicI64>,
     counted: Arc<AtomicU64>,
 }
 
@@ -74,6 +76,7 @@ impl Ills {
             error: io::ErrorKind::StorageFull,
             slow_write: Duration::ZERO,
             slow_flush: Duration::ZERO,
+            stuck: Arc::default(),
             counted: Arc::default(),
         }
     }
@@ -142,6 +145,9 @@ impl SourceVm for Ill<Source> {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
+        if self.ills.stuck.fetch_sub(1, SeqCst) > 0 {
+            return Err("no thread for a vCPU".into());
+        }
         self.vm.resume()
     }
 }
@@ -466,6 +472,37 @@ fn a_handoff_that_failed_can_be_tried_again() {
         thread::sleep(Duration::from_millis(200));
         assert!(matches!(pair.run(), End::Moved), "after {reason}");
     }
+}
+
+/// The handoff fails, and then the guest cannot be set running here either: an error that says both,
+/// and a record that lets it be started from its disk.
+#[test]
+fn a_guest_that_cannot_go_on_can_be_started_again() {
+    let there = Ills::none();
+    let here = Ills { stuck: Arc::new(AtomicI64::new(1)), ..Ills::none() };
+    let mut pair = pair(here, there);
+    pair.source.vm.fail_save = true;
+    let clock = MonotonicClock::default();
+    let mut journal = pair.journal("source");
+    let base = Arc::clone(&pair.base) as Arc<dyn BaseView>;
+    let error = send(
+        &mut pair.source,
+        base.into(),
+        &mut pair.connect,
+        &mut journal,
+        &pair.options,
+        &clock,
+        &mut |_| {},
+        &AtomicBool::new(false),
+    )
+    .unwrap_err();
+    assert!(matches!(error, SendError::NotResumed { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("no state today") && text.contains("no thread"), "{text}");
+    assert!(journal.record().unwrap().may_run());
+    drop(pair.connect);
+    assert!(pair.target.join().unwrap().iter().all(Result::is_err));
+    assert_eq!(pair.runners.now(), 0);
 }
 
 /// A target that is told to give way at any operation: the source's user cancels just then.
