@@ -450,7 +450,7 @@ fn a_disk_that_stands_still_costs_the_handoff_and_not_the_guest() {
 /// next try moves the guest.
 #[test]
 fn a_handoff_that_failed_can_be_tried_again() {
-    for n in [0, 1, 2, 4, 8] {
+    for n in [1, 4] {
         let mut pair = pair(Ills::nth(n, false), Ills::none());
         let clock = MonotonicClock::default();
         let mut journal = pair.journal("source");
@@ -468,8 +468,8 @@ fn a_handoff_that_failed_can_be_tried_again() {
         let SendOutcome::KeptHere { reason, .. } = first.unwrap() else { continue };
         assert!(matches!(reason, KeptReason::Vm { .. }), "{reason:?}");
         assert!(pair.source.vm.guest.is_running());
-        // The target drops the first copy when its source says so.
-        thread::sleep(Duration::from_millis(200));
+        // The target drops the first copy before it takes another offer, at the latest after this.
+        thread::sleep(limits().relink_grace * 3 / 2);
         assert!(matches!(pair.run(), End::Moved), "after {reason}");
     }
 }
