@@ -159,10 +159,20 @@ impl Journal {
         self.sync_directory()?;
         self.doubtful = false;
         self.record = Some(record);
-        if let Err(error) = self.keep_spare() {
+        if let Err(error) = self.reserve() {
             tracing::debug!(%error, "no space is kept for the next ownership record");
         }
         Ok(())
+    }
+
+    /// Makes sure that there is space for the next record, as every write does for the one after it:
+    /// before this side promises to answer.
+    pub fn reserve(&self) -> Result<(), JournalError> {
+        self.keep_spare().map_err(|source| JournalError::Io {
+            path: self.path.clone(),
+            doing: "reserve space for the next one",
+            source,
+        })
     }
 
     fn spare(&self) -> PathBuf {
@@ -182,7 +192,6 @@ impl Journal {
         fs::rename(temporary, &self.path)
     }
 
-    /// Makes sure that there is space for the next record.
     fn keep_spare(&self) -> io::Result<()> {
         let spare =
             OpenOptions::new().write(true).create(true).truncate(false).open(self.spare())?;

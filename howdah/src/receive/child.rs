@@ -212,6 +212,11 @@ fn work(
 ) -> Result<Box<dyn Machine>, Failure> {
     let what = format!("VM {}", host.name());
     let mut journal = host.journal()?;
+    if let Err(e) = journal.reserve() {
+        let failure = Failure::plain(Exit::NotMoved, what, e);
+        let _ = incoming.refuse(Refusal::Other(failure.message.clone()));
+        return Err(failure);
+    }
     let received = engine::receive(
         incoming,
         &mut host,

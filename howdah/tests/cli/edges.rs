@@ -2,13 +2,13 @@
 //! processes. In the end the VM runs on exactly one side, or is stopped and can be run again, and
 //! the message says which. They need /dev/kvm.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, path::PathBuf, process::Command, thread, time::Duration};
 
 use nix::sys::signal::{Signal, kill};
 
 use crate::{
     common::Ran,
-    guests::Site,
+    guests::{Site, wait_for},
     stage::{Gate, Receiver, Running, SOME_BYTES, await_gone},
 };
 
@@ -72,6 +72,10 @@ fn a_guest_that_ends_by_itself() {
     for (typed, word) in [("r", "start over"), ("o", "turned itself off"), ("x", "start over")] {
         let Some(half) = Half::way() else { return };
         let typing = half.here.type_into("a", typed);
+        let log = half.here.0.home().join("vms/a/vm.log");
+        wait_for("the guest ends", || {
+            fs::read_to_string(&log).is_ok_and(|log| log.contains("guest ended")).then_some(())
+        });
         half.gate.open();
         let ran = half.handoff.end();
         assert_eq!(ran.code, Some(7), "{ran:?}");
@@ -90,6 +94,8 @@ fn the_sources_process_is_told_to_end() {
     let Some(half) = Half::way() else { return };
     let process = half.here.process("a");
     kill(process, Signal::SIGTERM).unwrap();
+    // It is heard long before the rest of the guest could pass.
+    thread::sleep(Duration::from_millis(300));
     half.gate.open();
     let ran = half.handoff.end();
     assert_eq!(ran.code, Some(7), "{ran:?}");
