@@ -15,6 +15,9 @@ pub(crate) fn start(verbose: u8) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        // It would be told of with `eprintln!`, which panics where stderr cannot be written: a disk that
+        // got full once took VMs with it, because their log was on it.
+        .log_internal_errors(false)
         .with_ansi(false)
         .with_target(false);
     // A second start (tests) keeps the first.

@@ -148,7 +148,8 @@ pub(crate) fn run_with(
         tracing::info!("{started}");
         match front {
             Front::Detached => spawn::say(&Ready::Running(serde_json::to_value(&started).ok())),
-            Front::Terminal => eprintln!("howdah: {started}"),
+            // The terminal may be gone already; the guest runs.
+            Front::Terminal => _ = writeln!(io::stderr(), "howdah: {started}"),
         }
     });
     let end = process.run(Coming { phase: Phase::Starting, links: None, ready });

@@ -9,8 +9,13 @@ use nix::sys::signal::{Signal, kill};
 use crate::{
     common::Ran,
     guests::{Site, wait_for},
-    stage::{Gate, Receiver, Running, SOME_BYTES, await_gone},
+    stage::{Gate, LARGE_CHUNKS, Receiver, Running, SOME_BYTES, await_gone},
 };
+
+/// What a VM's process had to say.
+fn log_of(site: &Site, vm: &str) -> String {
+    fs::read_to_string(site.0.home().join("vms").join(vm).join("vm.log")).unwrap_or_default()
+}
 
 /// A handoff that did not happen, and says why. (There is a line of progress before, now and then.)
 fn refused(ran: &Ran, holds: &[&str]) {
@@ -33,7 +38,7 @@ impl Half {
     fn way() -> Option<Self> {
         let here = Site::new()?;
         here.obedient_base();
-        here.start("a");
+        here.start_large("a");
         let there = here.neighbour();
         Some(Self::between(here, there, ""))
     }
@@ -72,9 +77,8 @@ fn a_guest_that_ends_by_itself() {
     for (typed, word) in [("r", "start over"), ("o", "turned itself off"), ("x", "start over")] {
         let Some(half) = Half::way() else { return };
         let typing = half.here.type_into("a", typed);
-        let log = half.here.0.home().join("vms/a/vm.log");
         wait_for("the guest ends", || {
-            fs::read_to_string(&log).is_ok_and(|log| log.contains("guest ended")).then_some(())
+            log_of(&half.here, "a").contains("guest ended").then_some(())
         });
         half.gate.open();
         let ran = half.handoff.end();
@@ -116,7 +120,7 @@ fn the_sources_process_is_killed() {
     half.here.await_state("a", "interrupted");
     half.gate.open();
     half.here.start("a");
-    assert_eq!(half.here.booted("a"), 2);
+    assert_eq!(half.here.booted("a"), 3);
     half.there.await_nothing_of("a");
 }
 
@@ -200,7 +204,9 @@ fn a_base_that_is_removed_meanwhile() {
     half.there.0.line("base rm cold").fails(4, &["base"]);
     // Whoever goes round the command line finds out later: what is open stays open.
     let bases = half.there.0.home().join("store/bases");
-    fs::remove_dir_all(&bases).unwrap();
+    for base in fs::read_dir(&bases).unwrap() {
+        fs::remove_dir_all(base.unwrap().path()).unwrap();
+    }
     let Half { there, here, gate, handoff, receiver: _receiver } = half;
     gate.open();
     handoff.end().ok();
@@ -210,7 +216,6 @@ fn a_base_that_is_removed_meanwhile() {
     let ran = there.0.line("vm run a --detach");
     assert_eq!(ran.code, Some(3), "{ran:?}");
     assert!(ran.stderr.contains("its base") && ran.stderr.contains("base import"), "{ran:?}");
-    fs::create_dir_all(&bases).unwrap();
     there.obedient_base();
     there.start("a");
 }
@@ -271,15 +276,13 @@ fn a_disk_that_gets_full_at_the_target() {
     for (min_free, says) in [(0, "No space left"), (1, "--min-free-mib")] {
         let Some(here) = Site::new() else { return };
         here.obedient_base();
-        here.start("a");
-        here.0.line("vm stop a").ok();
-        here.fill_disk("a", 1500);
-        here.start("a");
+        here.start_large("a");
         let there = Site::new().unwrap();
-        let Some(small) = Small::over(there.0.home(), 24) else { return };
+        let Some(small) = Small::over(there.0.home(), 32) else { return };
         there.obedient_base();
         let half = Half::between(here, there, &format!("--min-free-mib {min_free}"));
-        small.fill_up_to(if min_free == 0 { 1 << 20 } else { 6_400 << 10 });
+        let free = if min_free == 0 { 1 << 20 } else { LARGE_CHUNKS * 4096 + (512 << 10) };
+        small.fill_up_to(free);
         half.stays(&["goes on here", says]);
     }
 }

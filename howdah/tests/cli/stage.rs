@@ -25,7 +25,9 @@ use crate::{
 /// No test waits longer for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// The guest's disk.
-const DISK_BYTES: usize = 8 << 20;
+const DISK_BYTES: usize = 16 << 20;
+/// Of it, what a large guest has changed: more than a window of segments holds.
+pub(crate) const LARGE_CHUNKS: u64 = 3000;
 /// So much of a handoff passes before the link stands still: the offer, and a part of the guest.
 pub(crate) const SOME_BYTES: u64 = 60_000;
 
@@ -112,6 +114,14 @@ impl Site {
         let base = if known { "" } else { "--base cold --memory-mib 32" };
         self.0.line(&format!("vm run {vm} {base} --detach")).ok();
         self.counts_on(vm);
+    }
+
+    /// The same for a guest that a handoff cannot put on its way all at once.
+    pub(crate) fn start_large(&self, vm: &str) {
+        self.start(vm);
+        self.0.line(&format!("vm stop {vm}")).ok();
+        self.fill_disk(vm, LARGE_CHUNKS);
+        self.start(vm);
     }
 
     /// Waits until the guest has counted on since now: it runs here.
