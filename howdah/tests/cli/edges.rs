@@ -160,7 +160,7 @@ fn a_second_handoff_of_one_vm() {
     let Some(half) = Half::way() else { return };
     let other = half.here.neighbour();
     let second = other.receiver("");
-    let line = format!("handoff a {}", second.address);
+    let line = format!("handoff a {} --plain", second.address);
     half.here.0.line(&line).fails(4, &["VM a", "being handed off"]);
     half.here.0.line("vm stop a").fails(4, &["being handed off"]);
     half.here.0.line("vm rm a").fails(4, &["VM a"]);
@@ -174,13 +174,13 @@ fn two_vms_of_one_name() {
     let Some(half) = Half::way() else { return };
     let third = half.here.neighbour();
     third.start("a");
-    let line = format!("handoff a {}", half.receiver.address);
+    let line = format!("handoff a {} --plain", half.receiver.address);
     refused(&third.0.line(&line), &["goes on here", "VM a", "has it"]);
     third.counts_on("a");
     let receiver = Gate::after(u64::MAX, &half.receiver.address);
     half.moves();
     // And once it runs there.
-    let line = format!("handoff a {}", receiver.address);
+    let line = format!("handoff a {} --plain", receiver.address);
     refused(&third.0.line(&line), &["goes on here", "VM a"]);
     third.counts_on("a");
 }
@@ -191,7 +191,7 @@ fn a_handoff_to_the_cloudlet_it_is_on() {
     here.obedient_base();
     here.start("a");
     let receiver = here.receiver("");
-    let line = format!("handoff a {}", receiver.address);
+    let line = format!("handoff a {} --plain", receiver.address);
     refused(&here.0.line(&line), &["goes on here", "this very cloudlet", "--home"]);
     here.counts_on("a");
     assert_eq!(here.state("a").as_deref(), Some("running"));
@@ -233,7 +233,7 @@ fn a_disk_that_cannot_be_read_at_the_source() {
     fs::OpenOptions::new().write(true).open(data).unwrap().set_len(4096).unwrap();
     let there = here.neighbour();
     let receiver = there.receiver("");
-    let line = format!("handoff a {}", receiver.address);
+    let line = format!("handoff a {} --plain", receiver.address);
     refused(&here.0.line(&line), &["goes on here", "disk.data"]);
     here.counts_on("a");
     there.await_nothing_of("a");
@@ -299,7 +299,7 @@ fn a_target_without_room_from_the_start() {
         (found.blocks_available() * found.fragment_size()) >> 20
     };
     let receiver = there.receiver(&format!("--min-free-mib {}", free_mib * 2));
-    let line = format!("handoff a {}", receiver.address);
+    let line = format!("handoff a {} --plain", receiver.address);
     refused(&here.0.line(&line), &["goes on here", "free for the disk", "needs"]);
     here.counts_on("a");
     there.await_nothing_of("a");
@@ -310,7 +310,7 @@ fn a_target_without_room_from_the_start() {
     let large = format!("vm run large --base cold --memory-mib {} --detach", total / 1024 + 512);
     here.0.line(&large).ok();
     let receiver = there.receiver("");
-    let line = format!("handoff large {}", receiver.address);
+    let line = format!("handoff large {} --plain", receiver.address);
     refused(&here.0.line(&line), &["goes on here", "free for memory", "needs"]);
     here.counts_on("large");
     there.await_nothing_of("large");

@@ -188,14 +188,14 @@ impl Site {
     /// Begins a handoff.
     pub(crate) fn begin(&self, vm: &str, to: &str) -> Running {
         let mut command = self.0.command();
-        command.args(["handoff", vm, to]);
+        command.args(["handoff", vm, to, "--plain"]);
         Running::spawn(command)
     }
 
     /// Listens for VMs until dropped.
     pub(crate) fn receiver(&self, flags: &str) -> Receiver {
         let mut command = self.0.command();
-        command.args(["receive", "--listen", "127.0.0.1:0", "--json"]);
+        command.args(["receive", "--listen", "127.0.0.1:0", "--json", "--plain"]);
         command.args(flags.split_whitespace()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
