@@ -94,13 +94,13 @@ impl TargetVm for Watched {
         self.vm.read_chunk(id, into)
     }
 
+    /// The last look: everything was written, and nothing was promised yet.
     fn load_state(&mut self, state: &[u8]) -> Result<(), VmError> {
+        self.look()?;
         self.vm.load_state(state)
     }
 
-    /// The last look, before this side says that it has all.
     fn make_disk_durable(&mut self) -> Result<(), VmError> {
-        self.look()?;
         self.vm.make_disk_durable()
     }
 
