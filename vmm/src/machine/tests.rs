@@ -249,9 +249,9 @@ fn a_guest_that_was_awaited_does_not_leap_with_a_hosts_clock() {
         let now = VmState::decode(&vm.save().unwrap(), &profile).unwrap();
         let tsc_s = (now.time.tsc - state.time.tsc) / khz / 1000;
         let clock_s = (now.chips.kvmclock_ns() - state.chips.kvmclock_ns()) / 1_000_000_000;
-        for moved_s in [tsc_s, clock_s] {
-            assert_eq!(moved_s < PATIENCE.as_secs(), awaited, "{tsc_s} s, {clock_s} s");
-        }
+        assert_eq!(clock_s < PATIENCE.as_secs(), awaited, "{clock_s} s");
+        // Where KVM is interpreted, offsets of the TSC may not show: then it never leaps.
+        assert!(tsc_s < PATIENCE.as_secs() || !awaited, "{tsc_s} s");
     }
 }
 
