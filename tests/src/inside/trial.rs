@@ -57,6 +57,9 @@ const PROBE_MS: u32 = 20;
 const RUNS_WITHIN: Duration = Duration::from_secs(10);
 /// How long a guest that must boot may take to answer.
 const BOOTS_WITHIN: Duration = Duration::from_secs(120);
+/// A listener hands its environment to every process that it starts: one that takes over from a
+/// process that was killed stops at the step again, and is let go again.
+const LET_GO_EVERY: Duration = Duration::from_millis(50);
 /// How long it is watched after that.
 const WATCHED: Duration = Duration::from_millis(500);
 /// How long `howdah handoff` may go on after both sides should have settled.
@@ -195,8 +198,12 @@ impl<'a> Trial<'a> {
         verdict.check("moment-reached", reached.came, reached.detail);
         self.done(verdict, "moment");
         strike(&self.case.hits, self.network)?;
+        let gone = Instant::now();
+        while gone.elapsed() < Duration::from_millis(self.case.back_after_ms) {
+            resume_stopped()?;
+            thread::sleep(LET_GO_EVERY);
+        }
         resume_stopped()?;
-        thread::sleep(Duration::from_millis(self.case.back_after_ms));
         for cloudlet in [&mut self.a, &mut self.b] {
             cloudlet.env.clear();
         }

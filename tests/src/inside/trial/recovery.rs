@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 
+use super::moment::resume_stopped;
 use crate::{
     inside::{
         checks::ACTIVE,
@@ -135,6 +136,8 @@ pub(super) fn settle(a: &Cloudlet, b: &Cloudlet, handoff: &mut Running) -> Resul
     let mut ever_two = false;
     let mut home: Option<(Side, Instant)> = None;
     loop {
+        // One that took over from a killed one may stand at the same step.
+        resume_stopped()?;
         // Asked before: what it ended with is what the sides say after.
         let over = handoff.ended()?;
         let states = states(a, b).context("asking both sides")?;
