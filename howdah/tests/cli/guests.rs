@@ -124,13 +124,13 @@ impl Site {
     }
 
     /// Builds a base with memory; another site with the same bases.
-    fn warm(&self) {
+    pub(crate) fn warm(&self) {
         self.cold_base();
         let build = "base build --from cold --name warm --memory-mib 32 --settle-s 0";
         self.0.line(build).ok();
     }
 
-    fn twin(&self) -> Self {
+    pub(crate) fn twin(&self) -> Self {
         let twin = Self::new().unwrap();
         let copied =
             Command::new("cp").arg("-r").args([self.0.home(), twin.0.home()]).status().unwrap();
@@ -168,13 +168,17 @@ impl Site {
     fn listen(&self) -> Listener {
         let mut command = self.0.command();
         command.args(["receive", "--listen", "127.0.0.1:0", "--once", "--json"]);
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let mut line = String::new();
-        let mut out = BufReader::new(child.stdout.take().unwrap());
-        out.read_line(&mut line).unwrap();
-        let said: serde_json::Value = serde_json::from_str(&line).unwrap();
-        let address = said["address"].as_str().unwrap().to_owned();
-        Listener { child, _out: out, address }
+        Listener::start(command)
+    }
+
+    /// Listens until that is dropped. What receives does this at a step.
+    pub(crate) fn listen_on(&self, step: &str) -> Ended {
+        let mut command = self.0.command();
+        command.args(["receive", "--listen", "127.0.0.1:0", "--json", "--plain"]);
+        if !step.is_empty() {
+            command.env("HOWDAH_STEP", step);
+        }
+        Ended(Listener::start(command))
     }
 
     /// Hands the VM off to another site; the report.
@@ -188,6 +192,33 @@ impl Site {
         let report = self.0.line(&line).ok().json();
         drop(listener);
         report
+    }
+}
+
+/// A listener that ends when it is no longer wanted.
+pub(crate) struct Ended(Listener);
+
+impl Ended {
+    pub(crate) fn address(&self) -> &str {
+        &self.0.address
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.child.kill();
+    }
+}
+
+impl Listener {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut line = String::new();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        out.read_line(&mut line).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let address = said["address"].as_str().unwrap().to_owned();
+        Self { child, _out: out, address }
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod bases;
 mod common;
+mod crashes;
 mod edges;
 mod errors;
 mod guests;
