@@ -159,7 +159,8 @@ fn cancelled_before_commit_was_said() {
     let SendOutcome::KeptHere { reason: KeptReason::Cancelled, .. } = outcome else {
         panic!("{outcome:?}")
     };
-    assert!(took < Duration::from_millis(500), "{took:?}");
+    // The guest runs on first; then the peer gets up to two seconds to hear of it.
+    assert!(took < Duration::from_millis(2500), "{took:?}");
     assert_kept_at_epoch_3(pair);
 }
 

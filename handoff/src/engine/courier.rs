@@ -33,7 +33,7 @@ const ENDING: Duration = Duration::from_millis(100);
 /// Until the target has welcomed the handoff once, links are made again only for so many times the
 /// bound on the first: what answers there may be no cloudlet at all.
 const FIRST_PATIENCE: u32 = 2;
-/// How long the last words may take to be sent.
+/// How long the last words may take to be sent, and to be heard.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How many links one handoff may use.
 const MAX_LINKS: u32 = 256;
@@ -94,6 +94,8 @@ pub(super) struct Courier<'a, C: Connect> {
     pub(super) welcomed: bool,
     /// Attempts to make a link since one worked.
     pub(super) misses: u32,
+    /// Abort is the last word.
+    pub(super) aborted: bool,
 }
 
 /// Why a link is no longer used.
@@ -202,7 +204,7 @@ impl<C: Connect> Courier<'_, C> {
             Order::Commit => {}
             Order::Abort(reason) => {
                 self.session.abort(&reason);
-                self.over = true;
+                (self.over, self.aborted) = (true, true);
             }
             Order::Release => {
                 self.session.release();
@@ -249,11 +251,13 @@ impl<C: Connect> Courier<'_, C> {
         queued: &AtomicU64,
     ) -> End {
         let mut writer = FrameWriter::default();
-        let mut over_at = None;
+        let (mut over_at, mut said) = (None, false);
         let mut received = self.status.bytes_received.load(Relaxed);
         loop {
             let mut busy = match self.hear(heard, queued) {
                 Ok(busy) => busy,
+                // The peer heard all there was to say, and closed the link.
+                Err(_) if said => return End::Done,
                 Err(why) => return End::Broke(why),
             };
             busy |= self.take_order();
@@ -273,8 +277,12 @@ impl<C: Connect> Courier<'_, C> {
             let now = self.clock.now();
             if self.over {
                 let since = *over_at.get_or_insert(now);
-                let said = !busy && writer.left() == 0;
-                if said || now.saturating_sub(since) > LAST_WORDS {
+                // A connection that is closed while the peer's words lie unread in it is reset, and what the
+                // peer has not read of ours is lost with it. A target that does not hear that it is over
+                // holds its copy for minutes: so it closes, if it does so in time.
+                said |= !busy && writer.left() == 0;
+                let heard = said && !self.aborted;
+                if heard || now.saturating_sub(since) > LAST_WORDS {
                     return End::Done;
                 }
                 pause = pause.min(ENDING);

@@ -107,6 +107,7 @@ pub fn send<C: Connect + Send>(
             submitted_bytes: 0,
             welcomed: false,
             misses: 0,
+            aborted: false,
         };
         scope.spawn(move || courier.run());
         let applied = (clock.now(), 0);
