@@ -14,7 +14,7 @@ use rustls::{ClientConfig, ClientConnection, client::AlwaysResolvesClientRawPubl
 use super::{verify::Pinned, *};
 use crate::{
     Transport,
-    link::READ_TICK,
+    link::{READ_TICK, WRITE_TICK, is_tick},
     tcp::{MonotonicClock, TcpLink},
 };
 
@@ -65,6 +65,18 @@ fn read_all(rx: &mut impl Read, length: usize) -> Vec<u8> {
     got
 }
 
+/// Writes the same again where there was no room.
+fn write_whole(tx: &mut impl Write, mut bytes: &[u8]) {
+    let begun = Instant::now();
+    while !bytes.is_empty() && begun.elapsed() < PATIENCE {
+        match tx.write(bytes) {
+            Ok(taken) => bytes = &bytes[taken..],
+            Err(e) => assert!(is_tick(&e), "{e}"),
+        }
+    }
+    assert!(bytes.is_empty(), "nobody reads");
+}
+
 #[test]
 fn two_threads_use_a_link_both_ways() {
     let (near, far) = links();
@@ -75,7 +87,7 @@ fn two_threads_use_a_link_both_ways() {
     thread::scope(|scope| {
         scope.spawn(|| {
             for piece in there.chunks(77_777) {
-                near_tx.write_all(piece).unwrap();
+                write_whole(&mut near_tx, piece);
             }
         });
         scope.spawn(|| far_tx.write_all(b"and back").unwrap());
@@ -90,6 +102,30 @@ fn two_threads_use_a_link_both_ways() {
     assert!(received > 300 && received < 1000, "{received}");
     drop(near_tx);
     assert_eq!(far_rx.read(&mut [0; 9]).unwrap(), 0);
+}
+
+/// A peer that does not read holds a writer for no longer than a tick at a time, and not one byte is lost
+/// or sent twice when it reads again.
+#[test]
+fn a_writer_comes_back_from_a_link_without_room() {
+    let (near, far) = links();
+    let (mut near_tx, _near_rx) = near.split().unwrap();
+    let (_far_tx, mut far_rx) = far.split().unwrap();
+    let there: Vec<u8> = (0..20_000_000u32).map(|n| (n % 251) as u8).collect();
+    let mut written = 0;
+    let began = loop {
+        let began = Instant::now();
+        match near_tx.write(&there[written..]) {
+            Ok(taken) => written += taken,
+            Err(e) if is_tick(&e) => break began,
+            Err(e) => panic!("{e}"),
+        }
+    };
+    assert!(began.elapsed() >= WRITE_TICK && began.elapsed() < 5 * WRITE_TICK + READ_TICK);
+    thread::scope(|scope| {
+        scope.spawn(|| write_whole(&mut near_tx, &there[written..]));
+        assert!(read_all(&mut far_rx, there.len()) == there, "other data arrived");
+    });
 }
 
 #[test]
