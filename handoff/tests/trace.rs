@@ -73,7 +73,7 @@ fn a_played_guest_arrives_as_it_was() {
         assert!(report.classes.iter().any(|class| class.name == "base_disk" && class.chunks > 300));
     }
     assert!(far.report.total_ms > fast.report.total_ms, "{:?}", far.report);
-    assert!(far.report.downtime_ms.unwrap() >= 40.0, "a commit takes two round trips");
+    assert!(far.report.downtime_ms.unwrap() >= 10.0, "a commit takes half a round trip");
     let used = far.report.link_rate_bytes_per_s.unwrap();
     assert!((3e6..6e6).contains(&used), "{used} of 5e6 bytes a second measured");
 }
