@@ -222,6 +222,10 @@ impl Home {
     }
 }
 
+/// How often a directory that somebody else removes is tried for.
+const FEW_TRIES: u32 = 10;
+const BETWEEN_TRIES: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// One VM's directory.
 #[derive(Clone, Debug)]
 pub(crate) struct VmDir {
@@ -275,6 +279,24 @@ impl VmDir {
             Ok(Some(lock)) => Ok(lock),
             Ok(None) => Err(self.in_use()),
             Err(e) => Err(Failure::file("lock", &path, &e)),
+        }
+    }
+
+    /// Creates the directory and takes it for this process. What came before it to nothing may be about to
+    /// be removed, lock and all: that is waited for, for a moment.
+    pub(crate) fn create_and_lock(&self) -> Result<Lock, Failure> {
+        let path = self.path.join(LOCK);
+        let mut tries = 0..FEW_TRIES;
+        loop {
+            self.create()?;
+            match Lock::take(&path) {
+                Ok(Some(lock)) => return Ok(lock),
+                Ok(None) if tries.next().is_none() => return Err(self.in_use()),
+                Err(e) if e.kind() != io::ErrorKind::NotFound || tries.next().is_none() => {
+                    return Err(Failure::file("lock", &path, &e));
+                }
+                Ok(None) | Err(_) => std::thread::sleep(BETWEEN_TRIES),
+            }
         }
     }
 

@@ -52,14 +52,26 @@ const MAX_WAITING_LINKS: usize = 4;
 pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> {
     spawn::detach();
     let dir = home.vm(&args.name);
-    // Made before the process is confined to it, and before a byte of the peer's is looked at.
-    dir.create()?;
+    // Made and taken before the process is confined to it: the directory that it sees is this one,
+    // whatever becomes of the name. The peer is told later if that failed.
+    let locked = dir.create_and_lock();
+    if locked.is_err() {
+        dir.create()?;
+    }
     let held_tap = HeldTap::open(args.tap.as_deref());
     let (room, ordinary) = (Room::open(home)?, Ordinary::open());
     jail::enter(&args.jail, &dir, home)?;
     let expendable = ordinary.and_then(Ordinary::step_back);
-    let (incoming, peer, known) = first_link(args.wait.limits().silence)?;
-    let (incoming, lock) = admit(&dir, incoming)?;
+    let (incoming, peer, known) = match first_link(args.wait.limits().silence) {
+        Ok(first) => first,
+        Err(error) => {
+            if let Ok(lock) = locked {
+                clean_up(&dir, lock, dir.record()?.is_none());
+            }
+            return Err(error);
+        }
+    };
+    let (incoming, lock) = admit(&dir, incoming, locked)?;
     spawn::log_to(&dir.vm_log())?;
     let fresh = dir.record()?.is_none();
     let (tap, min_free_mib) = (args.tap.clone(), args.min_free_mib);
@@ -107,8 +119,12 @@ fn adopt(
 }
 
 /// Takes the name for the newcomer, or tells the peer who has it.
-fn admit(dir: &VmDir, incoming: Incoming<Link>) -> Result<(Incoming<Link>, Lock), Failure> {
-    let lock = not_to_itself(dir, &incoming).and_then(|()| dir.lock()).and_then(|lock| {
+fn admit(
+    dir: &VmDir,
+    incoming: Incoming<Link>,
+    locked: Result<Lock, Failure>,
+) -> Result<(Incoming<Link>, Lock), Failure> {
+    let lock = not_to_itself(dir, &incoming).and(locked).and_then(|lock| {
         let mut journal = dir.journal()?;
         // Of a process that is gone: its source has been told, or is when it asks.
         engine::decline_lost_copy(&mut journal)
