@@ -75,7 +75,10 @@ fn one_owner(stage: &mut Stage<'_>) -> Result<()> {
     loop {
         let (a, b) = (stage.a.states()?, stage.b.states()?);
         let active = |states: &[String]| {
-            states.iter().filter(|state| ACTIVE.contains(&state.as_str())).count()
+            // A target whose source is dead goes on waiting for it: it may not run what it has.
+            let waits = |state: &str| home.is_none() && state == "receiving";
+            let active = |state: &str| ACTIVE.contains(&state) && !waits(state);
+            states.iter().filter(|state| active(state.as_str())).count()
         };
         let right = [(Side::A, &a), (Side::B, &b)].into_iter().all(|(side, states)| {
             let runs = states.iter().filter(|state| *state == "running").count();
