@@ -118,6 +118,8 @@ pub(crate) struct Verdict {
     pub(crate) checks: Vec<Check>,
     /// Why the case could not be carried through.
     pub(crate) error: Option<String>,
+    /// What was seen of a guest whose agent could not be reached.
+    pub(crate) silent: Option<String>,
     /// What tells that the lab host broke under it.
     pub(crate) host_fault: Option<String>,
     /// The fault of the host for which it was run again.

@@ -16,7 +16,7 @@ use crate::{
     exec::{DEFAULT_CPUS, Request},
     fault::{Case, Choice, Seed, Verdict, cases},
     machine::{host::Accelerator, image::Extra, qemu::HostLost, root::Root},
-    run::{BASE_TIME, add_images, add_programs, outcomes_dir},
+    run::{BASE_TIME, MAX_REPEATS, add_images, add_programs, cpus_in, outcomes_dir},
     say,
 };
 
@@ -26,8 +26,6 @@ const IMAGE: &str = "minimal";
 const PLAN: &str = "/lab/faults.json";
 /// The most that one case may take; most take a tenth of it.
 const CASE_TIME: Duration = Duration::from_secs(240);
-/// How often a case is run again because the emulated lab host broke under it (ADR 0006).
-const MAX_REPEATS: usize = 2;
 
 /// Arguments of `lab faults`.
 #[derive(Args)]
@@ -132,9 +130,9 @@ fn write(report: &Path, seed: Seed, verdicts: &[Verdict]) -> Result<usize> {
 /// Runs cases, and again those under which an emulated lab host broke: the one that broke it and
 /// those that it did not get to.
 fn run_until_done(args: &FaultsArgs, root: &Root, cases: &[Case]) -> Result<Vec<Verdict>> {
-    let mut verdicts = run_boot(args, root, cases)?;
+    let mut verdicts = run_boot(args, root, cases, args.cpus)?;
     let forgiven = Accelerator::detect() == Accelerator::Software;
-    for _ in 0..MAX_REPEATS {
+    for repeat in 1..=MAX_REPEATS {
         let broken = |verdict: &&Verdict| verdict.host_fault.is_some();
         let names: Vec<&str> =
             verdicts.iter().filter(broken).map(|verdict| verdict.name.as_str()).collect();
@@ -144,7 +142,7 @@ fn run_until_done(args: &FaultsArgs, root: &Root, cases: &[Case]) -> Result<Vec<
         say(&format!("again  {} cases: the emulated lab host broke under them", names.len()));
         let again: Vec<Case> =
             cases.iter().filter(|case| names.contains(&case.name.as_str())).cloned().collect();
-        for mut next in run_boot(args, root, &again)? {
+        for mut next in run_boot(args, root, &again, cpus_in(repeat, args.cpus))? {
             let old = verdicts.iter_mut().find(|verdict| verdict.name == next.name);
             let Some(old) = old else { continue };
             next.repeated_for = old.host_fault.take();
@@ -155,7 +153,7 @@ fn run_until_done(args: &FaultsArgs, root: &Root, cases: &[Case]) -> Result<Vec<
 }
 
 /// Runs cases in one lab host.
-fn run_boot(args: &FaultsArgs, root: &Root, cases: &[Case]) -> Result<Vec<Verdict>> {
+fn run_boot(args: &FaultsArgs, root: &Root, cases: &[Case], cpus: u8) -> Result<Vec<Verdict>> {
     let out = root.lab_dir()?;
     for dir in [out.join("faults"), outcomes_dir(&out), out.join("import")] {
         match fs::remove_dir_all(&dir) {
@@ -175,7 +173,7 @@ fn run_boot(args: &FaultsArgs, root: &Root, cases: &[Case]) -> Result<Vec<Verdic
         shares: Vec::new(),
         out: out.clone(),
         memory_mib: args.memory_mib,
-        cpus: args.cpus,
+        cpus,
         timeout: BASE_TIME + CASE_TIME * cases.len() as u32,
     };
     add_programs(args.programs.as_deref(), &mut request)?;

@@ -12,6 +12,7 @@ mod net;
 mod product;
 mod report;
 mod runner;
+mod silence;
 mod sizes;
 mod state;
 mod stores;
@@ -31,6 +32,7 @@ use serde::Serialize;
 use self::{kernel_log::Mark, narrator::Narrator, net::Network, stores::Stores};
 use crate::{
     fault::Case,
+    results::only_silent,
     say,
     scenario::{Link, Scenario},
 };
@@ -75,7 +77,8 @@ pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
             let lost = mark.lost_since(&scenario.name)?;
             outcome.host_fault = match lost {
                 Some(lost) => Some(lost),
-                None => kernel_log::guest_lost(&scenario.name)?,
+                None => kernel_log::guest_lost(&scenario.name)?
+                    .or_else(|| only_silent(outcome.silent.as_deref(), &outcome.checks)),
             };
         }
         keep(&outcome.name, &outcome)?;

@@ -39,6 +39,8 @@ pub(crate) struct Outcome {
     pub(crate) compared: Vec<Comparison>,
     /// Why the scenario could not be carried through.
     pub(crate) error: Option<String>,
+    /// What was seen of a guest whose agent could not be reached.
+    pub(crate) silent: Option<String>,
     /// What tells that not the product failed but the lab host under it.
     pub(crate) host_fault: Option<String>,
     /// The fault for which the scenario was run a second time; what stands here is the second run.
@@ -54,6 +56,13 @@ pub(crate) struct Check {
     pub(crate) passed: bool,
     /// What was found.
     pub(crate) detail: String,
+}
+
+/// A guest that fell silent, where nothing else speaks against the run: whatever a check says of
+/// data or of owners stays a failure.
+pub(crate) fn only_silent(silent: Option<&str>, checks: &[Check]) -> Option<String> {
+    let held = checks.iter().all(|check| check.passed);
+    silent.filter(|_| held).map(|seen| format!("silent guest: {seen}"))
 }
 
 /// One handoff.
@@ -143,6 +152,7 @@ impl Outcome {
         let mut lines: Vec<String> =
             failed.map(|check| format!("{}: {}", check.name, check.detail)).collect();
         lines.extend(self.error.iter().map(|error| format!("error: {error}")));
+        lines.extend(self.silent.iter().map(|seen| format!("silent guest: {seen}")));
         lines.extend(self.host_fault.iter().map(|fault| format!("lab host: {fault}")));
         lines
     }
@@ -151,6 +161,17 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_silent_guest_excuses_no_failed_check() {
+        let mut outcome = Outcome::default();
+        outcome.check("one-owner", true, "");
+        let excuse = only_silent(Some("it spins"), &outcome.checks);
+        assert_eq!(excuse.as_deref(), Some("silent guest: it spins"));
+        assert_eq!(only_silent(None, &outcome.checks), None);
+        outcome.check("records", false, "one is lost");
+        assert_eq!(only_silent(Some("it spins"), &outcome.checks), None);
+    }
 
     #[test]
     fn nothing_checked_is_not_passed() {

@@ -100,11 +100,16 @@ pub(crate) fn run(args: &RunArgs) -> Result<i32> {
 /// How often a scenario is run again because the emulated lab host broke under it. About one run in
 /// twenty breaks that way (ADR 0006): with two repetitions the chance that all three do is one in
 /// some thousands, and what breaks every time is still a failure.
-const MAX_REPEATS: usize = 2;
+pub(crate) const MAX_REPEATS: usize = 2;
 
 /// CPUs of the lab host in which a scenario is run for the last time: what breaks an emulated host
 /// needs two. Not before, because one CPU takes twice as long and figures have bounds.
 const SAFE_CPUS: u8 = 1;
+
+/// CPUs of the lab host in a repetition, counted from 1.
+pub(crate) fn cpus_in(repeat: usize, cpus: u8) -> u8 {
+    if repeat < MAX_REPEATS { cpus } else { SAFE_CPUS }
+}
 
 /// Runs again, in a lab host of its own, each scenario under which the lab host broke.
 /// Only an emulated host is forgiven: on real hardware a host that breaks is a finding.
@@ -119,11 +124,12 @@ fn repeat_after_host_faults(
     }
     for (one, outcome) in loaded.iter().zip(outcomes) {
         for repeat in 1..=MAX_REPEATS {
-            let cpus = if repeat < MAX_REPEATS { args.cpus } else { SAFE_CPUS };
             let Some(fault) = outcome.host_fault.take() else { break };
             let name = &one.scenario.name;
             crate::say(&format!("again  {name}: the emulated lab host broke under it ({fault})"));
-            for mut next in run_boot(args, root, std::slice::from_ref(one), cpus)? {
+            for mut next in
+                run_boot(args, root, std::slice::from_ref(one), cpus_in(repeat, args.cpus))?
+            {
                 next.repeated_for = Some(fault.clone());
                 *outcome = next;
             }

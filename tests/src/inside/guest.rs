@@ -1,8 +1,9 @@
 //! The guest as seen from outside: its agent's answers, and the client that watches it throughout.
 
 use std::{
+    error, fmt,
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Stdio},
@@ -28,6 +29,9 @@ const COMMAND_PORT: u16 = 7778;
 const ANSWER: Duration = Duration::from_secs(240);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(3);
+/// How long a guest that cannot be reached is tried. One that is busy on an emulated CPU can be silent
+/// for seconds; how long it was is the client's to say, and has bounds of its own.
+const REACHED: Duration = Duration::from_secs(20);
 /// How long the client may take to sum up.
 const SUMMARY: Duration = Duration::from_secs(20);
 
@@ -50,12 +54,37 @@ pub(crate) struct Vitals {
     pub(crate) ram_errors: u64,
 }
 
-/// Tells the agent something and returns its answer.
+/// The agent took no connection.
+#[derive(Debug)]
+pub(crate) struct Unreachable(io::Error);
+
+impl fmt::Display for Unreachable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the guest's agent cannot be reached: {}", self.0)
+    }
+}
+
+impl error::Error for Unreachable {}
+
+/// Tells the agent something and returns its answer. A guest that cannot be reached is tried for a
+/// while; one that has taken the command is not told twice.
 pub(crate) fn ask(command: &str) -> Result<Value> {
+    let started = Instant::now();
+    loop {
+        match ask_once(command) {
+            Err(error) if error.is::<Unreachable>() && started.elapsed() < REACHED => {
+                thread::sleep(Duration::from_millis(100));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Tells the agent something and returns its answer, if it can be reached now.
+pub(crate) fn ask_once(command: &str) -> Result<Value> {
     let line = CLIENT.within(|| {
         let address = SocketAddr::from((GUEST, COMMAND_PORT));
-        let mut stream = TcpStream::connect_timeout(&address, CONNECT)
-            .context("the guest's agent cannot be reached")?;
+        let mut stream = TcpStream::connect_timeout(&address, CONNECT).map_err(Unreachable)?;
         stream.set_read_timeout(Some(ANSWER))?;
         stream.write_all(format!("{command}\n").as_bytes())?;
         let mut line = String::new();
@@ -75,11 +104,15 @@ pub(crate) fn vitals() -> Result<Vitals> {
     serde_json::from_value(ask("status")?).context("the agent's status lacks something")
 }
 
+fn vitals_once() -> Result<Vitals> {
+    serde_json::from_value(ask_once("status")?).context("the agent's status lacks something")
+}
+
 /// Waits until the agent answers.
 pub(crate) fn wait_ready(limit: Duration) -> Result<Vitals> {
     let started = Instant::now();
     loop {
-        match vitals() {
+        match vitals_once() {
             Ok(vitals) => return Ok(vitals),
             Err(error) if started.elapsed() > limit => {
                 return Err(error).with_context(|| {

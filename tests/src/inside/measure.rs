@@ -25,7 +25,7 @@ pub(crate) fn wait_for(
 ) -> Result<Duration> {
     let started = Instant::now();
     loop {
-        let value = guest::ask(command).and_then(|answer| number(&answer, field));
+        let value = guest::ask_once(command).and_then(|answer| number(&answer, field));
         if value.as_ref().is_ok_and(|value| *value >= at_least) {
             return Ok(started.elapsed());
         }

@@ -17,12 +17,12 @@ use serde_json::Value;
 
 use super::{
     checks, guest,
-    guest::{Client, Vitals},
+    guest::{Client, Unreachable, Vitals},
     measure,
     narrator::Narrator,
     net::{Network, kill_all},
     product::{Cloudlet, Ended, PORT, Running, VM},
-    report, sizes, state,
+    report, silence, sizes, state,
     stores::Stores,
     strangers::LaterVersion,
 };
@@ -159,6 +159,7 @@ impl<'a> Stage<'a> {
 
     fn finish(mut self, result: Result<()>) -> Outcome {
         if let Err(error) = result {
+            self.outcome.silent = error.is::<Unreachable>().then(silence::picture);
             self.outcome.error = Some(format!("{error:#}"));
         }
         if let Some(client) = self.client.take() {

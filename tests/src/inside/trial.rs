@@ -20,16 +20,18 @@ use self::{
 };
 use super::{
     checks::{Records, is_clean, shut_down},
-    guest::{self, Client},
+    guest::{self, Client, Unreachable},
     kernel_log::{self, Mark},
     net::{Network, kill_all},
     product::{Cloudlet, PORT, Running, VM},
     report,
     runner::monotonic_ns,
+    silence,
     stores::Stores,
 };
 use crate::{
     fault::{Case, Hit, Moment, Verdict},
+    results::only_silent,
     scenario::{Link, Scenario, Side},
 };
 
@@ -91,6 +93,9 @@ pub(super) fn run(
     let mark = Mark::now();
     let played = Trial::set(case, scenario, stores, network, &logs, &work).and_then(|mut trial| {
         let played = trial.play(&mut verdict, usual);
+        if played.as_ref().is_err_and(|error| error.is::<Unreachable>()) {
+            verdict.silent = Some(silence::picture());
+        }
         trial.clear();
         played
     });
@@ -103,7 +108,9 @@ pub(super) fn run(
         let _ = fs::remove_dir_all(&logs);
     } else {
         let lost = mark.and_then(|mark| mark.lost_since(&place)).ok().flatten();
-        verdict.host_fault = lost.or_else(|| kernel_log::guest_lost(&place).ok().flatten());
+        verdict.host_fault = lost
+            .or_else(|| kernel_log::guest_lost(&place).ok().flatten())
+            .or_else(|| only_silent(verdict.silent.as_deref(), &verdict.checks));
     }
     let _ = fs::remove_dir_all(&work);
     verdict.took_ms = started.elapsed().as_millis() as u64;
