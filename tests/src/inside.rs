@@ -10,6 +10,7 @@ mod namespace;
 mod narrator;
 mod net;
 mod product;
+mod pulse;
 mod report;
 mod runner;
 mod silence;

@@ -19,7 +19,11 @@ use nix::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::net::{CLIENT, GUEST};
+use super::{
+    net::{CLIENT, GUEST},
+    product::{HOLDERS, processes_of},
+};
+use crate::scenario::Side;
 
 /// Where the lab puts the agent.
 pub(crate) const AGENT: &str = "/usr/local/bin/howdah-agent";
@@ -27,6 +31,8 @@ pub(crate) const AGENT: &str = "/usr/local/bin/howdah-agent";
 const COMMAND_PORT: u16 = 7778;
 /// How long one command may take: filling or verifying much RAM in an emulated guest is slow.
 const ANSWER: Duration = Duration::from_secs(240);
+/// How often it is looked whether there still is a VM that can answer.
+const LOOK: Duration = Duration::from_secs(2);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long a guest that cannot be reached is tried. One that is busy on an emulated CPU can be silent
@@ -85,11 +91,9 @@ pub(crate) fn ask_once(command: &str) -> Result<Value> {
     let line = CLIENT.within(|| {
         let address = SocketAddr::from((GUEST, COMMAND_PORT));
         let mut stream = TcpStream::connect_timeout(&address, CONNECT).map_err(Unreachable)?;
-        stream.set_read_timeout(Some(ANSWER))?;
+        stream.set_read_timeout(Some(LOOK))?;
         stream.write_all(format!("{command}\n").as_bytes())?;
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).context("the guest's agent does not answer")?;
-        Ok(line)
+        read_answer(&mut BufReader::new(stream))
     })?;
     let answer: Value = serde_json::from_str(&line)
         .with_context(|| format!("the agent answered {command:?} with {line:?}"))?;
@@ -97,6 +101,28 @@ pub(crate) fn ask_once(command: &str) -> Result<Value> {
         bail!("the agent answered {command:?} with {}", line.trim());
     }
     Ok(answer)
+}
+
+/// Waits for a line as long as a VM is there that may still say it.
+fn read_answer(stream: &mut impl BufRead) -> Result<String> {
+    let asked = Instant::now();
+    let mut line = Vec::new();
+    loop {
+        match stream.read_until(b'\n', &mut line) {
+            Ok(_) => return Ok(String::from_utf8_lossy(&line).into_owned()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && asked.elapsed() < ANSWER => {
+                if !any_vm()? {
+                    bail!("the guest's agent does not answer: its VM has ended");
+                }
+            }
+            Err(error) => return Err(error).context("the guest's agent does not answer"),
+        }
+    }
+}
+
+fn any_vm() -> Result<bool> {
+    let here = |side| processes_of(side, &HOLDERS).map(|found| !found.is_empty());
+    Ok(here(Side::A)? || here(Side::B)?)
 }
 
 /// The agent's vital signs now.

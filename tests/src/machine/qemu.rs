@@ -12,7 +12,7 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, bail};
@@ -76,6 +76,9 @@ impl Drop for Reaper {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct HostLost(String);
+
+/// What says where and why a kernel panicked.
+const PANIC: [&str; 4] = ["Kernel panic", "BUG:", "Oops:", "RIP: 0010"];
 
 impl Machine<'_> {
     /// Boots the host, runs the job, and returns the command's exit status. The command's output
@@ -212,8 +215,9 @@ impl Machine<'_> {
             let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
             let lines: Vec<&str> =
                 text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-            if let Some(panic) = lines.iter().find(|line| line.contains("Kernel panic")) {
-                return (*panic).to_owned();
+            if lines.iter().any(|line| line.contains("Kernel panic")) {
+                let telling = |line: &&&str| PANIC.iter().any(|words| line.contains(words));
+                return lines.iter().filter(telling).copied().collect::<Vec<_>>().join(" | ");
             }
             let last = lines.len().saturating_sub(LAST_WORDS);
             lines.iter().skip(last).copied().collect::<Vec<_>>().join(" | ")
@@ -222,7 +226,11 @@ impl Machine<'_> {
         let console = tail(self.console);
         let words = [qemu, console].into_iter().filter(|text| !text.is_empty());
         let words = words.collect::<Vec<_>>().join(" || ");
-        format!("{words} (all of it: {})", self.console.display())
+        // The next host's console takes this one's place.
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let kept = self.console.with_file_name(format!("lost-{}.log", since.as_secs()));
+        let all = if fs::copy(self.console, &kept).is_ok() { &kept } else { self.console };
+        format!("{words} (all of it: {})", all.display())
     }
 }
 
