@@ -4,7 +4,8 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test fault-test fault-some handoff-perf traces unit soak fuzz bench lint deny setup build kernel images perf-images clean
+.PHONY: help demo test handoff-test fault-test fault-some handoff-perf traces unit soak fuzz bench lint deny setup build kernel images perf-images \
+	paper-images app-test clean
 
 help: ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -71,6 +72,13 @@ images: setup build ## kernels from Debian and the minimal guest image
 perf-images: images ## those of handoff-perf: one with OpenCV (needs a network), one with a larger disk
 	guest-images/recipes/build opencv $(IMAGES)/opencv
 	HOWDAH_DISK_MIB=512 guest-images/recipes/build minimal $(IMAGES)/minimal-512
+
+paper-images: setup build ## guests of the paper's applications: fluid, vision, desktop (8 GiB sparse each; needs a network)
+	kernel/fetch
+	for image in fluid vision desktop; do guest-images/recipes/build $$image $(IMAGES)/$$image || exit 1; done
+
+app-test: build ## the vision applications with their client, outside a guest; needs python3-opencv and opencv-data
+	HOWDAH_APP=$(abspath $(RELEASE)/howdah-app) guest-images/recipes/vision/test
 
 kernel: setup ## build the small guest kernel from Debian's linux-source; nothing else needs it
 	kernel/build

@@ -249,6 +249,7 @@ mod tests {
             rounds: None,
             link_counter_bytes: bytes,
             client_gap_ms: None,
+            requests: None,
             hashes: (None, None),
             encoded: None,
             window_ns: (0, 0),

@@ -1,5 +1,6 @@
 //! What runs inside the lab host: its first process, and the scenarios.
 
+mod application;
 mod checks;
 mod copy;
 mod guest;
@@ -38,7 +39,10 @@ use crate::{
     scenario::{Link, Scenario},
 };
 
-pub(crate) use self::stores::IMAGES;
+pub(crate) use self::{
+    application::{CLIENT_PROGRAM, REQUESTS},
+    stores::IMAGES,
+};
 
 /// Where outcomes are left for the lab outside, one file a scenario.
 pub(crate) const OUTCOMES: &str = "/out/outcomes";

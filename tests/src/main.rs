@@ -10,6 +10,7 @@ mod encode;
 mod exec;
 mod fault;
 mod faults;
+mod films;
 mod inside;
 mod machine;
 mod results;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use howdah_apps::{client::Application, summary::Requests};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -27,6 +28,10 @@ pub(crate) struct Outcome {
     pub(crate) bytes_on_link: Option<u64>,
     /// Rounds of the first handoff.
     pub(crate) rounds: Option<u64>,
+    /// The application that was used meanwhile.
+    pub(crate) application: Option<Application>,
+    /// What the first handoff did to its users.
+    pub(crate) requests: Option<Requests>,
     /// How long the scenario took, set-up and checks included.
     pub(crate) scenario_ms: u64,
     /// Every check.
@@ -88,6 +93,8 @@ pub(crate) struct Leg {
     pub(crate) link_counter_bytes: u64,
     /// The longest silence that the client met around it.
     pub(crate) client_gap_ms: Option<f64>,
+    /// What it did to the application's users.
+    pub(crate) requests: Option<Requests>,
     /// BLAKE3 of all RAM and disk at cutover, by the source and by the target.
     pub(crate) hashes: (Option<String>, Option<String>),
     /// What an offline encoder makes of the state that arrived.
@@ -118,6 +125,7 @@ impl Outcome {
             self.client_gap_ms = leg.client_gap_ms;
             self.bytes_on_link = leg.bytes_on_link;
             self.rounds = leg.rounds;
+            self.requests = leg.requests.clone();
         } else if let Some(leg) = self.legs.first() {
             self.client_gap_ms = leg.client_gap_ms;
         }
@@ -140,6 +148,10 @@ impl Outcome {
         }
         if let Some(gap) = self.client_gap_ms {
             line += &format!(" client gap {gap:.0} ms,");
+        }
+        if let Some(requests) = &self.requests {
+            let counts = requests.counts;
+            line += &format!(" {} of {} requests answered,", counts.answered, counts.sent);
         }
         let held = self.checks.iter().filter(|check| check.passed).count();
         line += &format!(" {held} of {} checks hold", self.checks.len());

@@ -13,7 +13,8 @@ use clap::Args;
 use crate::{
     compare,
     exec::{DEFAULT_CPUS, Request},
-    inside::{IMAGES, OUTCOMES},
+    films,
+    inside::{CLIENT_PROGRAM, IMAGES, OUTCOMES},
     machine::{host::Accelerator, image::Extra, qemu::HostLost, root::Root},
     results::Outcome,
     scenario::Scenario,
@@ -190,6 +191,9 @@ fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded], cpus: u8) -> Result<
         request.command.push("--narrate".into());
     }
     add_programs(args.programs.as_deref(), &mut request)?;
+    if loaded.iter().any(|one| one.scenario.application().is_some()) {
+        add_program(args.programs.as_deref(), Path::new(CLIENT_PROGRAM), &mut request)?;
+    }
     let names: Vec<&str> = loaded.iter().map(|one| one.scenario.vm.image.as_str()).collect();
     add_images(args.images.as_deref(), root, names, &mut request)?;
     for Loaded { file, scenario } in loaded {
@@ -207,7 +211,12 @@ fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded], cpus: u8) -> Result<
     }
     // Scenarios bound their own waits, so a host that was lost is not their doing.
     let lost = ended.as_ref().is_err_and(|error| error.is::<HostLost>());
-    Ok(loaded.iter().map(|one| outcome_of(&out, &one.scenario.name, &problem, lost)).collect())
+    let outcome = |one: &Loaded| {
+        let mut outcome = outcome_of(&out, &one.scenario.name, &problem, lost);
+        films::check(&mut outcome, &out.join(&one.scenario.name));
+        outcome
+    };
+    Ok(loaded.iter().map(outcome).collect())
 }
 
 /// Removes what an earlier run left, so that no old result passes for a new one.
@@ -248,6 +257,13 @@ fn outcome_of(out: &Path, name: &str, problem: &str, lost: bool) -> Outcome {
 
 /// Puts the programs under test into the lab host.
 pub(crate) fn add_programs(programs: Option<&Path>, request: &mut Request) -> Result<()> {
+    PROGRAMS.into_iter().try_for_each(|name| {
+        add_program(programs, &Path::new("/usr/local/bin").join(name), request)
+    })
+}
+
+/// Puts one of our programs into the lab host.
+fn add_program(programs: Option<&Path>, to: &Path, request: &mut Request) -> Result<()> {
     let dir = match programs {
         Some(dir) => dir.to_owned(),
         None => {
@@ -255,18 +271,15 @@ pub(crate) fn add_programs(programs: Option<&Path>, request: &mut Request) -> Re
             lab.parent().context("this program is in no directory")?.to_owned()
         }
     };
-    for program in PROGRAMS {
-        let from = dir.join(program);
-        if !from.is_file() {
-            bail!(
-                "{} is missing: build it with `cargo build --release`, or name another directory \
-                 with --programs",
-                from.display()
-            );
-        }
-        let to = Path::new("/usr/local/bin").join(program);
-        request.extras.push(Extra::File { from, to });
+    let from = dir.join(to.file_name().unwrap_or_default());
+    if !from.is_file() {
+        bail!(
+            "{} is missing: build it with `cargo build --release`, or name another directory with \
+             --programs",
+            from.display()
+        );
     }
+    request.extras.push(Extra::File { from, to: to.to_owned() });
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 //! Every field is documented in `docs/lab.md`. A field that is not known is an error that names
 //! it, so that a typing mistake cannot quietly switch a check off.
 
+mod application;
 mod limits;
 
 use std::{fs, path::Path};
@@ -10,7 +11,10 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::limits::{Figure, FigureLimit, LegLimits, Limits, Ratio};
+pub(crate) use self::{
+    application::ApplicationPlan,
+    limits::{Figure, FigureLimit, LegLimits, Limits, Ratio},
+};
 
 /// Longest name: it becomes a directory name and a column of a table.
 const MAX_NAME_BYTES: usize = 48;
@@ -241,6 +245,8 @@ pub(crate) enum Step {
         /// How often.
         times: u32,
     },
+    /// Start an application in the guest and its client outside, which asks it until the end.
+    Application(ApplicationPlan),
     /// Record what the guest on A changes: `NAME.trace` in the scenario's directory.
     Record {
         /// What the trace is called.
@@ -396,6 +402,14 @@ impl Scenario {
         Ok(scenario)
     }
 
+    /// The application that somebody uses, if there is one.
+    pub(crate) fn application(&self) -> Option<&ApplicationPlan> {
+        self.steps.iter().find_map(|step| match step {
+            Step::Application(plan) => Some(plan),
+            _ => None,
+        })
+    }
+
     /// The limits of each handoff, in order.
     pub(crate) fn leg_limits(&self) -> impl Iterator<Item = &LegLimits> {
         self.steps.iter().filter_map(|step| match step {
@@ -430,6 +444,10 @@ impl Scenario {
         if !matches!(self.steps.first(), Some(Step::Start {})) {
             bail!("steps: the first must be {{ do = \"start\" }}");
         }
+        let applications = |step: &&Step| matches!(step, Step::Application(_));
+        if self.steps.iter().filter(applications).count() > 1 {
+            bail!("steps: a second application: one client asks one");
+        }
         let mut pending = false;
         for (at, step) in self.steps.iter().enumerate() {
             let at = at + 1;
@@ -458,6 +476,7 @@ impl Scenario {
                 Step::Measure { times, fields, .. } if *times == 0 || fields.is_empty() => {
                     bail!("steps: step {at} measures nothing")
                 }
+                Step::Application(plan) => plan.validate().with_context(|| format!("step {at}"))?,
                 Step::Link { now } => check_link(now)?,
                 _ => {}
             }

@@ -49,19 +49,24 @@ guest_release() {
     sed -n 's/^ *"release": "\(.*\)".*/\1/p' "$kernel_dir/guest/kernel.json"
 }
 
-# build_agent DEST: the agent as one static binary, so that it runs in any guest.
-build_agent() {
-    local target=x86_64-unknown-linux-gnu built
-    say "building howdah-agent"
-    (cd "$root" && cargo rustc --quiet -p howdah-agent --release --target "$target" \
+# build_static PACKAGE PROGRAM DEST: a program of ours as one static binary, so that it runs in any
+# guest.
+build_static() {
+    local package=$1 program=$2 target=x86_64-unknown-linux-gnu built
+    say "building $program"
+    (cd "$root" && cargo rustc --quiet -p "$package" --bin "$program" --release --target "$target" \
         --target-dir "$cargo_target_dir" -- -C target-feature=+crt-static -C strip=symbols) ||
-        die "howdah-agent does not build: see above"
-    built=$cargo_target_dir/$target/release/howdah-agent
+        die "$program does not build: see above"
+    built=$cargo_target_dir/$target/release/$program
     if LC_ALL=C readelf -l "$built" | grep -q INTERP; then
         die "$built is not static: is libc6-dev installed?"
     fi
-    install -m 755 "$built" "$1"
+    install -m 755 "$built" "$3"
 }
+
+build_agent() { build_static howdah-agent howdah-agent "$1"; }
+
+build_app() { build_static howdah-apps howdah-app "$1"; }
 
 # busybox_into DIR APPLET...: busybox under DIR, and a link for each applet.
 busybox_into() {

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use super::{
+    application,
     guest::{self, AGENT, Vitals, Watched},
     product::{Cloudlet, VM},
     runner::Stage,
@@ -46,6 +47,9 @@ pub(crate) fn run(stage: &mut Stage<'_>) -> Result<()> {
     let client = stage.client.take().context("the client was never started")?;
     let watched = client.stop()?;
     through_the_client(stage, &watched, at_end.as_ref());
+    if let Some(application) = stage.application.take() {
+        application::conclude(&mut stage.outcome, &application.stop()?, lives);
+    }
     let promised = at_end.as_ref().or(watched.summary.last.as_ref());
     let promised = promised.context("the guest never answered the client")?.durable_seq;
     on_the_disk(stage, promised, lives)?;
@@ -312,6 +316,7 @@ mod tests {
             rounds: None,
             link_counter_bytes: counted,
             client_gap_ms: None,
+            requests: None,
             hashes: (None, None),
             encoded: None,
             window_ns: (0, 0),

@@ -16,7 +16,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
 use super::{
-    checks, guest,
+    application, checks, guest,
     guest::{Client, Unreachable, Vitals},
     measure,
     narrator::Narrator,
@@ -60,6 +60,8 @@ pub(crate) struct Stage<'a> {
     pub(crate) logs: PathBuf,
     /// The client, while it probes.
     pub(crate) client: Option<Client>,
+    /// The application's client, while it asks.
+    pub(crate) application: Option<application::UnderWay>,
     /// The vital signs at the start.
     pub(crate) born: Option<Vitals>,
     narrator: Narrator,
@@ -132,6 +134,7 @@ impl<'a> Stage<'a> {
             work: work.to_owned(),
             logs: logs.clone(),
             client: None,
+            application: None,
             born: None,
             narrator,
             network,
@@ -165,6 +168,9 @@ impl<'a> Stage<'a> {
         if let Some(client) = self.client.take() {
             // Only for its file: the scenario has failed already.
             let _ = client.stop();
+        }
+        if let Some(application) = self.application.take() {
+            let _ = application.stop();
         }
         for cloudlet in [&self.a, &self.b] {
             cloudlet.keep_logs();
@@ -202,6 +208,11 @@ impl<'a> Stage<'a> {
                         self.outcome.figure(format!("{name}.{field}"), value);
                     }
                 }
+                Ok(())
+            }
+            Step::Application(plan) => {
+                self.narrator.say(&format!("somebody outside uses {} in the guest", plan.name));
+                self.application = Some(application::UnderWay::start(plan, &self.logs)?);
                 Ok(())
             }
             Step::Record { name, for_s, every_ms } => {
@@ -383,6 +394,7 @@ impl<'a> Stage<'a> {
             rounds: report::rounds(&report),
             link_counter_bytes: self.network.link_bytes()?.saturating_sub(pending.bytes_before),
             client_gap_ms: None,
+            requests: None,
             encoded: None,
             window_ns: (pending.asked_ns, over_ns),
             report,
