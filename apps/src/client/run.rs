@@ -73,7 +73,7 @@ pub struct Options {
 pub enum ClientError {
     /// Nobody is there.
     #[error("nobody takes connections at {address} after {}: {source}; is {application} started there?",
-            humane(*.after))]
+            humane(.after))]
     Connect {
         /// Where.
         address: SocketAddr,
@@ -97,7 +97,7 @@ pub enum ClientError {
     Wait(#[source] Errno),
 }
 
-fn humane(duration: Duration) -> String {
+fn humane(duration: &Duration) -> String {
     format!("{:.1} s", duration.as_secs_f64())
 }
 
@@ -325,6 +325,7 @@ impl<'a> Client<'a> {
             Err(error) => return Err(ClientError::Wait(error)),
         }
         let told = signals.is_some() && fds.first().and_then(PollFd::any) == Some(true);
+        drop(fds);
         self.flush()?;
         self.hear()?;
         Ok(told)
@@ -348,6 +349,9 @@ impl<'a> Client<'a> {
             };
             for one in heard {
                 self.take(one, now)?;
+                if self.connection.is_none() {
+                    return Ok(());
+                }
             }
         }
         Ok(())

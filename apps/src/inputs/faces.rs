@@ -14,7 +14,7 @@ const NAMES: [&str; 12] = [
     "ada", "bela", "cleo", "dora", "emil", "fritz", "greta", "hugo", "ida", "jonas", "karl", "lena",
 ];
 /// Pictures of each that the application has seen before.
-const SEEN: u64 = 5;
+const SEEN: u64 = 8;
 /// What faces follow from: the same people whatever a client's seed.
 const PEOPLE: u64 = 0x0066_6163_6573;
 const WIDTH: u16 = 320;
@@ -93,7 +93,7 @@ pub(super) fn portrait(seed: u64, seq: u64) -> (Canvas, (Place, usize)) {
 pub(super) fn gallery() -> Vec<Named> {
     let one = |who: usize, at: u64| {
         let mut rng = Rng::of(&[PEOPLE, who as u64, at, 0x67]);
-        let pose = Pose::draw(&mut rng, 0.5);
+        let pose = Pose::draw(&mut rng, 0.8);
         (format!("{}-{at}.jpg", NAMES[who]), face(&Looks::of(who), &pose, &mut rng).jpeg())
     };
     (0..NAMES.len()).flat_map(|who| (0..SEEN).map(move |at| one(who, at))).collect()

@@ -106,10 +106,10 @@ fn clutter(rng: &mut Rng) -> Canvas {
 
 /// Corners of a marker that lies turned and tilted before the camera.
 fn stand(rng: &mut Rng) -> [Place; 4] {
-    let half = rng.between(75.0, 110.0);
-    let middle = [rng.between(160.0, 320.0), rng.between(140.0, 220.0)];
+    let half = rng.between(65.0, 90.0);
+    let middle = [rng.between(170.0, 310.0), rng.between(165.0, 195.0)];
     let (sin, cos) = rng.between(-0.6, 0.6).sin_cos();
-    let tilt = [rng.between(-0.22, 0.22), rng.between(-0.22, 0.22)];
+    let tilt = [rng.between(-0.1, 0.1), rng.between(-0.1, 0.1)];
     [[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]].map(|[x, y]: Place| {
         // What is farther away is smaller.
         let near = half / (1.0 + tilt[0] * x + tilt[1] * y);

@@ -8,7 +8,7 @@ import numpy as np
 from pictures import decoded, gallery
 
 GALLERY = "/usr/share/howdah/markers"
-FEATURES = 1000
+FEATURES = 600
 # A match counts if the second best is so much worse (Lowe's ratio).
 RATIO = 0.8
 # Fewer matches than this on one plane are chance.
