@@ -7,6 +7,7 @@ use guest_images::CHUNK_SIZE;
 use handoff::{
     BaseView, Bases,
     adapt::ModeChoice,
+    engine::PipelineOptions,
     stage::{Compressor, Mode, thread_cpu_ns},
     tcp::MonotonicClock,
     trace::{
@@ -40,6 +41,9 @@ const PATIENCE: f64 = 1.5;
 const TURNS: usize = 2;
 /// One way.
 const DELAY: Duration = Duration::from_millis(10);
+/// Cores of the handoff on a link that changes, as the share of one that a busy guest leaves. With a whole core
+/// the same mode would be the best at both rates, and a change of mode would show nothing.
+const CORES_CHANGING: f64 = 0.15;
 /// When links change, and how long each phase lasts.
 const PHASE: Duration = Duration::from_secs(10);
 
@@ -67,10 +71,9 @@ struct Rates {
 }
 
 impl Rates {
-    /// The seconds that so many bytes promise to take.
-    fn promise(&self, bytes: f64, mbps: f64, workers: usize) -> f64 {
-        let workers = (workers as f64).min(cpus());
-        (self.cost / workers).max(self.left * 8e-6 / mbps) * bytes
+    /// The seconds that so many bytes promise to take with so many cores.
+    fn promise(&self, bytes: f64, mbps: f64, cores: f64) -> f64 {
+        (self.cost / cores.min(cpus())).max(self.left * 8e-6 / mbps) * bytes
     }
 }
 
@@ -129,12 +132,11 @@ fn rates_on(trace: &Trace) -> anyhow::Result<Vec<Rates>> {
 fn run(
     guest: &Guest,
     way: &Way,
-    choice: ModeChoice,
-    workers: usize,
+    pipeline: PipelineOptions,
     limit_s: Option<f64>,
 ) -> anyhow::Result<Ran> {
     let mut plan = Plan::new(way.road(None), Far::TargetOnBase);
-    plan.send.pipeline = options(choice, workers);
+    plan.send.pipeline = pipeline;
     plan.give_up_after = limit_s.map(Duration::from_secs_f64);
     let play = Play::default();
     let mut vm = TraceVm::new(Arc::clone(&guest.trace), play, MonotonicClock::default());
@@ -150,7 +152,7 @@ pub(crate) fn steady(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     for kind in KINDS {
         for mbps in [5.0, 10.0, 20.0, 30.0, 100.0] {
             let probe = kind.guest(1e6)?;
-            let per_byte = |rates: &Rates| rates.promise(1.0, mbps, 1);
+            let per_byte = |rates: &Rates| rates.promise(1.0, mbps, 1.0);
             let best = probe.rates.iter().map(per_byte).min_by(by_seconds).context("no mode")?;
             let own_bytes = WANT_S / best;
             let guest = kind.guest(own_bytes)?;
@@ -165,7 +167,7 @@ pub(crate) fn steady(tell: &mut Tell<'_>) -> anyhow::Result<()> {
 /// One place of the table.
 fn cell(guest: &Guest, own_bytes: f64, mbps: f64, workers: usize) -> anyhow::Result<Outcome> {
     let shape = Shape::of(mbps, DELAY);
-    let promised = |rates: &Rates| rates.promise(own_bytes, mbps, workers);
+    let promised = |rates: &Rates| rates.promise(own_bytes, mbps, workers as f64);
     let mut order: Vec<_> = guest.rates.iter().collect();
     order.sort_by(|a, b| promised(a).total_cmp(&promised(b)));
     let hope = order.first().map_or(0.0, |rates| promised(rates)) * HOPE;
@@ -177,7 +179,7 @@ fn cell(guest: &Guest, own_bytes: f64, mbps: f64, workers: usize) -> anyhow::Res
         if promised(rates) <= hope {
             let limit = best.map(|(_, s)| s * PATIENCE);
             let way = Way::new(&shape)?;
-            let ran = run(guest, &way, ModeChoice::Fixed(mode), workers, limit)?;
+            let ran = run(guest, &way, options(ModeChoice::Fixed(mode), workers), limit)?;
             row["total_s"] = json!(ran.report.total_ms / 1e3);
             row["given_up"] = json!(!ran.moved);
             let took = ran.report.total_ms / 1e3;
@@ -192,7 +194,7 @@ fn cell(guest: &Guest, own_bytes: f64, mbps: f64, workers: usize) -> anyhow::Res
     let mut kind = "";
     for turn in 0..TURNS {
         let way = Way::new(&shape)?;
-        let ran = run(guest, &way, ModeChoice::Auto, workers, None)?;
+        let ran = run(guest, &way, options(ModeChoice::Auto, workers), None)?;
         ensure!(ran.moved, "given up");
         kind = way.name();
         let took = ran.report.total_ms / 1e3;
@@ -201,7 +203,7 @@ fn cell(guest: &Guest, own_bytes: f64, mbps: f64, workers: usize) -> anyhow::Res
         }
         if turn > 0 {
             let way = Way::new(&shape)?;
-            let ran = run(guest, &way, ModeChoice::Fixed(mode), workers, None)?;
+            let ran = run(guest, &way, options(ModeChoice::Fixed(mode), workers), None)?;
             fixed_s = fixed_s.min(ran.report.total_ms / 1e3);
         }
     }
@@ -228,12 +230,12 @@ fn adaptation(ran: &Ran) -> Value {
 /// Links of 5 Mbps that become 35 Mbps, and 5 again.
 pub(crate) fn changing(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     let kind = KINDS[0];
-    let workers = 2;
+    let pipeline = |choice| PipelineOptions { cpu_share: CORES_CHANGING, ..options(choice, 1) };
     // What the best fixed mode gets done at each rate, as bytes of the guest a second.
     let mut pace = Vec::new();
     for mbps in [5.0, 35.0] {
         let probe = kind.guest(1e6)?;
-        let per_byte = |rates: &Rates| rates.promise(1.0, mbps, workers);
+        let per_byte = |rates: &Rates| rates.promise(1.0, mbps, CORES_CHANGING);
         let mut order: Vec<_> = probe.rates.iter().collect();
         order.sort_by(|a, b| per_byte(a).total_cmp(&per_byte(b)));
         let own_bytes = 4.0 / order.first().map_or(1.0, |rates| per_byte(rates));
@@ -241,7 +243,7 @@ pub(crate) fn changing(tell: &mut Tell<'_>) -> anyhow::Result<()> {
         let mut best: Option<(f64, Mode)> = None;
         for rates in order.iter().take(4) {
             let way = Way::new(&Shape::of(mbps, DELAY))?;
-            let ran = run(&guest, &way, ModeChoice::Fixed(rates.mode), workers, None)?;
+            let ran = run(&guest, &way, pipeline(ModeChoice::Fixed(rates.mode)), None)?;
             let rate = own_bytes / moving_s(&ran.report);
             if best.is_none_or(|(most, _)| rate > most) {
                 best = Some((rate, rates.mode));
@@ -260,7 +262,7 @@ pub(crate) fn changing(tell: &mut Tell<'_>) -> anyhow::Result<()> {
     for (name, shape, changes, own_bytes) in links {
         let guest = kind.guest(own_bytes)?;
         let way = Way::new(&shape)?;
-        let ran = run(&guest, &way, ModeChoice::Auto, workers, None)?;
+        let ran = run(&guest, &way, pipeline(ModeChoice::Auto), None)?;
         let adaptation = adaptation(&ran);
         let began = ran.began.saturating_duration_since(way.origin());
         // The best of each phase, and what is not sent at all.
@@ -284,6 +286,7 @@ pub(crate) fn changing(tell: &mut Tell<'_>) -> anyhow::Result<()> {
         tell(outcome.with(json!({
             "link": way.name(),
             "own_bytes": own_bytes,
+            "cores": CORES_CHANGING,
             "best_at_5mbps": slow_mode,
             "best_at_35mbps": fast_mode,
             "used": adaptation["modes"],
