@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test fault-test fault-some handoff-perf traces unit soak fuzz bench lint deny setup build kernel images perf-images \
+.PHONY: help demo test handoff-test fault-test fault-some handoff-perf paper traces unit soak fuzz bench lint deny setup build kernel images perf-images \
 	paper-images app-test clean
 
 help: ## list the verbs
@@ -31,6 +31,11 @@ fault-some: build images
 
 handoff-perf: build perf-images ## what handoffs cost: every scenario of tests/scenarios/perf; results in target/lab/handoff-perf.json
 	$(LAB) run --isolate --memory-mib 10240 --timeout-s 600 --report target/lab/handoff-perf.json tests/scenarios/perf/*.toml
+
+# QUICK=1: the short plan. PAPER: more of `lab paper`'s flags, such as PAPER="--table peers".
+paper: build $(if $(QUICK),images,perf-images) ## the evaluation, QEMU beside us: records and a page of them in target/paper; resumable; hours, QUICK=1 less
+	scripts/setup --peers
+	$(LAB) paper $(if $(QUICK),--quick) $(PAPER)
 
 traces: build perf-images ## what the lab's applications change, and when: target/traces/*.trace, for `howdah trace play` and bench
 	$(LAB) run --isolate --memory-mib 10240 --timeout-s 600 --report target/lab/traces.json tests/scenarios/traces/*.toml

@@ -1,6 +1,8 @@
 //! What runs inside the lab host: its first process, and the scenarios.
 
 mod application;
+mod burst;
+mod changer;
 mod checks;
 mod copy;
 mod guest;
@@ -10,6 +12,8 @@ mod measure;
 mod namespace;
 mod narrator;
 mod net;
+mod paper;
+mod peers;
 mod product;
 mod pulse;
 mod report;
@@ -34,6 +38,7 @@ use serde::Serialize;
 use self::{kernel_log::Mark, narrator::Narrator, net::Network, stores::Stores};
 use crate::{
     fault::Case,
+    paper::plan::Selection,
     results::only_silent,
     say,
     scenario::{Link, Scenario},
@@ -41,6 +46,7 @@ use crate::{
 
 pub(crate) use self::{
     application::{CLIENT_PROGRAM, REQUESTS},
+    paper::RECORDS,
     stores::IMAGES,
 };
 
@@ -60,12 +66,26 @@ pub(crate) struct InsideArgs {
     /// A file with faults to try instead
     #[arg(long)]
     faults: Option<PathBuf>,
+
+    /// A plan of the evaluation, of which to make runs instead
+    #[arg(long)]
+    paper: Option<PathBuf>,
+
+    #[command(flatten)]
+    selection: Selection,
+
+    /// Names of these runs
+    #[arg(long = "run")]
+    runs: Vec<String>,
 }
 
 /// Runs scenarios; returns the exit status for the lab outside.
 pub(crate) fn main(args: &InsideArgs) -> Result<i32> {
     if let Some(plan) = &args.faults {
         return try_faults(plan);
+    }
+    if let Some(plan) = &args.paper {
+        return paper::run(plan, &args.selection, &args.runs);
     }
     let scenarios =
         args.scenarios.iter().map(|file| Scenario::load(file)).collect::<Result<Vec<_>>>()?;

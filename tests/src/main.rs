@@ -13,6 +13,7 @@ mod faults;
 mod films;
 mod inside;
 mod machine;
+mod paper;
 mod results;
 mod run;
 mod scenario;
@@ -40,6 +41,8 @@ enum Verb {
     Run(run::RunArgs),
     /// Try faults: a kill or a cut at every step of a handoff and at random moments.
     Faults(faults::FaultsArgs),
+    /// Make the runs of the evaluation: howdah and others, over the same links.
+    Paper(paper::PaperArgs),
     /// Tell what an offline encoder makes of a state: the yardstick for bytes on the link.
     Encode(encode::EncodeArgs),
     /// The part of `lab run` that is inside the lab host.
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Verb::Exec(args) => exec::exec(&args),
         Verb::Run(args) => run::run(&args),
         Verb::Faults(args) => faults::run(&args),
+        Verb::Paper(args) => paper::run(&args),
         Verb::Encode(args) => encode::run(&args),
         Verb::Inside(args) => inside::main(&args),
     };

@@ -92,16 +92,19 @@ impl LinkPlan {
 }
 
 /// A change of the link; what is not named stays as it is.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct LinkChange {
     /// When, in seconds from the start of the first handoff.
     pub(crate) at_s: f64,
     /// New rate.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) rate_mbps: Option<f64>,
     /// New delay.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) delay_ms: Option<f64>,
     /// New loss.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) loss_percent: Option<f64>,
 }
 
@@ -303,6 +306,9 @@ pub(crate) enum Step {
         /// Whether an offline encoder shows what it makes of the state that arrived.
         #[serde(default)]
         encode: bool,
+        /// How long it may take before it counts as one that hangs; three minutes unless said.
+        #[serde(default)]
+        within_s: Option<f64>,
         /// What the handoff may cost.
         #[serde(default)]
         limits: LegLimits,
@@ -458,6 +464,11 @@ impl Scenario {
                 }
                 Step::Handoff { from, to, .. } if from == to => {
                     bail!("steps: step {at} hands off to where the guest is")
+                }
+                Step::Handoff { within_s: Some(within_s), .. }
+                    if !(1.0..=7200.0).contains(within_s) =>
+                {
+                    bail!("steps: step {at} hands off within {within_s} s: use 1 to 7200")
                 }
                 Step::Handoff { background, .. } => pending = *background,
                 Step::Cancel {} if !pending => {

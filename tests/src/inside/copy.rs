@@ -50,7 +50,8 @@ fn walk(from: &Path, to: &Path, bring: &dyn Fn(&Path, &Path) -> io::Result<()>) 
     Ok(())
 }
 
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+/// Copies a file, leaving out pieces that are all zero.
+pub(crate) fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let mut source = File::open(from)?;
     let mut target = File::create(to)?;
     let mut piece = vec![0; PIECE_BYTES];

@@ -3,11 +3,8 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
+    sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -16,7 +13,9 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
 use super::{
-    application, checks, guest,
+    application,
+    changer::Changer,
+    checks, guest,
     guest::{Client, Unreachable, Vitals},
     measure,
     narrator::Narrator,
@@ -28,12 +27,12 @@ use super::{
 };
 use crate::{
     results::{Leg, Outcome},
-    scenario::{Expect, Link, LinkPlan, Peer, Scenario, Side, Step},
+    scenario::{Expect, Link, Peer, Scenario, Side, Step},
 };
 
 /// How long a guest may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
-/// How long a handoff may take.
+/// How long a handoff may take unless its step says more.
 const HANDOFF: Duration = Duration::from_secs(180);
 /// How long bytes may take to come before a kill that waits for them.
 const BYTES_COME: Duration = Duration::from_secs(60);
@@ -80,6 +79,7 @@ struct Pending {
     to: Side,
     audit: bool,
     encode: bool,
+    within: Duration,
     expect: Expect,
     says: Option<String>,
     asked_ns: i64,
@@ -175,9 +175,7 @@ impl<'a> Stage<'a> {
         for cloudlet in [&self.a, &self.b] {
             cloudlet.keep_logs();
         }
-        if let Some(changer) = self.changer.take() {
-            changer.stop();
-        }
+        self.changer = None;
         self.outcome.clone()
     }
 
@@ -305,6 +303,7 @@ impl<'a> Stage<'a> {
             delta,
             flags,
             encode,
+            within_s,
             ..
         } = step
         else {
@@ -352,6 +351,7 @@ impl<'a> Stage<'a> {
             to: *to,
             audit: *audit,
             encode: *encode,
+            within: within_s.map_or(HANDOFF, Duration::from_secs_f64),
             expect: *expect,
             says: says.clone(),
             asked_ns,
@@ -364,7 +364,7 @@ impl<'a> Stage<'a> {
     fn finish_handoff(&mut self) -> Result<()> {
         let mut pending = self.pending.take().context("there is no handoff to finish")?;
         self.narrator.follow(&mut pending.running)?;
-        let ended = pending.running.wait(HANDOFF)?;
+        let ended = pending.running.wait(pending.within)?;
         let over_ns = monotonic_ns()?;
         let outcome = match ended.status {
             Some(0) => Expect::Moved,
@@ -476,40 +476,4 @@ fn judge(expect: Expect, got: Expect, says: Option<&str>, ended: &Ended) -> Resu
 pub(crate) fn monotonic_ns() -> Result<i64> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("no monotonic clock")?;
     Ok(now.tv_sec() * 1_000_000_000 + now.tv_nsec())
-}
-
-/// Changes the link while time goes on.
-struct Changer {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
-}
-
-impl Changer {
-    fn start(plan: &LinkPlan, network: Arc<Network>) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, plan) = (Arc::clone(&stop), plan.clone());
-        let thread = thread::spawn(move || {
-            let started = Instant::now();
-            let mut link = plan.at_first();
-            for change in &plan.changes {
-                while started.elapsed().as_secs_f64() < change.at_s {
-                    if stopped.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    thread::sleep(Duration::from_millis(10));
-                }
-                link = change.apply(link);
-                if let Err(error) = network.shape(link) {
-                    eprintln!("lab: cannot change the link: {error:#}");
-                }
-            }
-        });
-        Self { stop, thread }
-    }
-
-    fn stop(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // It has nothing to hand back.
-        let _ = self.thread.join();
-    }
 }
