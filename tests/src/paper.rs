@@ -163,31 +163,60 @@ impl Lab<'_> {
     /// Makes runs until each has a record or has been tried often enough; how many went wrong.
     fn make(&self, mut pending: Vec<&Run>) -> Result<usize> {
         let mut tried: BTreeMap<String, usize> = BTreeMap::new();
-        let mut failed = 0;
-        while let Some(batch) = next_batch(&mut pending, usize::from(self.args.batch)) {
-            let tries = batch.iter().filter_map(|run| tried.get(&run.name())).max();
-            let tries = tries.copied().unwrap_or(0);
+        let mut failed = self.drop_without_image(&mut pending);
+        while let Some(first) = pending.first() {
+            let tries = tried.get(&first.name()).copied().unwrap_or(0);
+            // One that has gone wrong has a lab host of its own.
+            let most = if tries == 0 { usize::from(self.args.batch) } else { 1 };
+            let batch = next_batch(&mut pending, most);
             let records = self.boot(&batch, cpus_in(tries, self.args.cpus))?;
-            let mut started = true;
+            let mut broke = false;
+            let mut again = Vec::new();
             for (run, record) in batch.into_iter().zip(records) {
-                let again = again(record.as_ref(), Accelerator::detect());
+                if broke && record.is_none() {
+                    // It stood behind the one under which the lab host broke.
+                    again.push(run);
+                    continue;
+                }
+                broke |= record.is_none();
                 let tries = tried.entry(run.name()).or_default();
-                // Runs behind the one under which the lab host broke were not begun.
-                *tries += usize::from(started);
-                started &= record.is_some();
-                if again && *tries <= MAX_REPEATS {
-                    say(&format!("again  {}: the run could not be made", run.name()));
-                    pending.insert(0, run);
+                *tries += 1;
+                if may_be_made_again(record.as_ref()) && *tries <= MAX_REPEATS {
+                    say(&format!("again  {}: an emulated lab host may be to blame", run.name()));
+                    again.push(run);
                     continue;
                 }
                 failed += usize::from(record.as_ref().is_none_or(|one| one.error.is_some()));
                 match record {
                     Some(record) => self.book.keep(run, &record)?,
-                    None => say(&format!("FAILED {}: the lab host broke each time", run.name())),
+                    None => say(&format!("FAILED {}: no record came of it", run.name())),
                 }
             }
+            pending.splice(..0, again);
         }
         Ok(failed)
+    }
+
+    /// Leaves out runs whose guest was not built; how many.
+    fn drop_without_image(&self, pending: &mut Vec<&Run>) -> usize {
+        let images = self.args.images.clone().unwrap_or_else(|| self.root.path("target/images"));
+        let before = pending.len();
+        let mut missing: BTreeMap<&str, usize> = BTreeMap::new();
+        pending.retain(|run| {
+            let image = run.application.image.as_str();
+            let there = images.join(image).join("disk.raw").is_file();
+            if !there {
+                *missing.entry(image).or_default() += 1;
+            }
+            there
+        });
+        for (image, runs) in missing {
+            say(&format!(
+                "FAILED {runs} runs: the guest image {image} is not in {}",
+                images.display()
+            ));
+        }
+        before - pending.len()
     }
 
     /// Makes runs in one lab host; the records that came of it, in the order of the runs.
@@ -251,29 +280,26 @@ impl Lab<'_> {
     }
 }
 
-/// Whether a run is to be made again: it has no record, or an emulated lab host may be to blame for its
-/// error. On hardware an error is a finding.
-fn again(record: Option<&Record>, accelerator: Accelerator) -> bool {
-    record.is_none_or(|record| {
-        record.error.is_some() && !record.finished && accelerator == Accelerator::Software
-    })
+/// Whether a run has not come about for reasons that may be those of an emulated lab host. On hardware
+/// an error is a finding.
+fn may_be_made_again(record: Option<&Record>) -> bool {
+    let wrong = record.is_none_or(|record| record.error.is_some() && !record.finished);
+    wrong && Accelerator::detect() == Accelerator::Software
 }
 
-/// Takes the next runs for one lab host off the list: those with the same guest, so that its base is
-/// made once.
-fn next_batch<'a>(pending: &mut Vec<&'a Run>, most: usize) -> Option<Vec<&'a Run>> {
-    let application = &pending.first()?.application;
+/// Takes the next runs for one lab host off the list: those with the guest of the first, so that its
+/// base is made once.
+fn next_batch<'a>(pending: &mut Vec<&'a Run>, most: usize) -> Vec<&'a Run> {
+    let Some(first) = pending.first().copied() else { return Vec::new() };
     let mut batch = Vec::new();
-    let mut rest = Vec::new();
-    for run in pending.drain(..) {
-        if batch.len() < most && run.application == *application {
-            batch.push(run);
-        } else {
-            rest.push(run);
+    pending.retain(|run| {
+        let taken = batch.len() < most && run.application == first.application;
+        if taken {
+            batch.push(*run);
         }
-    }
-    *pending = rest;
-    Some(batch)
+        !taken
+    });
+    batch
 }
 
 /// Makes the page of all records, by `howdah report`.
@@ -309,4 +335,50 @@ fn page(args: &PaperArgs, book: &Book, out: &Path) -> Result<()> {
         say(&format!("howdah report ended with {status}; records are in {}", book.dir.display()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_with_one_guest_share_a_lab_host() {
+        let plan = Path::new(env!("CARGO_MANIFEST_DIR")).join("paper.toml");
+        let all = Plan::load(&plan).unwrap().runs(&Selection::default()).unwrap();
+        let mut pending: Vec<&Run> = all.iter().collect();
+        let mut batches = Vec::new();
+        while !pending.is_empty() {
+            batches.push(next_batch(&mut pending, 5));
+        }
+        assert_eq!(batches.iter().map(Vec::len).sum::<usize>(), all.len());
+        for batch in &batches {
+            assert!((1..=5).contains(&batch.len()));
+            assert!(batch.iter().all(|run| run.application == batch[0].application));
+        }
+    }
+
+    #[test]
+    fn a_run_is_made_until_it_has_a_record_that_fits() {
+        let dir = tempfile::tempdir().unwrap();
+        let plan = Path::new(env!("CARGO_MANIFEST_DIR")).join("paper.toml");
+        let runs = Plan::load(&plan).unwrap().runs(&Selection::default()).unwrap();
+        let run = &runs[0];
+        let book = |failed_again| Book { dir: dir.path().to_owned(), failed_again };
+        assert!(!book(false).made(run).unwrap());
+        let mut record = Record::begin(run);
+        record.error = Some("the guest did not boot".into());
+        book(false).keep(run, &record).unwrap();
+        assert!(book(false).made(run).unwrap() && !book(true).made(run).unwrap());
+        // Not finished within less than it has now.
+        record.error = None;
+        record.bound_s = Some(run.bound_s / 2.0);
+        book(false).keep(run, &record).unwrap();
+        assert!(!book(false).made(run).unwrap());
+        record.finished = true;
+        book(false).keep(run, &record).unwrap();
+        assert!(book(false).made(run).unwrap());
+        fs::write(book(false).file(run), b"{").unwrap();
+        let error = book(false).made(run).unwrap_err().to_string();
+        assert!(error.contains("remove it"), "{error}");
+    }
 }

@@ -309,8 +309,8 @@ impl Plan {
             // Names of applications and links are looked up, and runs must not share a file.
             let runs = self.runs(&Selection { quick, ..Selection::default() })?;
             unique("run", runs.iter().map(Run::name))?;
-            for table in self.tables.iter().flat_map(Table::variants) {
-                plain("variant", &table.name)?;
+            for variant in self.tables.iter().flat_map(Table::variants) {
+                plain("variant", &variant.name)?;
             }
         }
         Ok(())
@@ -369,10 +369,15 @@ fn unique(what: &str, names: impl Iterator<Item = impl AsRef<str>>) -> Result<()
     Ok(())
 }
 
-/// Names become parts of file names.
+/// Names become parts of file names; what variants have colons for, hyphens stand for there.
 fn plain(what: &str, name: &str) -> Result<()> {
-    let plain =
-        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-:".contains(&byte);
+    let colon = what == "variant";
+    let plain = |byte: u8| {
+        byte.is_ascii_lowercase()
+            || byte.is_ascii_digit()
+            || byte == b'-'
+            || (colon && byte == b':')
+    };
     if name.is_empty() || name.len() > MAX_NAME_BYTES || !name.bytes().all(plain) {
         bail!("{what} {name:?}: use 1 to {MAX_NAME_BYTES} lowercase letters, digits and hyphens");
     }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{
     disk::{self, Mirrored},
     qemu::Qemu,
-    qmp::{QmpError, Timestamp},
+    qmp::{Event, QmpError, Timestamp},
     variant::Variant,
 };
 use crate::scenario::Side;
@@ -170,7 +170,7 @@ impl Migration<'_> {
     /// Waits until the target runs the guest and has all of it; when that was, or when the source had
     /// nothing more to give, if that was later.
     fn wait_taken_over(&mut self) -> Result<Timestamp, QmpError> {
-        let completed = |event: &super::qmp::Event| {
+        let completed = |event: &Event| {
             let status = event.data.get("status").and_then(Value::as_str);
             event.event == "MIGRATION" && status == Some("completed")
         };
@@ -203,7 +203,10 @@ impl Migration<'_> {
 
     /// An error, with the end of a QEMU that brought it about.
     fn explained<T>(&mut self, result: Result<T, QmpError>) -> Result<T> {
-        let Err(error) = result else { return Ok(result?) };
+        let error = match result {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
         for (name, qemu) in [("source", &mut *self.source), ("target", &mut *self.target)] {
             if let Some(end) = qemu.end() {
                 bail!("{error}; the {name}: {end}");
