@@ -23,7 +23,7 @@ use crate::{
     },
     results::Outcome,
     say,
-    scenario::{Expect, LegLimits, Peer, Place, Scenario, Side, Step, VmPlan},
+    scenario::{ClientPlan, Expect, LegLimits, Peer, Place, Scenario, Side, Step, VmPlan},
 };
 
 /// Where records are left for the lab outside, one file a run.
@@ -161,7 +161,7 @@ fn scenario(run: &Run) -> Result<Scenario> {
             base_memory: true,
         },
         cloudlet_b: Default::default(),
-        client: Default::default(),
+        client: ClientPlan { interval_ms: application.probe_ms },
         steps,
         ends_on: Place::B,
         limits: Default::default(),

@@ -54,9 +54,17 @@ pub(crate) struct Application {
     pub(crate) memory_mib: u32,
     /// Its virtual CPUs.
     pub(crate) vcpus: u8,
+    /// Time between two probes of the client that watches it. Each one changes some pages of the guest:
+    /// a hundred a second are more than 10 Mbps can follow.
+    #[serde(default = "twenty_a_second")]
+    pub(crate) probe_ms: u32,
     /// What happens between the guest's start and the move: steps `agent`, `await` and `wait`.
     #[serde(default)]
     pub(crate) before: Vec<Step>,
+}
+
+fn twenty_a_second() -> u32 {
+    50
 }
 
 /// A link with a name.
@@ -339,8 +347,8 @@ impl Application {
         if !self.before.iter().all(allowed) {
             bail!("application {}: before has steps agent, await and wait only", self.name);
         }
-        if self.memory_mib == 0 || self.vcpus == 0 {
-            bail!("application {}: it needs memory and a virtual CPU", self.name);
+        if self.memory_mib == 0 || self.vcpus == 0 || self.probe_ms == 0 {
+            bail!("application {}: memory, vcpus and probe_ms are not 0", self.name);
         }
         Ok(())
     }

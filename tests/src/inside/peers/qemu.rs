@@ -164,6 +164,7 @@ mod tests {
             image: "minimal".into(),
             memory_mib: 512,
             vcpus: 2,
+            probe_ms: 50,
             before: Vec::new(),
         };
         let path = dir.path();

@@ -30,7 +30,7 @@ use crate::{
         plan::{Application, Run},
         record::{Record, Witness},
     },
-    scenario::{ClientPlan, Side, Step},
+    scenario::{Side, Step},
 };
 
 /// The lab host's memory for what peers need.
@@ -89,7 +89,7 @@ impl<'a> Peers<'a> {
         record.commands = vec![self.source.command.clone(), self.target.command.clone()];
         record.versions = json!({ "qemu": version(&mut self.source)? });
         let born = self.begin()?;
-        let client = Client::start(ClientPlan::default().interval_ms, logs)?;
+        let client = Client::start(self.run.application.probe_ms, logs)?;
         let bytes_before = self.network.link_bytes()?;
         let from_ns = monotonic_ns()?;
         let plan = self.run.link.plan();
