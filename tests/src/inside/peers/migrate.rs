@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 
 use super::{
     disk::{self, Mirrored},
-    qemu::Qemu,
-    qmp::{Event, QmpError, Timestamp},
+    qmp::{Event, Qmp, QmpError, Timestamp},
     variant::Variant,
 };
 use crate::scenario::Side;
@@ -27,9 +26,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Two QEMUs and what is to happen between them.
 pub(super) struct Migration<'a> {
     /// Where the guest runs.
-    pub(super) source: &'a mut Qemu,
+    pub(super) source: &'a mut Qmp,
     /// Where it is to run.
-    pub(super) target: &'a mut Qemu,
+    pub(super) target: &'a mut Qmp,
     /// How.
     pub(super) variant: Variant,
     /// When it is given up.
@@ -66,23 +65,22 @@ impl Migration<'_> {
         let (began, started) = (now()?, Instant::now());
         let deadline = started + self.bound;
         let address = Side::B.address();
-        disk::export(&mut self.target.qmp, address)?;
-        disk::mirror(&mut self.source.qmp, address)?;
-        let mirrored = disk::wait_mirrored(&mut self.source.qmp, deadline);
-        let mirrored = self.explained(mirrored).context("the mirror of the disk")?;
+        disk::export(self.target, address)?;
+        disk::mirror(self.source, address)?;
+        let mirrored =
+            disk::wait_mirrored(self.source, deadline).context("the mirror of the disk")?;
         if mirrored == Mirrored::TooLate {
-            let job = disk::progress(&mut self.source.qmp);
+            let job = disk::progress(self.source);
             let figures = json!({ "mirror": job });
             let given_up = Some("mirroring the disk".to_owned());
             return Ok(Ended { given_up, figures, ..Ended::default() });
         }
         let mirror_ms = started.elapsed().as_secs_f64() * 1e3;
         let uri = format!("tcp:{address}:{PORT}");
-        self.target.qmp.tell("migrate-incoming", json!({ "uri": uri }))?;
-        self.source.qmp.tell("migrate", json!({ "uri": uri }))?;
-        let followed = self.follow(deadline);
-        let course = self.explained(followed).context("the migration")?;
-        let mut figures = self.source.qmp.query("query-migrate")?;
+        self.target.tell("migrate-incoming", json!({ "uri": uri }))?;
+        self.source.tell("migrate", json!({ "uri": uri }))?;
+        let course = self.follow(deadline).context("the migration")?;
+        let mut figures = self.source.query("query-migrate")?;
         if let Some(figures) = figures.as_object_mut() {
             figures.insert("mirror-ms".into(), json!(mirror_ms));
         }
@@ -90,10 +88,9 @@ impl Migration<'_> {
             Course::Failed(problem) => bail!("QEMU's migration failed: {problem}"),
             Course::TooLate => Ok(self.give_up(figures)),
             Course::Completed => {
-                let taken = self.wait_taken_over();
-                let over = self.explained(taken).context("the target")?;
-                let stopped = self.source.qmp.last("STOP").context("the source never stopped")?;
-                let runs = self.target.qmp.last("RESUME").context("the target never ran")?;
+                let over = self.wait_taken_over().context("the target")?;
+                let stopped = self.source.last("STOP").context("the source never stopped")?;
+                let runs = self.target.last("RESUME").context("the target never ran")?;
                 Ok(Ended {
                     finished: true,
                     total_ms: Some(over.ms_since(began)),
@@ -106,7 +103,7 @@ impl Migration<'_> {
     }
 
     fn prepare(&mut self) -> Result<(), QmpError> {
-        for qmp in [&mut self.source.qmp, &mut self.target.qmp] {
+        for qmp in [&mut *self.source, &mut *self.target] {
             qmp.tell("migrate-set-capabilities", self.variant.capabilities())?;
             if let Some(parameters) = self.variant.parameters() {
                 qmp.tell("migrate-set-parameters", parameters)?;
@@ -122,24 +119,22 @@ impl Migration<'_> {
             if left.is_zero() {
                 return Ok(Course::TooLate);
             }
-            let Some(event) = self.source.qmp.event(left.min(LOOK))? else {
-                // A target that has died is not told of by the source before TCP gives up.
-                if let Some(end) = self.target.end() {
-                    return Ok(Course::Failed(format!("the target: {end}")));
-                }
+            let Some(event) = self.source.event(left.min(LOOK))? else {
+                // The source does not tell of a target that has died before TCP gives up.
+                self.target.check()?;
                 continue;
             };
             let data = |name: &str| event.data.get(name);
             let status = data("status").and_then(Value::as_str).unwrap_or_default();
             match (event.event.as_str(), status) {
                 ("MIGRATION", "pre-switchover") => {
-                    disk::finish(&mut self.source.qmp, &mut self.target.qmp)?;
+                    disk::finish(self.source, self.target)?;
                     let state = json!({ "state": "pre-switchover" });
-                    self.source.qmp.tell("migrate-continue", state)?;
+                    self.source.tell("migrate-continue", state)?;
                 }
                 ("MIGRATION", "completed") => return Ok(Course::Completed),
                 ("MIGRATION", "failed" | "cancelled") => {
-                    let why = self.source.qmp.query("query-migrate")?;
+                    let why = self.source.query("query-migrate")?;
                     let why = why.get("error-desc").and_then(Value::as_str).map(str::to_owned);
                     return Ok(Course::Failed(why.unwrap_or_else(|| status.to_owned())));
                 }
@@ -160,7 +155,7 @@ impl Migration<'_> {
         if pass != 2 {
             return Ok(());
         }
-        match self.source.qmp.tell("migrate-start-postcopy", json!({})) {
+        match self.source.tell("migrate-start-postcopy", json!({})) {
             // So little was left that it is over already.
             Err(QmpError::Refused { .. }) | Ok(_) => Ok(()),
             Err(error) => Err(error),
@@ -176,7 +171,7 @@ impl Migration<'_> {
         };
         let (mut runs, mut has_all) = (None, None);
         while runs.is_none() || has_all.is_none() {
-            let event = self.target.qmp.wait_for("sign of the guest", TAKES_OVER, |event| {
+            let event = self.target.wait_for("sign of the guest", TAKES_OVER, |event| {
                 event.event == "RESUME" || completed(event)
             })?;
             if event.event == "RESUME" {
@@ -185,7 +180,7 @@ impl Migration<'_> {
                 has_all = Some(event.timestamp);
             }
         }
-        let source = self.source.qmp.last("MIGRATION");
+        let source = self.source.last("MIGRATION");
         Ok([runs, has_all, source].into_iter().flatten().max().unwrap_or_default())
     }
 
@@ -193,26 +188,12 @@ impl Migration<'_> {
     fn give_up(&mut self, figures: Value) -> Ended {
         let status = figures.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned();
         // A failure to cancel changes nothing of what is known: the run has not finished.
-        let _ = self.source.qmp.tell("migrate_cancel", json!({}));
-        let _ = self.source.qmp.wait_for("end of the migration", GIVES_UP, |event| {
+        let _ = self.source.tell("migrate_cancel", json!({}));
+        let _ = self.source.wait_for("end of the migration", GIVES_UP, |event| {
             let status = event.data.get("status").and_then(Value::as_str);
             event.event == "MIGRATION" && status == Some("cancelled")
         });
         Ended { given_up: Some(format!("memory: {status}")), figures, ..Ended::default() }
-    }
-
-    /// An error, with the end of a QEMU that brought it about.
-    fn explained<T>(&mut self, result: Result<T, QmpError>) -> Result<T> {
-        let error = match result {
-            Ok(value) => return Ok(value),
-            Err(error) => error,
-        };
-        for (name, qemu) in [("source", &mut *self.source), ("target", &mut *self.target)] {
-            if let Some(end) = qemu.end() {
-                bail!("{error}; the {name}: {end}");
-            }
-        }
-        Err(error.into())
     }
 }
 
@@ -221,3 +202,6 @@ fn now() -> Result<Timestamp> {
     let now = clock_gettime(ClockId::CLOCK_REALTIME).context("no clock")?;
     Ok(Timestamp { seconds: now.tv_sec(), microseconds: now.tv_nsec() / 1000 })
 }
+
+#[cfg(test)]
+mod tests;

@@ -127,7 +127,7 @@ impl Qmp {
     }
 
     /// Begins on a connection.
-    fn begin(socket: UnixStream) -> Result<Self, QmpError> {
+    pub(super) fn begin(socket: UnixStream) -> Result<Self, QmpError> {
         let (sender, inbox) = channel();
         let reader = socket.try_clone()?;
         thread::spawn(move || forward(reader, &sender));
@@ -200,6 +200,18 @@ impl Qmp {
                 Some(event) if fits(&event) => return Ok(event),
                 Some(_) => {}
                 None => return Err(QmpError::Timeout { what: what.into(), limit: within }),
+            }
+        }
+    }
+
+    /// Takes what has come without waiting; an error if the connection has ended.
+    pub(crate) fn check(&mut self) -> Result<(), QmpError> {
+        loop {
+            match self.next("event", Instant::now(), Duration::ZERO) {
+                Ok(Message::Event(event)) => self.note(event),
+                Ok(_) => {}
+                Err(QmpError::Timeout { .. }) => return Ok(()),
+                Err(error) => return Err(error),
             }
         }
     }

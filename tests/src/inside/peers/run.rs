@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use serde_json::{Value, json};
 
 use super::{
@@ -96,8 +96,8 @@ impl<'a> Peers<'a> {
         let changer =
             (!plan.changes.is_empty()).then(|| Changer::start(&plan, Arc::clone(&self.network)));
         let ended = Migration {
-            source: &mut self.source,
-            target: &mut self.target,
+            source: &mut self.source.qmp,
+            target: &mut self.target.qmp,
             variant,
             bound: Duration::from_secs_f64(self.run.bound_s),
         }
@@ -107,7 +107,7 @@ impl<'a> Peers<'a> {
         record.bytes_on_link = Some(self.network.link_bytes()?.saturating_sub(bytes_before));
         record.commands.extend(self.commands());
         record.peer = json!({ "events": self.events() });
-        let ended = ended?;
+        let ended = ended.map_err(|error| self.explained(error))?;
         note(&ended, record);
         if !ended.finished {
             return Ok(());
@@ -123,14 +123,20 @@ impl<'a> Peers<'a> {
 
     /// Waits for the guest, and lets it do what comes before the move.
     fn begin(&mut self) -> Result<Vitals> {
-        let ready = guest::wait_ready(BOOT);
-        let born = match (ready, self.source.end()) {
-            (Err(error), Some(end)) => return Err(error.context(end)),
-            (ready, _) => ready?,
-        };
+        let born = guest::wait_ready(BOOT).map_err(|error| self.explained(error))?;
         guest::set_clock()?;
         before(&self.run.application)?;
         Ok(born)
+    }
+
+    /// An error, with the end of a QEMU that brought it about.
+    fn explained(&mut self, error: Error) -> Error {
+        for (name, qemu) in [("source", &mut self.source), ("target", &mut self.target)] {
+            if let Some(end) = qemu.end() {
+                return error.context(format!("the {name}: {end}"));
+            }
+        }
+        error
     }
 
     /// What both were told, in order for each.
