@@ -34,7 +34,9 @@ impl Fake {
 
     fn say(&mut self, said: Said) {
         match said {
-            Said::End(side) => drop(self.ends[side as usize].shutdown(std::net::Shutdown::Both)),
+            Said::End(side) => {
+                let _ = self.ends[side as usize].shutdown(std::net::Shutdown::Both);
+            }
             Said::Event(side, event, data) => {
                 self.clock_us += 1000;
                 let timestamp = json!({ "seconds": 0, "microseconds": self.clock_us });
