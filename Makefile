@@ -33,7 +33,7 @@ handoff-perf: build perf-images ## what handoffs cost: every scenario of tests/s
 	$(LAB) run --isolate --memory-mib 10240 --timeout-s 600 --report target/lab/handoff-perf.json tests/scenarios/perf/*.toml
 
 # QUICK=1: the short plan. PAPER: more of `lab paper`'s flags, such as PAPER="--table peers".
-paper: build $(if $(QUICK),images,perf-images) ## the evaluation, QEMU beside us: records and a page of them in target/paper; resumable; hours, QUICK=1 less
+paper: build images $(if $(QUICK),,paper-images) ## the evaluation, QEMU beside us: records and a page of them in target/paper; resumable; hours, QUICK=1 less
 	scripts/setup --peers
 	$(LAB) paper $(if $(QUICK),--quick) $(PAPER)
 

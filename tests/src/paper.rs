@@ -25,9 +25,9 @@ use self::{
 };
 use crate::{
     exec::{DEFAULT_CPUS, Request},
-    inside::RECORDS,
+    inside::{CLIENT_PROGRAM, RECORDS},
     machine::{host::Accelerator, image::Extra, root::Root},
-    run::{BASE_TIME, MAX_REPEATS, add_images, add_programs, cpus_in},
+    run::{BASE_TIME, MAX_REPEATS, add_images, add_program, add_programs, cpus_in},
     say,
 };
 
@@ -270,7 +270,11 @@ impl Lab<'_> {
             cpus,
             timeout: BASE_TIME + bounds.sum::<Duration>(),
         };
-        add_programs(self.args.programs.as_deref(), &mut request)?;
+        let programs = self.args.programs.as_deref();
+        add_programs(programs, &mut request)?;
+        if runs.iter().any(|run| run.application.is_used()) {
+            add_program(programs, Path::new(CLIENT_PROGRAM), &mut request)?;
+        }
         let images = runs.iter().map(|run| run.application.image.as_str()).collect();
         add_images(self.args.images.as_deref(), self.root, images, &mut request)?;
         if runs.iter().any(|run| run.variant.system == System::Qemu) {

@@ -263,7 +263,7 @@ pub(crate) fn add_programs(programs: Option<&Path>, request: &mut Request) -> Re
 }
 
 /// Puts one of our programs into the lab host.
-fn add_program(programs: Option<&Path>, to: &Path, request: &mut Request) -> Result<()> {
+pub(crate) fn add_program(programs: Option<&Path>, to: &Path, request: &mut Request) -> Result<()> {
     let dir = match programs {
         Some(dir) => dir.to_owned(),
         None => {

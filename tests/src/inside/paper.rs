@@ -116,6 +116,7 @@ fn note(outcome: &Outcome, record: &mut Record) {
     record.downtime_ms = leg.downtime_ms;
     record.downtime_by = leg.downtime_ms.map(|_| Witness::Hypervisor);
     record.client_gap_ms = leg.client_gap_ms;
+    record.requests.clone_from(&leg.requests);
     record.offline_encoder_bytes = leg.encoded.as_ref().map(|encoded| encoded.bytes);
 }
 

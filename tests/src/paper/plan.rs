@@ -58,7 +58,8 @@ pub(crate) struct Application {
     /// a hundred a second are more than 10 Mbps can follow.
     #[serde(default = "twenty_a_second")]
     pub(crate) probe_ms: u32,
-    /// What happens between the guest's start and the move: steps `agent`, `await` and `wait`.
+    /// What happens between the guest's start and the move: steps `agent`, `await`, `wait` and
+    /// `application`.
     #[serde(default)]
     pub(crate) before: Vec<Step>,
 }
@@ -340,12 +341,23 @@ impl Table {
 }
 
 impl Application {
+    /// Whether somebody outside uses it.
+    pub(crate) fn is_used(&self) -> bool {
+        self.before.iter().any(|step| matches!(step, Step::Application(_)))
+    }
+
     fn validate(&self) -> Result<()> {
         let allowed = |step: &Step| {
-            matches!(step, Step::Agent { .. } | Step::Await { .. } | Step::Wait { .. })
+            matches!(
+                step,
+                Step::Agent { .. } | Step::Await { .. } | Step::Wait { .. } | Step::Application(_)
+            )
         };
         if !self.before.iter().all(allowed) {
-            bail!("application {}: before has steps agent, await and wait only", self.name);
+            bail!(
+                "application {}: before has steps agent, await, wait and application only",
+                self.name
+            );
         }
         if self.memory_mib == 0 || self.vcpus == 0 || self.probe_ms == 0 {
             bail!("application {}: memory, vcpus and probe_ms are not 0", self.name);

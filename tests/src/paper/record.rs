@@ -2,6 +2,7 @@
 //!
 //! What was not measured is absent, never zero: a peer that does not finish has no downtime.
 
+use howdah_apps::summary::Requests;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -56,7 +57,7 @@ pub(crate) struct Record {
     pub(crate) offline_encoder_bytes: Option<u64>,
     /// What the application's own client met.
     #[serde(default)]
-    pub(crate) requests: Option<Value>,
+    pub(crate) requests: Option<Requests>,
     /// The commands that began it, as they could be typed.
     #[serde(default)]
     pub(crate) commands: Vec<String>,
@@ -162,6 +163,9 @@ impl Record {
         }
         if let Some(bytes) = self.bytes_on_link {
             line += &format!(", {:.1} MB", bytes as f64 / 1e6);
+        }
+        if let Some(Requests { counts, .. }) = &self.requests {
+            line += &format!(", {} of {} requests answered", counts.answered, counts.sent);
         }
         if let Some(rate) = self.measured_rate_bytes_per_s {
             line += &format!(", link {:.2} Mbps", rate * 8.0 / 1e6);

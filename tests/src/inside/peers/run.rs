@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Error, Result, bail};
+use howdah_apps::summary::Requests;
 use serde_json::{Value, json};
 
 use super::{
@@ -19,6 +20,7 @@ use super::{
 };
 use crate::{
     inside::{
+        application::UnderWay,
         changer::Changer,
         guest::{self, Client, Vitals},
         measure,
@@ -88,7 +90,7 @@ impl<'a> Peers<'a> {
     fn play(mut self, variant: Variant, logs: &Path, record: &mut Record) -> Result<()> {
         record.commands = vec![self.source.command.clone(), self.target.command.clone()];
         record.versions = json!({ "qemu": version(&mut self.source)? });
-        let born = self.begin()?;
+        let (born, users) = self.begin(logs)?;
         let client = Client::start(self.run.application.probe_ms, logs)?;
         let bytes_before = self.network.link_bytes()?;
         let from_ns = monotonic_ns()?;
@@ -115,6 +117,11 @@ impl<'a> Peers<'a> {
         thread::sleep(AFTER);
         same_guest(&born, &guest::vitals()?)?;
         guest::ask("verify-records").context("the records on the disk that moved")?;
+        if let Some(users) = users {
+            let met = users.stop()?;
+            let requests = Requests::around(&met.exchanges, met.reconnects, from_ns, to_ns);
+            record.requests = Some(requests);
+        }
         let watched = client.stop()?;
         let gap_ms = watched.longest_gap_ms(from_ns - AROUND_NS, to_ns + AROUND_NS);
         record.client_gap_ms = Some(gap_ms);
@@ -122,11 +129,11 @@ impl<'a> Peers<'a> {
     }
 
     /// Waits for the guest, and lets it do what comes before the move.
-    fn begin(&mut self) -> Result<Vitals> {
+    fn begin(&mut self, logs: &Path) -> Result<(Vitals, Option<UnderWay>)> {
         let born = guest::wait_ready(BOOT).map_err(|error| self.explained(error))?;
         guest::set_clock()?;
-        before(&self.run.application)?;
-        Ok(born)
+        let users = before(&self.run.application, logs)?;
+        Ok((born, users))
     }
 
     /// An error, with the end of a QEMU that brought it about.
@@ -161,8 +168,9 @@ impl<'a> Peers<'a> {
     }
 }
 
-/// Does what comes before the move.
-pub(crate) fn before(application: &Application) -> Result<()> {
+/// Does what comes before the move; the application's client, if it has one.
+fn before(application: &Application, logs: &Path) -> Result<Option<UnderWay>> {
+    let mut users = None;
     for step in &application.before {
         match step {
             Step::Agent { command } => guest::ask(command).map(drop)?,
@@ -171,10 +179,11 @@ pub(crate) fn before(application: &Application) -> Result<()> {
                 let within = Duration::from_secs_f64(*within_s);
                 measure::wait_for(command, field, *at_least, within)?;
             }
+            Step::Application(plan) => users = Some(UnderWay::start(plan, logs)?),
             other => bail!("{other:?} cannot come before a peer's move"),
         }
     }
-    Ok(())
+    Ok(users)
 }
 
 fn note(ended: &Ended, record: &mut Record) {
