@@ -113,6 +113,9 @@ pub struct Report {
     pub full_hash: Option<String>,
     /// The rounds, the one at cutover included.
     pub rounds: Vec<Round>,
+    /// How it went over time: a few hundred samples at most, however long it took.
+    #[serde(default)]
+    pub samples: Vec<Sample>,
     /// What became of the chunks, by class, in the order in which classes are tried.
     pub classes: Vec<StageShare>,
     /// What each stage did, in the order in which chunks pass them.
@@ -159,6 +162,9 @@ impl Downtime {
 pub struct Round {
     /// Its number, from 1.
     pub number: u32,
+    /// When it began, counted as [`Report::total_ms`] is.
+    #[serde(default)]
+    pub began_ms: f64,
     /// Chunks that it looked at.
     pub chunks: u64,
     /// Bytes that it put on the link.
@@ -170,6 +176,21 @@ pub struct Round {
     /// Of `duration_ms`, the time without a link.
     #[serde(default)]
     pub outage_ms: f64,
+}
+
+/// How a handoff stood at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// When, counted as [`Report::total_ms`] is.
+    pub at_ms: f64,
+    /// Bytes given to all links so far, headers included.
+    pub sent_bytes: u64,
+    /// Of those, bytes that had reached the peer's end; zero where the transport does not measure.
+    pub delivered_bytes: u64,
+    /// Bytes of segments that had not; where the transport does not measure, those not applied.
+    pub in_flight_bytes: u64,
+    /// Chunks still to be looked at in the round.
+    pub remaining_chunks: u64,
 }
 
 /// A time in which there was no link.
@@ -203,6 +224,9 @@ pub struct StageShare {
 /// Where the downtime went, in the order in which it happened.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cutover {
+    /// When it began, counted as [`Report::total_ms`] is.
+    #[serde(default)]
+    pub began_ms: f64,
     /// To stop vCPUs and drain devices.
     pub pause_ms: f64,
     /// To read and pack the last round.
@@ -286,6 +310,7 @@ mod tests {
             downtime_ms: Some(downtime.estimate_ms),
             downtime: Some(downtime),
             rounds: vec![Round { number: 1, chunks: 10, ..Round::default() }],
+            samples: vec![Sample::default()],
             outages: vec![Outage::default()],
             classes: class_shares(&Stats::default()),
             stages: stage_shares(&Stats::default()),

@@ -3,9 +3,11 @@
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use super::{
-    CommitMode, SendOptions,
+    SendOptions,
+    cutover::CutoverTimes,
     outage::Outages,
     pace::{Pace, Reading},
+    series::Series,
     status::LinkStatus,
     worker::WorkerStats,
 };
@@ -15,7 +17,7 @@ use crate::{
     ownership::Question,
     policy::{self, CutOverPolicy, CutOverReason, Decision, DirtyCurve, Measurements, Objective},
     report::{
-        Cutover, Downtime, Outcome, Phase, Progress, Report, Round, class_shares, millis,
+        Downtime, Outcome, Phase, Progress, Report, Round, Sample, class_shares, millis,
         stage_shares,
     },
     stage::{Class, Stage, Stats},
@@ -48,21 +50,6 @@ const MOST_WATER_BYTES: u64 = 4 << 20;
 /// The state of a machine with a few vCPUs, compressed.
 const STATE_LINK_BYTES: u64 = 4 << 10;
 
-/// Times of a cutover, each when the step was done.
-#[derive(Debug, Default)]
-struct CutoverTimes {
-    pausing: Option<Duration>,
-    paused: Option<Duration>,
-    final_round: Option<Duration>,
-    state: Option<Duration>,
-    prepared: Option<Duration>,
-    resumed: Option<Duration>,
-    peer: Option<Resumed>,
-    state_bytes: u64,
-    final_chunks: u64,
-    because: String,
-}
-
 pub(super) struct Meter<'a> {
     clock: &'a dyn Clock,
     status: &'a LinkStatus,
@@ -76,6 +63,7 @@ pub(super) struct Meter<'a> {
     rounds: Vec<Round>,
     round_began: Duration,
     round_is_open: bool,
+    series: Series,
     outages: Outages,
     /// For how long in all there had been no link when the round began.
     outage_before: Duration,
@@ -128,6 +116,7 @@ impl<'a> Meter<'a> {
             rounds: Vec::new(),
             round_began: started,
             round_is_open: false,
+            series: Series::new(started),
             outages: Outages::default(),
             outage_before: Duration::ZERO,
             pace: Pace::default(),
@@ -147,14 +136,33 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Time passes: tells the live line now and then.
+    /// Time passes: takes a sample and tells the live line now and then.
     pub(super) fn tick(&mut self) {
         let now = self.clock.now();
+        if self.series.is_due(now) {
+            self.series.take(now, self.sample(now));
+        }
         if self.told_at.is_some_and(|at| now.saturating_sub(at) < PROGRESS_EVERY) {
             return;
         }
         self.told_at = Some(now);
         self.tell();
+    }
+
+    fn sample(&self, now: Duration) -> Sample {
+        let status = self.status;
+        Sample {
+            at_ms: self.since_start_ms(now),
+            sent_bytes: status.bytes_sent.load(Relaxed),
+            delivered_bytes: status.delivered_bytes.load(Relaxed),
+            in_flight_bytes: status.in_flight_bytes.load(Relaxed),
+            remaining_chunks: self.line.remaining_chunks,
+        }
+    }
+
+    /// A moment as reports have it.
+    fn since_start_ms(&self, at: Duration) -> f64 {
+        millis(at.saturating_sub(self.started))
     }
 
     fn tell(&mut self) {
@@ -220,7 +228,8 @@ impl<'a> Meter<'a> {
         self.round_began = now;
         self.outage_before = self.outages.total(now);
         self.pace.begins(self.reading());
-        self.rounds.push(Round { number, chunks, ..Round::default() });
+        let began_ms = self.since_start_ms(now);
+        self.rounds.push(Round { number, began_ms, chunks, ..Round::default() });
         self.line.round = number;
         self.line.remaining_chunks = chunks;
         if self.cutover.pausing.is_none() {
@@ -500,10 +509,11 @@ impl<'a> Meter<'a> {
                 .filter(|rate| *rate * moving > 0.0)
                 .map(|rate| (sent as f64 / (rate * moving)).min(1.0)),
             rounds: self.rounds.clone(),
+            samples: self.series.samples().iter().copied().chain([self.sample(now)]).collect(),
             classes: class_shares(&stats),
             stages: stage_shares(&stats),
             adaptation: Some(self.adapter.record()),
-            cutover: self.cutover.pausing.map(|_| self.cutover_shares()),
+            cutover: self.cutover.shares(self.started, self.early),
             ..self.report.clone()
         }
     }
@@ -511,29 +521,5 @@ impl<'a> Meter<'a> {
     fn downtime(&self) -> Option<Downtime> {
         let until = self.cutover.resumed?.saturating_sub(self.cutover.pausing?);
         Some(Downtime::measured(until, self.rtt(), self.predicted))
-    }
-
-    fn cutover_shares(&self) -> Cutover {
-        let times = &self.cutover;
-        let between = |from: Option<Duration>, to: Option<Duration>| match (from, to) {
-            (Some(from), Some(to)) => millis(to.saturating_sub(from)),
-            _ => 0.0,
-        };
-        let peer =
-            |of: fn(&Resumed) -> u64| times.peer.as_ref().map_or(0.0, |said| of(said) as f64 / 1e3);
-        Cutover {
-            pause_ms: between(times.pausing, times.paused),
-            final_round_ms: between(times.paused, times.final_round),
-            state_ms: between(times.final_round, times.state),
-            prepare_ms: between(times.state, times.prepared),
-            commit_ms: between(times.prepared, times.resumed),
-            peer_prepare_ms: peer(|said| said.prepare_us),
-            peer_commit_ms: peer(|said| said.commit_us),
-            peer_resume_ms: peer(|said| said.resume_us),
-            final_chunks: times.final_chunks,
-            state_bytes: times.state_bytes,
-            cut_because: times.because.clone(),
-            commit: if self.early { CommitMode::Early } else { CommitMode::Prepared }.to_string(),
-        }
     }
 }
