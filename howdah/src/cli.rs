@@ -3,6 +3,7 @@
 mod link;
 mod peer;
 mod pipeline;
+mod report;
 mod trace;
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
@@ -14,6 +15,7 @@ use clap::{
 pub(crate) use link::{LinkArgs, WaitArgs};
 pub(crate) use peer::{PeerAddArgs, PeerCommand};
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
+pub(crate) use report::ReportArgs;
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
 
 use handoff::{engine::CommitMode, order::Sequence, policy::Objective, stage::DeltaMode};
@@ -100,6 +102,10 @@ pub(crate) enum Command {
     /// Record what a guest changes, and move it again without KVM
     #[command(subcommand)]
     Trace(TraceCommand),
+    /// Make a page of reports: timelines, reduction by stage, tables, comparisons
+    ///
+    /// The page is one file that needs neither network nor script; with --csv there are tables too.
+    Report(ReportArgs),
     /// The process of a VM that is made of a file (started by `restore`)
     #[command(hide = true)]
     RestoreProcess(RestoreArgs),

@@ -76,6 +76,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
             commands::overlay::inspect(&file, output)
         }
         Command::Trace(command) => commands::trace::run(command, &home, output),
+        Command::Report(args) => commands::report::run(&args, output),
         Command::RestoreProcess(args) => telling_the_starter(
             commands::restore::run_here(&args, &home, Front::Detached).map(drop),
         ),

@@ -11,6 +11,7 @@ mod overlay;
 mod payload;
 mod ports;
 mod receive;
+mod report;
 mod saved;
 mod send;
 mod table;
@@ -63,6 +64,7 @@ pub const TARGETS: &[Target] = &[
     table::TARGET,
     saved::TARGET,
     trace::TARGET,
+    report::TARGET,
     virtio::BLOCK,
     virtio::NET,
     virtio::BALLOON,

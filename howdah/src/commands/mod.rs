@@ -7,6 +7,7 @@ pub(crate) mod interrupt;
 pub(crate) mod overlay;
 pub(crate) mod peer;
 pub(crate) mod recover;
+pub(crate) mod report;
 pub(crate) mod restore;
 pub(crate) mod run;
 pub(crate) mod save;
