@@ -313,6 +313,9 @@ pub(crate) enum Step {
         #[serde(default)]
         limits: LegLimits,
     },
+    /// Pause the guest where the last handoff brought it, and let the offline encoder look at it: what
+    /// `encode` does, later, so that those who watch the guest meet the handoff alone.
+    Encode {},
     /// Give up the handoff in the background.
     Cancel {},
     /// Wait for the end of a handoff in the background.
@@ -427,6 +430,9 @@ impl Scenario {
     /// What the offline encoder needs.
     fn check_encoded(&self) -> Result<()> {
         for step in &self.steps {
+            if *step == (Step::Encode {}) && !self.vm.base_memory {
+                bail!("a step encode needs [vm] base_memory = true: it reads RAM as a map of that");
+            }
             let Step::Handoff { encode, limits, .. } = step else { continue };
             if *encode && !self.vm.base_memory {
                 bail!("encode = true needs [vm] base_memory = true: it reads RAM as a map of that");
@@ -568,6 +574,7 @@ mod tests {
             ("{ do = 'handoff', from = 'a', to = 'b', background = true }", "never finished"),
             ("{ do = 'wait', seconds = -1.0 }", "waits"),
             ("{ do = 'handoff', from = 'a', to = 'b', encode = true }", "base_memory"),
+            ("{ do = 'encode' }", "base_memory"),
             (
                 "{ do = 'handoff', from = 'a', to = 'b', limits = { encoder_ratio = 1.1 } }",
                 "encode = true",

@@ -29,6 +29,9 @@ use crate::{
 /// Where records are left for the lab outside, one file a run.
 pub(crate) const RECORDS: &str = "/out/paper";
 
+/// How long the guest is watched after the handoff: longer than silence counts as the handoff's.
+const AFTER_S: f64 = 3.0;
+
 /// Makes the runs of these names; returns the exit status for the lab outside.
 pub(crate) fn run(plan: &Path, selection: &Selection, names: &[String]) -> Result<i32> {
     let plan = Plan::load(plan)?;
@@ -144,11 +147,15 @@ fn scenario(run: &Run) -> Result<Scenario> {
         without: Vec::new(),
         delta: None,
         flags: flags(&run.variant)?,
-        encode: run.encode,
+        encode: false,
         within_s: Some(run.bound_s),
         limits: LegLimits::default(),
     });
-    steps.push(Step::Wait { seconds: 3.0 });
+    steps.push(Step::Wait { seconds: AFTER_S });
+    if run.encode {
+        // It pauses the guest: not before the silence around the handoff has been measured.
+        steps.push(Step::Encode {});
+    }
     Ok(Scenario {
         // Its name is that of the directory of its logs.
         name: format!("paper/{}", run.name()),

@@ -239,6 +239,7 @@ impl<'a> Stage<'a> {
                 let from = self.pending.as_ref().context("there is no handoff to give up")?.from;
                 self.cloudlet(from).howdah(&["handoff", VM, "--cancel"]).map(drop)
             }
+            Step::Encode {} => self.encode(),
             Step::Finish {} => self.finish_handoff(),
             Step::Kill { who, after_link_kib } => self.kill(*who, after_link_kib * 1024),
             Step::Cut {} => self.network.shape(Link { loss_percent: 100.0, ..self.link }),
@@ -402,12 +403,19 @@ impl<'a> Stage<'a> {
         self.narrator.leg(&leg);
         self.outcome.legs.push(leg);
         if pending.encode && outcome == Expect::Moved {
-            let encoded = state::encode(self.cloudlet(pending.to), &self.work)
-                .context("the offline encoder")?;
-            self.outcome.legs.last_mut().context("no handoff")?.encoded = Some(encoded);
+            self.encode()?;
         }
         judge(pending.expect, outcome, pending.says.as_deref(), &ended)?;
         pending.stranger.map_or(Ok(()), LaterVersion::finish)
+    }
+
+    /// Has the offline encoder look at the guest where the last handoff brought it.
+    fn encode(&mut self) -> Result<()> {
+        let leg = self.outcome.legs.last().context("the offline encoder: there was no handoff")?;
+        let encoded =
+            state::encode(self.cloudlet(leg.to), &self.work).context("the offline encoder")?;
+        self.outcome.legs.last_mut().context("no handoff")?.encoded = Some(encoded);
+        Ok(())
     }
 
     /// What the target said of the guest that it received.
