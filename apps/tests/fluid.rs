@@ -1,4 +1,5 @@
 //! Client and server as processes of one machine would meet: over TCP, with links that break.
+#![allow(clippy::unwrap_used)]
 
 use std::{
     io::{Read, Write},
