@@ -22,7 +22,7 @@ pub struct CsvError {
     source: ::csv::Error,
 }
 
-const RUNS: [&str; 35] = [
+const RUNS: [&str; 37] = [
     "run",
     "file",
     "application",
@@ -48,6 +48,8 @@ const RUNS: [&str; 35] = [
     "answered",
     "failed",
     "lost",
+    "wrong",
+    "reconnects",
     "before_p50_ms",
     "before_p99_ms",
     "during_p50_ms",
@@ -142,6 +144,8 @@ fn run_row(run_number: String, run: &Run) -> Vec<String> {
         number(requests.answered),
         number(requests.failed),
         number(requests.lost),
+        number(requests.wrong),
+        number(requests.reconnects),
         number(requests.before_p50_ms),
         number(requests.before_p99_ms),
         number(requests.during_p50_ms),

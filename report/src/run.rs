@@ -116,6 +116,10 @@ pub struct Requests {
     pub failed: Option<u64>,
     /// Those that were not answered.
     pub lost: Option<u64>,
+    /// Those that were answered with what cannot be right.
+    pub wrong: Option<u64>,
+    /// Connections after the first.
+    pub reconnects: Option<u64>,
     /// Latency before the move: half were answered faster.
     pub before_p50_ms: Option<f64>,
     /// Latency before the move: 99 of 100 were answered faster.

@@ -9,6 +9,10 @@ const MOST_ITEMS: usize = 10_000;
 /// Longer text is cut.
 const MOST_CHARS: usize = 2_000;
 
+/// What documents of the lab and of the evaluation have beside what is shown: words and figures of
+/// others, in their own units.
+const NOT_SHOWN: [&str; 4] = ["peer", "figures", "compared", "hashes"];
+
 /// What cannot be.
 #[derive(Debug)]
 pub(super) struct Untamed {
@@ -16,6 +20,13 @@ pub(super) struct Untamed {
     pub(super) at: String,
     /// Why not.
     pub(super) why: String,
+}
+
+/// Takes out what is not shown.
+pub(super) fn prune(value: &mut Value) {
+    let Some(fields) = value.as_object_mut() else { return };
+    // A handoff's report has a peer too: where it went.
+    fields.retain(|key, field| !NOT_SHOWN.contains(&key.as_str()) || field.is_string());
 }
 
 /// Makes a document's text harmless, and refuses its numbers and lists if they are absurd. How deep

@@ -47,6 +47,9 @@ fn a_paper_run_needs_little() {
     let run = &read_value(&paper()).unwrap().runs[0];
     assert_eq!((run.origin.clone(), run.facts.repetition), (Origin::Paper, 2));
     assert_eq!(run.facts.link.rate_mbps, None);
+    let mut others = paper();
+    others["peer"] = json!({ "max-bandwidth": u64::MAX, "offset": -1 });
+    assert_eq!(read_value(&others).unwrap().runs.len(), 1);
     let mut failed = paper();
     failed["report"] = json!({ "error": { "message": "no room" } });
     assert!(read_value(&failed).unwrap().runs[0].report.is_none());

@@ -93,7 +93,8 @@ fn body(run: &Run, report: &Report) -> Markup {
 fn shaped(run: &Run) -> Vec<Shaped> {
     let link = &run.facts.link;
     let bytes_per_s = |mbps: f64| mbps * 1e6 / 8.0;
-    let Some(first) = link.rate_mbps else { return Vec::new() };
+    // No rate, and a rate of zero, is no limit.
+    let Some(first) = link.rate_mbps.filter(|rate| *rate > 0.0) else { return Vec::new() };
     let changes = link.changes.iter().flatten();
     let later = changes.map(|change| (change.at_s * 1e3, bytes_per_s(change.rate_mbps)));
     [(0.0, bytes_per_s(first))].into_iter().chain(later).collect()

@@ -36,6 +36,8 @@ pub(super) fn section(grid: &Grid<'_>) -> Markup {
                             th scope="col" { "Sent" }
                             th scope="col" { "Failed" }
                             th scope="col" { "Lost" }
+                            th scope="col" { "Wrong" }
+                            th scope="col" { "Reconnects" }
                             th scope="col" { "Before" }
                             th scope="col" { "During" }
                             th scope="col" { "During, 99 %" }
@@ -53,6 +55,8 @@ pub(super) fn section(grid: &Grid<'_>) -> Markup {
                                 td { (sum(cell, |r| r.sent)) }
                                 td { (sum(cell, |r| r.failed)) }
                                 td { (sum(cell, |r| r.lost)) }
+                                td { (sum(cell, |r| r.wrong)) }
+                                td { (sum(cell, |r| r.reconnects)) }
                                 td { (mean(cell, |r| r.before_p50_ms)) }
                                 td { (mean(cell, |r| r.during_p50_ms)) }
                                 td { (mean(cell, |r| r.during_p99_ms)) }
