@@ -20,6 +20,12 @@ const PORT: u16 = 4444;
 const TAKES_OVER: Duration = Duration::from_secs(60);
 /// How long a migration that was given up may take to be over.
 const GIVES_UP: Duration = Duration::from_secs(20);
+/// The longest stop that QEMU plans for at first: its own default.
+const FIRST_LIMIT_MS: u64 = 300;
+/// The longest that it is ever let plan for.
+const LAST_LIMIT_MS: u64 = 8000;
+/// How long pre-copy may try before it is let stop the guest for longer.
+const RAISES: Duration = Duration::from_secs(5);
 /// How often a QEMU that says nothing is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -114,6 +120,7 @@ impl Migration<'_> {
 
     /// Follows the source until memory is over there, and does what is to be done on the way.
     fn follow(&mut self, deadline: Instant) -> Result<Course, QmpError> {
+        let mut limit = Limit::default();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -138,9 +145,9 @@ impl Migration<'_> {
                     let why = why.get("error-desc").and_then(Value::as_str).map(str::to_owned);
                     return Ok(Course::Failed(why.unwrap_or_else(|| status.to_owned())));
                 }
-                ("MIGRATION_PASS", _) if self.variant == Variant::Postcopy => {
+                ("MIGRATION_PASS", _) => {
                     let pass = data("pass").and_then(Value::as_i64).unwrap_or(0);
-                    self.after_pass(pass)?;
+                    self.after_pass(pass, &mut limit)?;
                 }
                 ("BLOCK_JOB_ERROR" | "SHUTDOWN" | "GUEST_PANICKED", _) => {
                     return Ok(Course::Failed(format!("{} {}", event.event, event.data)));
@@ -150,12 +157,20 @@ impl Migration<'_> {
         }
     }
 
-    /// All of memory has been sent once when the second pass begins: the guest can run at the target.
-    fn after_pass(&mut self, pass: i64) -> Result<(), QmpError> {
-        if pass != 2 {
-            return Ok(());
-        }
-        match self.source.tell("migrate-start-postcopy", json!({})) {
+    /// All of memory has been sent once when the second pass begins. With post-copy the guest can run at
+    /// the target then; pre-copy goes on, and may stop the guest for longer if that comes to nothing.
+    fn after_pass(&mut self, pass: i64, limit: &mut Limit) -> Result<(), QmpError> {
+        let told = match (self.variant, pass) {
+            (Variant::Postcopy, 2) => self.source.tell("migrate-start-postcopy", json!({})),
+            (Variant::Postcopy, _) => return Ok(()),
+            _ => match limit.after_pass(pass, Instant::now()) {
+                Some(ms) => {
+                    self.source.tell("migrate-set-parameters", json!({ "downtime-limit": ms }))
+                }
+                None => return Ok(()),
+            },
+        };
+        match told {
             // So little was left that it is over already.
             Err(QmpError::Refused { .. }) | Ok(_) => Ok(()),
             Err(error) => Err(error),
@@ -194,6 +209,38 @@ impl Migration<'_> {
             event.event == "MIGRATION" && status == Some("cancelled")
         });
         Ended { given_up: Some(format!("memory: {status}")), figures, ..Ended::default() }
+    }
+}
+
+/// For how long pre-copy may plan to stop the guest. Its default never ends a guest whose working set
+/// takes longer than that on a thin link; management tools raise it step by step, and so is done here.
+#[derive(Debug)]
+struct Limit {
+    ms: u64,
+    since: Option<Instant>,
+}
+
+impl Default for Limit {
+    fn default() -> Self {
+        Self { ms: FIRST_LIMIT_MS, since: None }
+    }
+}
+
+impl Limit {
+    /// The new limit, if a pass that begins now is one too many.
+    fn after_pass(&mut self, pass: i64, now: Instant) -> Option<u64> {
+        // The first passes over all of memory are no attempt yet.
+        let since = *self.since.get_or_insert(now);
+        if pass <= 2 {
+            self.since = Some(now);
+            return None;
+        }
+        if now.duration_since(since) < RAISES || self.ms >= LAST_LIMIT_MS {
+            return None;
+        }
+        self.since = Some(now);
+        self.ms = (self.ms * 3 / 2).min(LAST_LIMIT_MS);
+        Some(self.ms)
     }
 }
 

@@ -193,3 +193,18 @@ fn a_target_that_dies_is_noticed_while_the_source_waits() {
     let error = format!("{:#}", ended.unwrap_err());
     assert!(error.contains("closed its QMP socket"), "{error}");
 }
+
+#[test]
+fn pre_copy_may_stop_the_guest_for_longer_the_longer_it_tries() {
+    let began = Instant::now();
+    let at = |seconds| began + Duration::from_secs(seconds);
+    let mut limit = Limit::default();
+    let raised: Vec<Option<u64>> = [(1, 0), (2, 90), (3, 91), (4, 96), (5, 97), (6, 102)]
+        .map(|(pass, seconds)| limit.after_pass(pass, at(seconds)))
+        .to_vec();
+    assert_eq!(raised, [None, None, None, Some(450), None, Some(675)]);
+    for seconds in 103..1000 {
+        limit.after_pass(7, at(seconds));
+    }
+    assert_eq!(limit.ms, LAST_LIMIT_MS);
+}
