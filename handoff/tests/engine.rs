@@ -87,6 +87,20 @@ fn a_flipped_bit_costs_a_link_and_nothing_else() {
     }
 }
 
+/// Behind the last segments the word is under way already that these are all: it must not be believed
+/// where one of them is not whole.
+#[test]
+fn a_bit_flipped_in_the_last_segments_is_sent_again() {
+    let mut whole = pair(&[], HostFaults::default(), 0);
+    assert!(matches!(whole.send(), SendOutcome::Moved { .. }));
+    let needed = whole.connect.carried_bytes();
+    whole.finish();
+    for back in (500..10_000).step_by(500) {
+        let fault = Fault { flip: Some(needed - back), ..Fault::default() };
+        assert_moved(pair(&[fault], HostFaults::default(), 0));
+    }
+}
+
 #[test]
 fn what_was_applied_is_not_sent_again() {
     let mut whole = pair(&[], HostFaults::default(), 0);

@@ -227,7 +227,12 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     fn take(&mut self, outcome: Result<Decoded, Undecodable>) -> Result<u64, OpenError> {
         let decoded = match outcome {
             Ok(decoded) => decoded,
-            Err(Undecodable::Link(e)) => return Err(e),
+            Err(Undecodable::Link(e)) => {
+                // What it would have completed is not whole, even if nothing else is at hand now.
+                // The source says it again behind what it sends again.
+                self.all_sent = None;
+                return Err(e);
+            }
             Err(Undecodable::Content(why)) => {
                 self.decline(why);
                 return Ok(0);
