@@ -77,6 +77,10 @@ impl Drop for Reaper {
 #[error("{0}")]
 pub(crate) struct HostLost(String);
 
+/// How often the console is looked at.
+const LOOK: Duration = Duration::from_secs(5);
+/// What a kernel says, after 20 s and more, of a CPU that is lost.
+const STUCK: [&str; 2] = ["BUG: soft lockup", "kthread starved for"];
 /// What says where and why a kernel panicked.
 const PANIC: [&str; 4] = ["Kernel panic", "BUG:", "Oops:", "RIP: 0010"];
 
@@ -111,7 +115,7 @@ impl Machine<'_> {
         let mut up = false;
         loop {
             let left = self.timeout.saturating_sub(started.elapsed());
-            match inbox.recv_timeout(left) {
+            match inbox.recv_timeout(left.min(LOOK)) {
                 Ok(Event::Report(Report::Up { uptime_ms, kernel, kvm })) => {
                     up = true;
                     let after = started.elapsed().as_secs_f32();
@@ -130,6 +134,15 @@ impl Machine<'_> {
                     let when = if up { "while the command ran" } else { "before it was up" };
                     let words = self.last_words();
                     return Err(HostLost(format!("the lab host died {when}: {words}")).into());
+                }
+                Err(RecvTimeoutError::Timeout) if left > LOOK => {
+                    if let Some(stuck) = self.stuck() {
+                        let words = self.last_words();
+                        return Err(HostLost(format!(
+                            "the lab host stands still: {stuck}: {words}"
+                        ))
+                        .into());
+                    }
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     let (limit_s, words) = (self.timeout.as_secs(), self.last_words());
@@ -210,6 +223,13 @@ impl Machine<'_> {
     }
 
     /// The end of the console and what QEMU said, on one line.
+    /// What its kernel says of a CPU that does nothing else any more. No scenario gets over that, and
+    /// waiting for its end would take minutes.
+    fn stuck(&self) -> Option<String> {
+        let text = fs::read(self.console).unwrap_or_default();
+        stuck_in(&String::from_utf8_lossy(&text)).map(str::to_owned)
+    }
+
     fn last_words(&self) -> String {
         let tail = |path: &Path| {
             let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
@@ -232,6 +252,10 @@ impl Machine<'_> {
         let all = if fs::copy(self.console, &kept).is_ok() { &kept } else { self.console };
         format!("{words} (all of it: {})", all.display())
     }
+}
+
+fn stuck_in(console: &str) -> Option<&str> {
+    console.lines().map(str::trim).find(|line| STUCK.iter().any(|words| line.contains(words)))
 }
 
 /// QEMU's options are split at commas; a doubled one is a literal comma.
@@ -279,5 +303,18 @@ fn wait_for(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
             bail!("the lab host did not power off within {} s", limit.as_secs());
         }
         thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_has_lost_a_cpu_is_told_from_one_that_complains() {
+        let stuck = "[ 88.6] watchdog: BUG: soft lockup - CPU#0 stuck for 45s! [exe:305]";
+        let console = format!("[  8.9] kvm [179]: Unhandled WRMSR\n{stuck}\n");
+        assert_eq!(stuck_in(&console), Some(stuck));
+        assert_eq!(stuck_in("[ 8.9] kvm [179]: Unhandled WRMSR\n[ 9.0] EXT4-fs: mounted"), None);
     }
 }
