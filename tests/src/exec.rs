@@ -157,7 +157,6 @@ impl Request {
         let job = Job {
             modules: Vec::new(),
             optional_modules: Vec::new(),
-            emulated: accelerator == Accelerator::Software,
             shares: self.shares.iter().map(|(_, share)| share.clone()).collect(),
             command: self.command,
             env: self.env,

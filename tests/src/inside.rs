@@ -15,7 +15,6 @@ mod net;
 mod paper;
 mod peers;
 mod product;
-mod pulse;
 mod report;
 mod runner;
 mod silence;

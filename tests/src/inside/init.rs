@@ -21,7 +21,7 @@ use nix::{
     unistd::{Pid, sync},
 };
 
-use super::{copy::copy_tree, pulse};
+use super::copy::copy_tree;
 use crate::machine::job::{
     JOB_PATH, Job, OUT_TAG, PORT_REPORT, PORT_STDERR, PORT_STDOUT, Report, Share,
 };
@@ -61,9 +61,6 @@ fn serve() -> Result<()> {
         let _ = load_module(module);
     }
     hold_kvm();
-    if job.emulated {
-        pulse::start()?;
-    }
     let mut reports = open_port(PORT_REPORT)?;
     let report = match prepare_and_run(&job, &mut reports) {
         Ok(status) => Report::Exit { status },

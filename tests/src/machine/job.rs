@@ -25,8 +25,6 @@ pub(crate) struct Job {
     pub(crate) modules: Vec<String>,
     /// Modules of which a failure to load is no error: they need hardware that may be missing.
     pub(crate) optional_modules: Vec<String>,
-    /// Whether the host's CPUs are emulated, and lose interrupts.
-    pub(crate) emulated: bool,
     /// Directories that come over 9p.
     pub(crate) shares: Vec<Share>,
     /// The command and its arguments.

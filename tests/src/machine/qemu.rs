@@ -204,7 +204,10 @@ impl Machine<'_> {
         add(&["-kernel", &self.kernel.image.to_string_lossy()]);
         add(&["-initrd", &self.initramfs.to_string_lossy()]);
         // No mitigations: they cost much in emulation and guard nothing here.
-        add(&["-append", "console=ttyS0 panic=-1 quiet loglevel=4 mitigations=off tsc=reliable"]);
+        add(&[
+            "-append",
+            "console=ttyS0 panic=-1 softlockup_panic=1 quiet loglevel=4 mitigations=off tsc=reliable",
+        ]);
         add(&["-chardev", &format!("file,id=console,path={}", escaped(self.console))]);
         add(&["-serial", "chardev:console", "-device", "virtio-serial-pci"]);
         for (name, fd) in [PORT_REPORT, PORT_STDOUT, PORT_STDERR].iter().zip(channels) {
