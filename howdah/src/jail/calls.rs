@@ -211,6 +211,10 @@ pub(super) fn of(kind: Kind, pid: u32) -> Result<Calls, seccompiler::BackendErro
     calls.insert(SYS_mmap, vec![not_executable()?]);
     calls.insert(SYS_mprotect, vec![not_executable()?]);
     calls.insert(SYS_ioctl, ioctls(kind)?);
+    if kind.faces_the_guest() {
+        // Passed on to the filter of what is denied: a call that this one did not let pass would end the process.
+        calls.extend(denied());
+    }
     if kind == Kind::Device {
         // Looked at before a descriptor is closed, by some builds of the standard library.
         calls.insert(SYS_fcntl, only(1, &[libc::F_GETFD, libc::F_GETFL])?);
@@ -236,6 +240,13 @@ pub(super) fn of(kind: Kind, pid: u32) -> Result<Calls, seccompiler::BackendErro
         calls.insert(SYS_prlimit64, vec![SeccompRule::new(vec![none])?]);
     }
     Ok(calls)
+}
+
+/// What a thread that faces the guest is answered with EACCES, silently: it opens nothing, but glibc's
+/// malloc may try to. The first time that it gives memory of a thread's arena back, it looks into
+/// /proc/sys/vm/overcommit_memory (`check_may_shrink_heap`), and does without where it cannot.
+pub(super) fn denied() -> Calls {
+    [(SYS_openat, Vec::new())].into()
 }
 
 /// What glibc tries and can do without: answered with ENOSYS, silently.
@@ -351,9 +362,10 @@ mod tests {
     #[test]
     fn who_faces_the_guest_opens_and_connects_nothing() {
         let device = of(Kind::Device, 1).unwrap();
-        for call in [SYS_openat, SYS_socket, SYS_connect, SYS_clone, SYS_io_uring_setup] {
+        for call in [SYS_socket, SYS_connect, SYS_clone, SYS_io_uring_setup] {
             assert!(!device.contains_key(&call), "system call {call}");
         }
+        assert!(denied().contains_key(&SYS_openat));
         assert!(!of(Kind::Vcpu, 1).unwrap().contains_key(&SYS_read));
     }
 }

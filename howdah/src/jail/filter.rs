@@ -29,16 +29,18 @@ pub(crate) enum FilterError {
     Twice,
 }
 
-/// A program for each kind of thread.
+/// The programs for each kind of thread.
 #[derive(Debug)]
-struct Filters(BTreeMap<Kind, BpfProgram>);
+struct Filters(BTreeMap<Kind, Vec<BpfProgram>>);
 
 impl Filters {
     fn new(pid: u32) -> Result<Self, FilterError> {
         let programs = Kind::ALL.into_iter().map(|kind| {
             // The handler tells of what is not allowed and decides what becomes of it.
             let trap = program(calls::of(kind, pid)?, SeccompAction::Trap, SeccompAction::Allow)?;
-            Ok((kind, trap))
+            let no_access = SeccompAction::Errno(libc::EACCES as u32);
+            let denied = program(calls::denied(), SeccompAction::Allow, no_access)?;
+            Ok((kind, if kind.faces_the_guest() { vec![denied, trap] } else { vec![trap] }))
         });
         Ok(Self(programs.collect::<Result<_, FilterError>>()?))
     }
@@ -66,17 +68,21 @@ pub(super) fn confine_process() -> Result<(), FilterError> {
     }
     trap::handle().map_err(FilterError::Trap)?;
     trap::this_thread_is(Kind::Main);
-    seccompiler::apply_filter(&absent)?;
-    Ok(seccompiler::apply_filter(&main)?)
+    for program in std::iter::once(&absent).chain(&main) {
+        seccompiler::apply_filter(program)?;
+    }
+    Ok(())
 }
 
 /// Narrows what this thread, and those that it starts, may do. Does nothing in a process that is
 /// not confined.
 pub(super) fn confine_thread(kind: Kind) -> Result<(), FilterError> {
-    let Some(program) = FILTERS.get().and_then(|filters| filters.0.get(&kind)) else {
+    let Some(programs) = FILTERS.get().and_then(|filters| filters.0.get(&kind)) else {
         return Ok(());
     };
-    seccompiler::apply_filter(program)?;
+    for program in programs {
+        seccompiler::apply_filter(program)?;
+    }
     trap::this_thread_is(kind);
     Ok(())
 }

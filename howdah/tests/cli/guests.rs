@@ -264,7 +264,8 @@ fn a_vm_goes_on_from_its_base_once_and_boots_from_then_on() {
     let again = site.0.line("vm run a --detach --json").ok().json();
     assert_eq!(again["from"], "kernel");
     wait_for("the guest boots", || (site.booted("a") == 1).then_some(()));
-    assert!(site.last_count("a").unwrap() >= count);
+    // The log goes on, though the guest counts from the beginning.
+    assert!(site.lines("a").contains(&count));
     let cold = site.0.line("vm run c --base warm --cold --detach --json").ok().json();
     assert_eq!(cold["from"], "kernel");
     wait_for("the guest boots", || (site.booted("c") == 1).then_some(()));
