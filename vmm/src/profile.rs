@@ -240,6 +240,10 @@ impl HostProfile {
         let supported =
             host.kvm().get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("CPUID"))?;
         let vm = host.kvm().create_vm().map_err(failed("create a VM"))?;
+        // Only a vCPU tells its TSC's rate on all kernels. With a LAPIC, as every VM of ours has: for the
+        // first vCPU without one KVM patches the host's kernel (kvm_has_noapic_vcpu), on all CPUs and
+        // under all VMs that run, and for the end of the last one again.
+        vm.create_irq_chip().map_err(failed("create the interrupt controllers"))?;
         let vcpu = vm.create_vcpu(0).map_err(failed("create a vCPU"))?;
         Ok(Self {
             supported: supported.as_slice().to_vec(),
