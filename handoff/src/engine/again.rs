@@ -9,8 +9,11 @@ use std::time::Duration;
 
 use crate::{ChunkId, ChunkSet, Geometry, order::RoundOrder};
 
-/// How often a round looks.
+/// A round looks no more often than this, ...
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// ... and so much more seldom than a look takes: looking costs by the size of the guest, not by
+/// what it changed.
+const LOOK_SHARE: u32 = 32;
 
 #[derive(Debug)]
 pub(super) struct Again {
@@ -18,22 +21,24 @@ pub(super) struct Again {
     sent: ChunkSet,
     /// Chunks that were left out once.
     deferred: ChunkSet,
-    looked: Option<Duration>,
+    /// When to look next.
+    due: Duration,
 }
 
 impl Again {
     pub(super) fn new(geometry: Geometry) -> Self {
         let none = ChunkSet::new(geometry);
-        Self { sent: none.clone(), deferred: none, looked: None }
+        Self { sent: none.clone(), deferred: none, due: Duration::ZERO }
     }
 
-    /// Whether it is time to look; if so, this counts as the look.
-    pub(super) fn is_due(&mut self, now: Duration) -> bool {
-        let due = self.looked.is_none_or(|at| now.saturating_sub(at) >= LOOK_EVERY);
-        if due {
-            self.looked = Some(now);
-        }
-        due
+    /// Whether it is time to look.
+    pub(super) fn is_due(&self, now: Duration) -> bool {
+        now >= self.due
+    }
+
+    /// A look was taken from `began` until `now`.
+    pub(super) fn looked(&mut self, began: Duration, now: Duration) {
+        self.due = began + LOOK_EVERY.max(now.saturating_sub(began) * LOOK_SHARE);
     }
 
     /// These are sent now.
@@ -90,6 +95,10 @@ mod tests {
     fn a_look_costs_something_so_it_is_not_taken_all_the_time() {
         let mut again = Again::new(GEOMETRY);
         let ms = Duration::from_millis;
-        assert!(again.is_due(ms(0)) && !again.is_due(ms(49)) && again.is_due(ms(50)));
+        assert!(again.is_due(ms(0)));
+        again.looked(ms(0), ms(1));
+        assert!(!again.is_due(ms(49)) && again.is_due(ms(50)));
+        again.looked(ms(50), ms(60));
+        assert!(!again.is_due(ms(369)) && again.is_due(ms(370)), "a 32nd part of the time");
     }
 }

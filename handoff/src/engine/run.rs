@@ -210,7 +210,10 @@ impl Run<'_> {
     pub(super) fn send_round(&mut self, set: ChunkSet) -> Result<Option<ChunkSet>, KeptReason> {
         self.round += 1;
         self.pipe.meter.round_begins(self.round, set.len());
-        self.outbound.begin(self.round);
+        match self.guest.paused {
+            true => self.outbound.begin(self.round),
+            false => self.outbound.begin_small(self.round),
+        }
         let mut order = RoundOrder::hot_last(set, &self.hot, self.options.order);
         let mut groups = 0u64;
         let broken_off = loop {
@@ -241,13 +244,15 @@ impl Run<'_> {
     /// Looks now and then at what is dirty again, and leaves it to the next round. Whether the round
     /// must end here.
     fn leave_out_dirty(&mut self, order: &mut RoundOrder) -> Result<bool, KeptReason> {
-        if self.guest.paused || !self.again.is_due(self.pipe.clock.now()) {
+        let began = self.pipe.clock.now();
+        if self.guest.paused || !self.again.is_due(began) {
             return Ok(false);
         }
         let dirty = self.guest.vm.peek_dirty().map_err(failed("looking at changed memory"))?;
         self.pipe.meter.dirtied(dirty.len());
         let left_out = self.again.leave_out(order, &dirty);
         self.pipe.meter.left_out(left_out);
+        self.again.looked(began, self.pipe.clock.now());
         Ok(self.pipe.meter.must_break_off(order.remaining() + dirty.len()))
     }
 

@@ -30,6 +30,12 @@ pub const GROUP_CHUNKS: usize = 64;
 /// long as comparing a chunk.
 pub const SAMPLE_GROUPS: u64 = 32;
 
+/// How much data the first batch of a generation has that begins small, in chunks: each further one may
+/// have twice as much. A link with nothing to do is not kept waiting for a whole batch.
+const FIRST_DATA_CHUNKS: usize = 8;
+/// And how many chunks of all kinds, for each of data.
+const CHUNKS_PER_DATA_CHUNK: usize = GROUP_CHUNKS / FIRST_DATA_CHUNKS;
+
 /// Takes copies of chunks, gives batches. Does no I/O but to read the base.
 ///
 /// Every batch must reach the target, in order: see [`Classifier`].
@@ -42,6 +48,8 @@ pub struct Outbound {
     sampled_ns: Vec<u64>,
     groups: u64,
     limits: BatchLimits,
+    /// Chunks of data that the next batch may have while batches still grow.
+    growing: usize,
     batch: BatchBuilder,
     ready: VecDeque<RawBatch>,
     buffers: Buffers,
@@ -62,6 +70,7 @@ impl Outbound {
             sampled_ns: Vec::with_capacity(GROUP_CHUNKS),
             groups: 0,
             limits,
+            growing: usize::MAX,
             batch: BatchBuilder::with_limits(0, limits),
             ready: VecDeque::new(),
             buffers: Buffers::default(),
@@ -99,7 +108,24 @@ impl Outbound {
     /// [`Outbound::end`] for each further generation.
     pub fn begin(&mut self, generation: u32) {
         debug_assert!(self.ids.is_empty() && self.batch.is_empty());
+        self.growing = usize::MAX;
         self.batch.begin(generation, self.limits);
+    }
+
+    /// The same for a generation of which nothing is on its way yet: its first batches are small, and
+    /// soon ready.
+    pub fn begin_small(&mut self, generation: u32) {
+        self.begin(generation);
+        self.growing = FIRST_DATA_CHUNKS;
+        self.batch.begin(generation, self.limits_now());
+    }
+
+    fn limits_now(&self) -> BatchLimits {
+        let chunks = self.growing.saturating_mul(CHUNKS_PER_DATA_CHUNK);
+        BatchLimits {
+            data_chunks: self.limits.data_chunks.min(self.growing),
+            chunks: self.limits.chunks.min(chunks),
+        }
     }
 
     /// Room for a copy of chunk `id`, to be filled before the next call.
@@ -185,6 +211,10 @@ impl Outbound {
                 let full = self.batch.finish_into(&self.buffers);
                 count_batch(&mut self.stats, &full);
                 self.ready.push_back(full);
+                if self.growing != usize::MAX {
+                    self.growing = self.growing.saturating_mul(2);
+                    self.batch.begin(self.batch.generation(), self.limits_now());
+                }
             }
         }
     }

@@ -679,6 +679,33 @@ fn the_table_goes_by_content() {
     assert!(resolver.table().is_empty());
 }
 
+/// Chunks of the batches that a generation of new data makes.
+fn batches_of(outbound: &mut Outbound) -> Vec<u64> {
+    let mut made = Vec::new();
+    for index in 0..GEOMETRY.ram_chunks {
+        let mut random = blake3::Hasher::new().update(&index.to_le_bytes()).finalize_xof();
+        random.fill(outbound.slot(ChunkId { space: Space::Ram, index }).unwrap());
+        made.extend(std::iter::from_fn(|| outbound.poll()));
+    }
+    outbound.end().unwrap();
+    made.extend(std::iter::from_fn(|| outbound.poll()));
+    made.iter().map(|batch| batch.chunks).collect()
+}
+
+#[test]
+fn a_generation_that_begins_small_grows() {
+    let new = || {
+        let limits = BatchLimits { data_chunks: 100, chunks: 1000 };
+        Outbound::new(bases(), GEOMETRY, StageOptions::default()).with_limits(limits)
+    };
+    let mut outbound = new();
+    outbound.begin_small(1);
+    assert_eq!(batches_of(&mut outbound), [8, 16, 32, 64, 100, 100, 100, 100, 100, 80]);
+    let mut outbound = new();
+    outbound.begin(1);
+    assert_eq!(batches_of(&mut outbound), [100; 7]);
+}
+
 /// An op whose outcome depends on nothing that came before.
 fn alone() -> impl Strategy<Value = Op> {
     let place = |index| BasePlace { base: 0, place: Place { part: Part::Disk, index } };
