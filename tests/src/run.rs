@@ -128,6 +128,7 @@ fn repeat_after_host_faults(
             let Some(fault) = outcome.host_fault.take() else { break };
             let name = &one.scenario.name;
             crate::say(&format!("again  {name}: the emulated lab host broke under it ({fault})"));
+            keep_logs(&root.lab_dir()?, name, repeat);
             for mut next in
                 run_boot(args, root, std::slice::from_ref(one), cpus_in(repeat, args.cpus))?
             {
@@ -137,6 +138,15 @@ fn repeat_after_host_faults(
         }
     }
     Ok(())
+}
+
+/// Puts the logs of a scenario that broke where its repetition does not write over them: what a silent
+/// guest said last is in its console's.
+fn keep_logs(lab: &Path, name: &str, repeat: usize) {
+    let kept = lab.join(format!("lost-{name}-{repeat}"));
+    // Of an earlier run, if it is there; and a host that broke early has left no logs.
+    let _ = fs::remove_dir_all(&kept);
+    let _ = fs::rename(lab.join(name), &kept);
 }
 
 /// Compares figures, which may be of different scenarios, and says how they stand.
