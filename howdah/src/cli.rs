@@ -53,6 +53,10 @@ pub(crate) struct Cli {
     #[arg(long, global = true)]
     pub(crate) json: bool,
 
+    /// Print results and errors only: no progress, no remarks, names instead of tables
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+
     /// Log more to stderr (a VM's own process: to its vm.log); twice for even more
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
@@ -106,6 +110,22 @@ pub(crate) enum Command {
     ///
     /// The page is one file that needs neither network nor script; with --csv there are tables too.
     Report(ReportArgs),
+    /// Look for what would keep VMs from running or moving here, and say what mends it
+    ///
+    /// Changes nothing. Exits with 5 if handoffs cannot work on this host.
+    Doctor,
+    /// Print a shell's completions of this command line
+    ///
+    /// For bash: `howdah completion bash > /etc/bash_completion.d/howdah`.
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual: a page for each command
+    Man {
+        /// Directory to write them to; made if it is not there
+        dir: PathBuf,
+    },
     /// The process of a VM that is made of a file (started by `restore`)
     #[command(hide = true)]
     RestoreProcess(RestoreArgs),
@@ -254,6 +274,8 @@ pub(crate) enum VmCommand {
     Inspect(VmArg),
     /// Attach to the serial console; Ctrl-] leaves
     Console(VmArg),
+    /// Show what a VM's process had to say, or what its guest printed
+    Logs(VmLogsArgs),
     /// Stop the vCPUs, keep everything
     Pause(VmArg),
     /// Let a paused VM go on
@@ -330,6 +352,21 @@ pub(crate) struct VmRunArgs {
     pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) jail: JailArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmLogsArgs {
+    /// Name of the VM
+    pub(crate) name: VmName,
+    /// Show what is added, until the VM's process ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// The last lines only
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) lines: Option<usize>,
+    /// The guest's serial console instead of the log of the VM's process
+    #[arg(long)]
+    pub(crate) console: bool,
 }
 
 /// How the process of a VM is confined.

@@ -26,6 +26,7 @@ mod commands;
 mod console;
 mod control;
 mod disk;
+mod doctor;
 mod failure;
 mod home;
 mod jail;
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return wrong_usage(&error),
     };
-    let output = Output::new(cli.json);
+    let output = Output::new(cli.json).quietly(cli.quiet);
     logging::start(cli.verbose);
     match run(cli, output) {
         Ok(()) => ExitCode::SUCCESS,
@@ -77,6 +78,9 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         }
         Command::Trace(command) => commands::trace::run(command, &home, output),
         Command::Report(args) => commands::report::run(&args, output),
+        Command::Doctor => doctor::run(&home, output),
+        Command::Completion { shell } => commands::generate::completion(shell),
+        Command::Man { dir } => commands::generate::man(&dir, output),
         Command::RestoreProcess(args) => telling_the_starter(
             commands::restore::run_here(&args, &home, Front::Detached).map(drop),
         ),

@@ -1,7 +1,11 @@
 //! What goes to the user: text for people, or one JSON document for programs.
+//!
+//! Colours are for terminals only: what is printed passes a stream that takes them out elsewhere, and
+//! where NO_COLOR asks for it.
 
 use std::io::{self, Write};
 
+use anstyle::AnsiColor;
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -10,12 +14,23 @@ use crate::failure::Failure;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Output {
     json: bool,
+    quiet: bool,
 }
 
 impl Output {
     /// JSON instead of text when `json`.
     pub(crate) fn new(json: bool) -> Self {
-        Self { json }
+        Self { json, quiet: false }
+    }
+
+    /// Without progress, remarks and words about what went well, if `quiet`.
+    pub(crate) fn quietly(self, quiet: bool) -> Self {
+        Self { quiet, ..self }
+    }
+
+    /// Whether only what was asked for is wanted.
+    pub(crate) fn is_quiet(self) -> bool {
+        self.quiet
     }
 
     /// Whether programs are listening.
@@ -30,12 +45,37 @@ impl Output {
         } else {
             text(value)
         };
-        put(&mut io::stdout(), shown.trim_end());
+        put(&mut anstream::stdout(), shown.trim_end());
+    }
+
+    /// Says that a command did what it was told; programs get `value`, who wants quiet nothing.
+    pub(crate) fn done<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) {
+        if self.json || !self.quiet {
+            self.result(value, text);
+        }
+    }
+
+    /// Prints a list: a table for people, the names alone where quiet is wanted.
+    pub(crate) fn list<T: Serialize, N: ToString>(
+        self,
+        items: &[T],
+        name: impl Fn(&T) -> N,
+        text: impl FnOnce(&[T]) -> String,
+    ) {
+        self.result(&items, |items| {
+            if self.quiet {
+                let names: Vec<_> = items.iter().map(|item| name(item).to_string()).collect();
+                return names.join("\n");
+            }
+            text(items)
+        });
     }
 
     /// A remark for people that is no result: on stderr, so that stdout stays parsable.
     pub(crate) fn note(self, text: &str) {
-        put(&mut io::stderr(), text);
+        if !self.quiet {
+            put(&mut anstream::stderr(), text);
+        }
     }
 
     /// The line for a failed command; programs get it on stdout too.
@@ -49,7 +89,8 @@ impl Output {
             }
             put(&mut io::stdout(), &format!("{value:#}"));
         }
-        put(&mut io::stderr(), &format!("howdah: {failure}"));
+        let name = AnsiColor::Red.on_default().bold();
+        put(&mut anstream::stderr(), &format!("{name}howdah:{name:#} {failure}"));
     }
 }
 

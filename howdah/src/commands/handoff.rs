@@ -1,23 +1,16 @@
 //! `howdah handoff`: asks a VM's process to send it, and shows how it goes.
 
-use std::{
-    io::IsTerminal,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-
-use super::interrupt::Interrupts;
+use super::{interrupt::Interrupts, shown::Shown};
 use crate::{
     cli::HandoffArgs,
-    control::{HandoffRequest, HandoffTls, Progress, Reply, Request, client},
+    control::{HandoffRequest, HandoffTls, Reply, Request, client},
     home::Home,
     output::{Output, bytes, shares},
     peers::{self, BookFile},
 };
 
-/// Where there is no terminal, a line this often.
-const LINE_EVERY: Duration = Duration::from_secs(1);
 /// The process says something at least this often, or it hangs.
 const SILENCE: Duration = Duration::from_secs(600);
 /// A handoff that is given up says a last word to its peer, if there is a link.
@@ -77,71 +70,6 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
     }
 }
 
-/// The live line on a terminal, a line now and then elsewhere, nothing for programs.
-struct Shown {
-    bar: Option<ProgressBar>,
-    lines: bool,
-    output: Output,
-    last_line: Option<Instant>,
-}
-
-impl Shown {
-    fn new(output: Output) -> Self {
-        let terminal = std::io::stderr().is_terminal() && !output.is_json();
-        let bar = terminal.then(ProgressBar::new_spinner);
-        if let Some(bar) = &bar {
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {wide_msg}") {
-                bar.set_style(style);
-            }
-            bar.enable_steady_tick(Duration::from_millis(200));
-        }
-        Self { bar, lines: !terminal && !output.is_json(), output, last_line: None }
-    }
-
-    /// Hides the live line, or shows it again, from another thread.
-    fn quiet(&self) -> impl Fn(bool) + Send + 'static {
-        let bar = self.bar.clone();
-        move |quiet| {
-            let target =
-                if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-            if let Some(bar) = &bar {
-                bar.set_draw_target(target);
-            }
-        }
-    }
-
-    fn show(&mut self, progress: &Progress) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(line(progress));
-        }
-        if self.lines && self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
-            self.output.note(&line(progress));
-            self.last_line = Some(Instant::now());
-        }
-    }
-
-    fn clear(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-fn line(p: &Progress) -> String {
-    let mut parts = vec![p.stage.clone()];
-    if p.round > 0 {
-        parts.push(format!("round {}", p.round));
-    }
-    parts.push(format!("{} sent", bytes(p.sent_bytes)));
-    parts.push(format!("{} remaining", bytes(p.remaining_bytes)));
-    parts.push(format!("{}/s", bytes(p.rate_bytes_per_s)));
-    if let Some(downtime) = p.predicted_downtime_ms {
-        parts.push(format!("downtime would be {downtime} ms"));
-    }
-    parts.retain(|part| !part.is_empty());
-    parts.join(", ")
-}
-
 /// What a report says in a few lines.
 pub(super) fn summary(
     vm: &impl std::fmt::Display,
@@ -185,23 +113,6 @@ fn modes(adaptation: &serde_json::Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn progress_reads_well() {
-        let progress = Progress {
-            stage: "sending".into(),
-            round: 2,
-            sent_bytes: 2048,
-            remaining_bytes: 1 << 20,
-            rate_bytes_per_s: 1_250_000,
-            predicted_downtime_ms: Some(40),
-            ..Progress::default()
-        };
-        assert_eq!(
-            line(&progress),
-            "sending, round 2, 2.0 KiB sent, 1.0 MiB remaining, 1.2 MiB/s, downtime would be 40 ms"
-        );
-    }
 
     #[test]
     fn a_report_shows_what_became_of_the_chunks() {

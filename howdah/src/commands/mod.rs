@@ -2,8 +2,10 @@
 
 pub(crate) mod base;
 pub(crate) mod console;
+pub(crate) mod generate;
 pub(crate) mod handoff;
 pub(crate) mod interrupt;
+pub(crate) mod logs;
 pub(crate) mod overlay;
 pub(crate) mod peer;
 pub(crate) mod recover;
@@ -11,6 +13,7 @@ pub(crate) mod report;
 pub(crate) mod restore;
 pub(crate) mod run;
 pub(crate) mod save;
+mod shown;
 pub(crate) mod takeover;
 pub(crate) mod trace;
 pub(crate) mod vm;

@@ -29,15 +29,15 @@ pub(crate) fn run(command: PeerCommand, home: &Home, output: Output) -> anyhow::
                 return Err(Failure::new(Exit::Usage, what, why, way_out).into());
             }
             file.change(home, |book| book.put(peer.clone()))?;
-            output.result(&peer, |peer| format!("peer {} may {}", peer.name, peer.rights));
+            output.done(&peer, |peer| format!("peer {} may {}", peer.name, peer.rights));
         }
         PeerCommand::Ls => {
             let book = file.read()?;
-            output.result(&book.peers(), |_| list(&book));
+            output.list(book.peers(), |peer| peer.name.clone(), |_| list(&book));
         }
         PeerCommand::Rm { name } => {
             let peer = file.change(home, |book| book.remove(&name))?;
-            output.result(&peer, |peer| format!("peer {} removed", peer.name));
+            output.done(&peer, |peer| format!("peer {} removed", peer.name));
         }
     }
     Ok(())

@@ -38,7 +38,7 @@ pub(crate) fn run(args: &ReportArgs, output: Output) -> anyhow::Result<()> {
     written.push(args.out.clone());
     let said =
         serde_json::json!({ "runs": evidence.runs(), "bytes": page.len(), "written": written });
-    output.result(&said, |_| {
+    output.done(&said, |_| {
         let (out, size) = (args.out.display(), bytes(page.len() as u64));
         let tables = args.csv.as_ref().map(|dir| format!(", tables in {}", dir.display()));
         let runs = if evidence.runs() == 1 { "run" } else { "runs" };

@@ -41,7 +41,7 @@ pub(crate) fn run(args: VmRunArgs, home: &Home, output: Output, verbose: u8) -> 
 pub(crate) fn say_running(output: Output, vm: &VmName, started: Option<serde_json::Value>) {
     let started = started.and_then(|details| serde_json::from_value(details).ok());
     let running = RunningVm { vm, state: "running", started };
-    output.result(&running, |said| {
+    output.done(&running, |said| {
         let how = said.started.as_ref().map(|how| format!(", {how}")).unwrap_or_default();
         format!("VM {} {}{how}", said.vm, said.state)
     });

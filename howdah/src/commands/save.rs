@@ -40,7 +40,7 @@ pub(crate) fn run(args: SaveArgs, home: &Home, output: Output) -> anyhow::Result
         client::call(&dir, Request::Stop { force: false }, KEEP_TIMEOUT)?;
         await_exit(&dir, KEEP_TIMEOUT)?;
     }
-    output.result(&report, |report| {
+    output.done(&report, |report| {
         let size = report.get("bytes").and_then(serde_json::Value::as_u64).unwrap_or_default();
         format!("VM {} is in {}: {}{}", args.vm, file.display(), bytes(size), shares(report))
     });

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::{
     cli::VmCommand,
-    commands::{base, console, run, takeover},
+    commands::{base, console, logs, run, takeover},
     control::{Request, Status, client},
     disk,
     failure::{Exit, Failure, one_line},
@@ -47,6 +47,7 @@ pub(crate) fn run(
         VmCommand::Ls => list(home, output),
         VmCommand::Inspect(vm) => inspect(&home.existing(&vm.name)?, output),
         VmCommand::Console(vm) => console::attach(&home.existing(&vm.name)?, output),
+        VmCommand::Logs(args) => logs::show(&home.existing(&args.name)?, &args, output),
         VmCommand::Pause(vm) => {
             let dir = home.existing(&vm.name)?;
             client::call(&dir, Request::Pause, PAUSE_TIMEOUT)?;
@@ -83,7 +84,7 @@ struct Said<'a> {
 
 /// The result of a command that changes one VM's state.
 pub(crate) fn say(output: Output, vm: &VmName, state: &'static str) -> anyhow::Result<()> {
-    output.result(&Said { vm, state }, |said| format!("VM {} {}", said.vm, said.state));
+    output.done(&Said { vm, state }, |said| format!("VM {} {}", said.vm, said.state));
     Ok(())
 }
 
@@ -185,34 +186,38 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
     let seen: Vec<Seen> =
         home.vms()?.iter().map(|dir| Seen { last_report: None, ..look(dir) }).collect();
     let book = BookFile::of(home).read()?;
-    output.result(&seen, |seen| {
-        let rows: Vec<_> = seen
-            .iter()
-            .map(|vm| {
-                let config = vm.config.as_ref();
-                [
-                    vm.name.to_string(),
-                    vm.state.clone(),
-                    config.map_or("-".into(), |c| c.vcpus.to_string()),
-                    config.map_or("-".into(), |c| format!("{} MiB", c.memory_mib)),
-                    match (&vm.record, vm.problems.first()) {
-                        (_, Some(problem)) => one_line(problem),
-                        (Some(record), None) => {
-                            let kept = vm.kept().map(|kept| format!("; {kept}"));
-                            let owner = book.name_all(&record.ownership);
-                            format!("{owner}{}", kept.unwrap_or_default())
-                        }
-                        (None, None) if vm.process.is_some() => "nobody's yet".into(),
-                        (None, None) => "nobody's: may be removed".into(),
-                    },
-                ]
-            })
-            .collect();
-        if rows.is_empty() {
-            return "no VMs; `howdah vm run NAME --base BASE` makes one".into();
-        }
-        table(["NAME", "STATE", "VCPUS", "MEMORY", "OWNERSHIP"], &rows)
-    });
+    output.list(
+        &seen,
+        |vm| vm.name.clone(),
+        |seen| {
+            let rows: Vec<_> = seen
+                .iter()
+                .map(|vm| {
+                    let config = vm.config.as_ref();
+                    [
+                        vm.name.to_string(),
+                        vm.state.clone(),
+                        config.map_or("-".into(), |c| c.vcpus.to_string()),
+                        config.map_or("-".into(), |c| format!("{} MiB", c.memory_mib)),
+                        match (&vm.record, vm.problems.first()) {
+                            (_, Some(problem)) => one_line(problem),
+                            (Some(record), None) => {
+                                let kept = vm.kept().map(|kept| format!("; {kept}"));
+                                let owner = book.name_all(&record.ownership);
+                                format!("{owner}{}", kept.unwrap_or_default())
+                            }
+                            (None, None) if vm.process.is_some() => "nobody's yet".into(),
+                            (None, None) => "nobody's: may be removed".into(),
+                        },
+                    ]
+                })
+                .collect();
+            if rows.is_empty() {
+                return "no VMs; `howdah vm run NAME --base BASE` makes one".into();
+            }
+            table(["NAME", "STATE", "VCPUS", "MEMORY", "OWNERSHIP"], &rows)
+        },
+    );
     Ok(())
 }
 
@@ -324,7 +329,7 @@ fn export(dir: &VmDir, file: &Path, home: &Home, output: Output) -> anyhow::Resu
         vm: &'a VmName,
         file: &'a Path,
     }
-    output.result(&Exported { vm: dir.name(), file: &file }, |e| {
+    output.done(&Exported { vm: dir.name(), file: &file }, |e| {
         format!("disk of VM {} is in {}", e.vm, e.file.display())
     });
     Ok(())

@@ -7,6 +7,7 @@ mod crashes;
 mod edges;
 mod errors;
 mod guests;
+mod habits;
 mod jail;
 mod peers;
 mod recover;

@@ -116,7 +116,7 @@ fn import(spec: &ImportSpec, home: &Home, output: Output) -> anyhow::Result<()> 
         store(home)?.import(spec, progress).map_err(store_failure)
     })?;
     let imported = Imported { name: spec.name.clone(), id: id.to_string() };
-    output.result(&imported, |i| format!("base {} is {}", i.name, i.id));
+    output.done(&imported, |i| format!("base {} is {}", i.name, i.id));
     Ok(())
 }
 
@@ -149,24 +149,29 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
             error: listed.base.err().map(|e| e.to_string()),
         })
         .collect();
-    output.result(&lines, |lines| {
-        let rows: Vec<_> = lines
-            .iter()
-            .map(|line| {
-                let state = match (&line.error, line.disk_bytes) {
-                    (Some(error), _) => crate::failure::one_line(error),
-                    (None, disk) => disk.map(bytes).unwrap_or_default(),
-                };
-                let names = if line.names.is_empty() { "-".into() } else { line.names.join(",") };
-                let memory = line.memory_bytes.map_or("-".into(), bytes);
-                [names, line.id.chars().take(16).collect(), memory, state]
-            })
-            .collect();
-        if rows.is_empty() {
-            return "no bases; `howdah base import` or `howdah base build` makes one".into();
-        }
-        table(["NAME", "ID", "MEMORY", "DISK"], &rows)
-    });
+    output.list(
+        &lines,
+        |line| line.names.first().unwrap_or(&line.id).clone(),
+        |lines| {
+            let rows: Vec<_> = lines
+                .iter()
+                .map(|line| {
+                    let state = match (&line.error, line.disk_bytes) {
+                        (Some(error), _) => crate::failure::one_line(error),
+                        (None, disk) => disk.map(bytes).unwrap_or_default(),
+                    };
+                    let names =
+                        if line.names.is_empty() { "-".into() } else { line.names.join(",") };
+                    let memory = line.memory_bytes.map_or("-".into(), bytes);
+                    [names, line.id.chars().take(16).collect(), memory, state]
+                })
+                .collect();
+            if rows.is_empty() {
+                return "no bases; `howdah base import` or `howdah base build` makes one".into();
+            }
+            table(["NAME", "ID", "MEMORY", "DISK"], &rows)
+        },
+    );
     Ok(())
 }
 
@@ -185,7 +190,7 @@ fn verify(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
         let what = format!("base {name} is damaged in {} places, the first", problems.len());
         return Err(Failure::plain(Exit::Corrupt, what, first).into());
     }
-    output.result(&Named { id: id.to_string() }, |v| format!("base {} is whole", v.id));
+    output.done(&Named { id: id.to_string() }, |v| format!("base {} is whole", v.id));
     Ok(())
 }
 
@@ -203,7 +208,7 @@ fn remove(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
         }
     }
     store.remove(&id).map_err(store_failure)?;
-    output.result(&Named { id: id.to_string() }, |v| format!("removed base {}", v.id));
+    output.done(&Named { id: id.to_string() }, |v| format!("removed base {}", v.id));
     Ok(())
 }
 
@@ -230,10 +235,10 @@ fn with_bar<T>(
     what: &'static str,
     work: impl FnOnce(&mut dyn FnMut(Progress)) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
-    let shown = !output.is_json() && std::io::stderr().is_terminal();
+    let shown = !output.is_json() && !output.is_quiet() && std::io::stderr().is_terminal();
     let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
     if let Ok(style) = ProgressStyle::with_template(
-        "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}",
+        "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}, {eta} left",
     ) {
         bar.set_style(style);
     }
