@@ -14,9 +14,10 @@ use crate::{
     health::{Health, Pulse},
     ownership::{Question, Verdict, bounded_text},
     root::StateRoot,
-    stage::{Buffers, Segment},
+    stage::{Buffers, SEGMENT_OVERHEAD, Segment},
     wire::{
-        Agreed, Commit, Frame, Hello, Intent, Prepare, VERSION_EARLY_COMMIT, Versions, Welcome,
+        Agreed, Commit, Frame, Hello, Intent, Prepare, VERSION_EARLY_COMMIT, VERSION_REST,
+        Versions, Welcome,
     },
 };
 
@@ -52,6 +53,8 @@ pub enum Outgoing {
     Frame(Frame),
     /// A segment, which stays in the window until it is applied.
     Segment(Arc<Segment>),
+    /// What follows so many bytes of a segment's encoding, which the target holds.
+    Rest(Arc<Segment>, usize),
 }
 
 /// The source's session: one handoff, over any number of links.
@@ -76,6 +79,8 @@ pub struct SourceSession {
     sent: usize,
     /// Bytes of those.
     sent_bytes: u64,
+    /// Bytes that the target holds of the first segment to be sent on this link.
+    held_bytes: usize,
     last_submitted: u64,
     applied_up_to: u64,
     word: Word,
@@ -107,6 +112,7 @@ impl SourceSession {
             buffers: Buffers::default(),
             sent: 0,
             sent_bytes: 0,
+            held_bytes: 0,
             last_submitted: 0,
             applied_up_to: 0,
             word: Word::None,
@@ -150,6 +156,7 @@ impl SourceSession {
         self.health.link_up(now);
         self.sent = 0;
         self.sent_bytes = 0;
+        self.held_bytes = 0;
         self.prepare_sent = false;
         self.word_sent = false;
         self.outbox.clear();
@@ -295,6 +302,11 @@ impl SourceSession {
         self.poll_outgoing().map(|outgoing| match outgoing {
             Outgoing::Frame(frame) => frame,
             Outgoing::Segment(segment) => Frame::Segment((*segment).clone()),
+            Outgoing::Rest(segment, from) => {
+                let mut encoding = Vec::new();
+                segment.encode_into(&mut encoding);
+                Frame::Rest(encoding.split_off(from))
+            }
         })
     }
 
@@ -315,7 +327,11 @@ impl SourceSession {
                 }
                 self.sent += 1;
                 self.sent_bytes += segment.encoded_len() as u64;
-                return Some(Outgoing::Segment(Arc::clone(segment)));
+                let segment = Arc::clone(segment);
+                return Some(match std::mem::take(&mut self.held_bytes) {
+                    0 => Outgoing::Segment(segment),
+                    held => Outgoing::Rest(segment, held),
+                });
             }
         }
         let frame = match self.word {
@@ -419,7 +435,7 @@ impl SourceSession {
     }
 
     fn welcome(&mut self, welcome: Welcome) -> Result<(), Violation> {
-        let Welcome { version, applied_up_to, window_bytes, agreed } = welcome;
+        let Welcome { version, applied_up_to, window_bytes, agreed, held_bytes } = welcome;
         let Versions { min, max } = self.hello.versions;
         if !(min..=max).contains(&version) {
             return Err(Violation::Version(version));
@@ -436,6 +452,7 @@ impl SourceSession {
             return Err(Violation::Agreed(agreed));
         }
         self.applied(applied_up_to)?;
+        self.held_bytes = self.held(version, held_bytes)?;
         self.link = Link::Up;
         self.sent = 0;
         self.sent_bytes = 0;
@@ -447,6 +464,16 @@ impl SourceSession {
         } else {
             SourceEvent::Relinked { applied_up_to }
         })
+    }
+
+    /// What the target holds of the next segment must be less than all of it, and more than what
+    /// says which it is.
+    fn held(&self, version: u32, bytes: u32) -> Result<usize, Violation> {
+        let held = bytes as usize;
+        let next = self.window.front().map_or(0, |segment| segment.encoded_len());
+        let possible =
+            held == 0 || version >= VERSION_REST && (SEGMENT_OVERHEAD..next).contains(&held);
+        if possible { Ok(held) } else { Err(Violation::Held(bytes)) }
     }
 
     fn applied(&mut self, acked: u64) -> Result<(), Violation> {

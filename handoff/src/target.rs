@@ -11,8 +11,11 @@ use crate::{
     ownership::{Question, Verdict, bounded_text},
     root::StateRoot,
     source::Violation,
-    stage::{Mark, OpenError, Opener, Unchecked},
-    wire::{Ack, Agreed, Frame, Prepare, Resumed, VERSION_EARLY_COMMIT, VERSION_MIN, Welcome},
+    stage::{Mark, OpenError, Opener, SEGMENT_OVERHEAD, Segment, SegmentError, Unchecked},
+    wire::{
+        Ack, Agreed, Frame, MAX_SEGMENT_BYTES, Prepare, Resumed, Torn, VERSION_EARLY_COMMIT,
+        VERSION_MIN, VERSION_REST, Welcome,
+    },
 };
 
 /// An acknowledgement is sent when so many bytes were applied since the last one ...
@@ -51,6 +54,9 @@ pub enum TargetError {
     /// A segment that does not continue what came before.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// What was held of a segment and what followed are none together.
+    #[error("malformed segment: {0}")]
+    Segment(#[from] SegmentError),
     /// Prepare names another last segment than the one that came.
     #[error("the source says that segment {said} was the last, {came} came last")]
     LastSegment {
@@ -90,6 +96,8 @@ pub struct TargetSession {
     opener: Opener,
     /// Up to what was applied.
     applied: Opener,
+    /// The first bytes of the segment behind that, which an earlier link broke off.
+    held: Vec<u8>,
     unacked_bytes: u64,
     unacked_since: Option<Duration>,
     asked_at: Duration,
@@ -117,6 +125,7 @@ impl TargetSession {
             phase: Phase::Receiving,
             opener: Opener::new(&handoff.handoff.0),
             applied: Opener::new(&handoff.handoff.0),
+            held: Vec::new(),
             unacked_bytes: 0,
             unacked_since: None,
             asked_at: Duration::ZERO,
@@ -132,8 +141,13 @@ impl TargetSession {
     pub fn link_up(&mut self, version: u32, now: Duration) {
         self.begin_link(version, false, now);
         let applied_up_to = self.applied.last_seq();
+        if version < VERSION_REST || seq_of(&self.held) != Some(applied_up_to + 1) {
+            self.held = Vec::new();
+        }
+        // What is held came in one frame, whose length is 32 bits.
+        let held_bytes = self.held.len() as u32;
         let Self { window_bytes, agreed, .. } = *self;
-        let welcome = Welcome { version, applied_up_to, window_bytes, agreed };
+        let welcome = Welcome { version, applied_up_to, window_bytes, agreed, held_bytes };
         self.outbox.push_back(Frame::Welcome(welcome));
     }
 
@@ -163,6 +177,20 @@ impl TargetSession {
         if matches!(self.phase, Phase::Verifying { .. }) {
             self.phase = Phase::Receiving;
         }
+    }
+
+    /// The link left this of a segment: what follows is enough on the next one.
+    pub fn tore(&mut self, torn: Torn) {
+        match torn {
+            Torn::Nothing => {}
+            Torn::Segment(bytes) => self.held = bytes,
+            Torn::Rest(bytes) => self.held.extend_from_slice(&bytes),
+        }
+    }
+
+    /// Bytes held of a segment that an earlier link broke off.
+    pub fn held_bytes(&self) -> u64 {
+        self.held.len() as u64
     }
 
     /// The handoff.
@@ -263,11 +291,16 @@ impl TargetSession {
         self.health.heard(now);
         match frame {
             Frame::Segment(segment) => {
-                if self.phase != Phase::Receiving {
-                    return Err(unexpected("Segment", "after Prepare"));
+                self.held = Vec::new();
+                self.segment(segment)?;
+            }
+            Frame::Rest(rest) => {
+                if self.held.is_empty() {
+                    return Err(unexpected("Rest", "of nothing that is held"));
                 }
-                let segment = self.opener.take(segment)?;
-                self.events.push_back(TargetEvent::Segment(segment));
+                let mut encoding = std::mem::take(&mut self.held);
+                encoding.extend_from_slice(&rest);
+                self.segment(Segment::decode(&encoding)?)?;
             }
             Frame::Prepare(prepare) => {
                 self.about("Prepare", prepare.handoff)?;
@@ -307,6 +340,15 @@ impl TargetSession {
         Ok(())
     }
 
+    fn segment(&mut self, segment: Segment) -> Result<(), TargetError> {
+        if self.phase != Phase::Receiving {
+            return Err(unexpected("Segment", "after Prepare"));
+        }
+        let segment = self.opener.take(segment)?;
+        self.events.push_back(TargetEvent::Segment(segment));
+        Ok(())
+    }
+
     fn prepare(&mut self, prepare: Prepare) -> Result<(), TargetError> {
         match self.phase {
             Phase::Receiving => {
@@ -330,6 +372,13 @@ impl TargetSession {
     fn about(&self, frame: &'static str, question: Question) -> Result<(), Violation> {
         if question == self.handoff { Ok(()) } else { Err(Violation::OtherHandoff(frame)) }
     }
+}
+
+/// Which segment it is whose encoding begins so. None has less than what says so, nor as much as
+/// the largest segment: all of that would not be a part.
+fn seq_of(encoding: &[u8]) -> Option<u64> {
+    let known = (SEGMENT_OVERHEAD..MAX_SEGMENT_BYTES).contains(&encoding.len());
+    encoding.first_chunk::<8>().filter(|_| known).map(|seq| u64::from_le_bytes(*seq))
 }
 
 fn unexpected(frame: &'static str, when: &'static str) -> TargetError {

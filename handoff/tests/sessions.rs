@@ -12,8 +12,8 @@ use handoff::{
     stage::{Codec, OpenError, Packed, Sealer, Segment, SegmentKind},
     target::{TargetError, TargetEvent, TargetSession},
     wire::{
-        Ack, Agreed, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT, VERSION_MAX,
-        Versions, Welcome,
+        Ack, Agreed, Frame, Hello, Intent, Prepare, Resumed, Torn, VERSION_EARLY_COMMIT,
+        VERSION_MAX, VERSION_REST, Versions, Welcome,
     },
 };
 use proptest::prelude::*;
@@ -78,6 +78,7 @@ struct Pair {
     to_send: VecDeque<Segment>,
     applied: Vec<u64>,
     segments_carried: u64,
+    rests_carried: u64,
     asked_to_prepare: bool,
     prepared: bool,
     /// Whether the commit goes early; whether the target has verified, and has heard of the commit.
@@ -106,6 +107,7 @@ impl Pair {
             to_send: segments(n),
             applied: Vec::new(),
             segments_carried: 0,
+            rests_carried: 0,
             asked_to_prepare: false,
             prepared: false,
             early,
@@ -122,10 +124,21 @@ impl Pair {
         self.source.link_up(self.now);
     }
 
-    /// Everything on its way is lost.
+    /// Everything on its way is lost, but for a part of the first segment.
     fn cut(&mut self) {
         self.linked = false;
         self.greeted = false;
+        let torn = self.up.iter().map(|(_, frame)| frame).find_map(|frame| match frame {
+            Frame::Segment(segment) => {
+                let mut encoding = Vec::new();
+                segment.encode_into(&mut encoding);
+                encoding.truncate(encoding.len() / 2);
+                Some(Torn::Segment(encoding))
+            }
+            Frame::Rest(rest) => Some(Torn::Rest(rest[..rest.len() / 2].to_vec())),
+            _ => None,
+        });
+        self.target.tore(torn.unwrap_or_default());
         self.up.clear();
         self.down.clear();
         self.source.link_down();
@@ -182,6 +195,7 @@ impl Pair {
     fn source_sends(&mut self) {
         while let Some(frame) = self.source.poll_transmit() {
             self.segments_carried += u64::from(matches!(frame, Frame::Segment(_)));
+            self.rests_carried += u64::from(matches!(frame, Frame::Rest(_)));
             self.up.push_back((self.now + LATENCY, frame));
         }
     }
@@ -289,7 +303,7 @@ fn a_break_at_any_moment_with_an_early_commit() {
 }
 
 fn breaks_at_any_moment(early: bool) {
-    let mut steps = 0;
+    let (mut steps, mut rests) = (0, 0);
     loop {
         let mut pair = Pair::committing(8, early);
         pair.link();
@@ -305,8 +319,10 @@ fn breaks_at_any_moment(early: bool) {
         pair.finish(8);
         // The window is what a break can cost.
         assert!(pair.segments_carried <= 8 + 5, "{} carried", pair.segments_carried);
+        rests += pair.rests_carried;
         steps += 1;
     }
+    assert!(rests > 5, "what was torn is completed, {rests} times");
     assert!(steps > 40, "the handoff takes more steps than {steps}");
 }
 
@@ -337,8 +353,13 @@ fn welcomed() -> SourceSession {
     let mut source = SourceSession::new(hello(), SILENCE, PING);
     source.link_up(Duration::ZERO);
     assert!(matches!(source.poll_transmit(), Some(Frame::Hello(_))));
-    let welcome =
-        Welcome { version: VERSION_MAX, applied_up_to: 0, window_bytes: 1 << 20, agreed: AGREED };
+    let welcome = Welcome {
+        version: VERSION_MAX,
+        applied_up_to: 0,
+        window_bytes: 1 << 20,
+        agreed: AGREED,
+        held_bytes: 0,
+    };
     source.handle(Frame::Welcome(welcome), Duration::ZERO).unwrap();
     source
 }
@@ -366,14 +387,21 @@ fn a_target_that_lies_is_found_out() {
 
     let mut greeting = SourceSession::new(hello(), SILENCE, PING);
     greeting.link_up(at);
-    let welcome = Welcome { version: 7, applied_up_to: 0, window_bytes: 0, agreed: AGREED };
+    let welcome =
+        Welcome { version: 7, applied_up_to: 0, window_bytes: 0, agreed: AGREED, held_bytes: 0 };
     assert_eq!(greeting.handle(Frame::Welcome(welcome), at), Err(Violation::Version(7)));
 
     for (bases, known) in [(2, None), (0, Some(1))] {
         let mut greeting = SourceSession::new(hello(), SILENCE, PING);
         greeting.link_up(at);
         let agreed = Agreed { bases, known };
-        let welcome = Welcome { version: VERSION_MAX, applied_up_to: 0, window_bytes: 0, agreed };
+        let welcome = Welcome {
+            version: VERSION_MAX,
+            applied_up_to: 0,
+            window_bytes: 0,
+            agreed,
+            held_bytes: 0,
+        };
         let answer = greeting.handle(Frame::Welcome(welcome), at);
         assert_eq!(answer, Err(Violation::Agreed(agreed)), "not offered");
     }
@@ -385,6 +413,7 @@ fn a_target_that_lies_is_found_out() {
         applied_up_to: 0,
         window_bytes: 0,
         agreed: Agreed::default(),
+        held_bytes: 0,
     };
     let answer = relinked.handle(Frame::Welcome(welcome), at);
     assert_eq!(answer, Err(Violation::Agreed(Agreed::default())), "another than before");
@@ -444,13 +473,79 @@ fn an_early_commit_is_of_its_version_only() {
     let mut source = SourceSession::new(hello(), SILENCE, PING).committing_early(true);
     source.link_up(at);
     let version = VERSION_EARLY_COMMIT - 1;
-    let welcome = Welcome { version, applied_up_to: 0, window_bytes: 1 << 20, agreed: AGREED };
+    let welcome =
+        Welcome { version, applied_up_to: 0, window_bytes: 1 << 20, agreed: AGREED, held_bytes: 0 };
     source.handle(Frame::Welcome(welcome), at).unwrap();
     let early = |event| matches!(event, Some(SourceEvent::Welcomed { early: true, .. }));
     assert!(!early(source.poll_event()));
     source.prepare(ROOT, None);
     while source.poll_transmit().is_some() {}
     assert!(!source.may_commit());
+}
+
+/// What a link left of a segment is completed by the rest of it and nothing else, in the version that
+/// has this, and as far as it can be what it claims.
+#[test]
+fn a_torn_segment_is_completed_by_its_rest() {
+    let at = Duration::ZERO;
+    let mut encoding = Vec::new();
+    segments(1)[0].encode_into(&mut encoding);
+    let (part, rest) = encoding.split_at(encoding.len() / 3);
+    let relinked = |version, torn| {
+        let mut target = TargetSession::new(question(), AGREED, 1 << 20, SILENCE, PING);
+        target.link_up(version, at);
+        target.link_down();
+        target.tore(torn);
+        target.link_up(version, at);
+        let Some(Frame::Welcome(welcome)) = target.poll_transmit() else { panic!() };
+        (target, welcome.held_bytes as usize)
+    };
+    let torn = || Torn::Segment(part.to_vec());
+    let (mut target, held) = relinked(VERSION_REST, torn());
+    assert_eq!(held, part.len());
+    target.handle(Frame::Rest(rest.to_vec()), at).unwrap();
+    let Some(TargetEvent::Segment(whole)) = target.poll_event() else { panic!() };
+    assert_eq!(whole.check().unwrap(), segments(1)[0]);
+    // Once.
+    assert!(target.handle(Frame::Rest(rest.to_vec()), at).is_err());
+
+    // Another rest makes no segment, and what was held is gone with it.
+    let (mut target, _) = relinked(VERSION_REST, torn());
+    assert!(target.handle(Frame::Rest(rest[1..].to_vec()), at).is_err());
+    assert_eq!(target.held_bytes(), 0);
+
+    // The whole of it does as well; an older source knows no rest; and of another segment, or of one
+    // whose number did not come, nothing is kept.
+    let (mut target, _) = relinked(VERSION_REST, torn());
+    target.handle(Frame::Segment(segments(1).pop_back().unwrap()), at).unwrap();
+    assert_eq!(target.held_bytes(), 0);
+    assert_eq!(relinked(VERSION_REST - 1, torn()).1, 0);
+    assert_eq!(relinked(VERSION_REST, Torn::Segment(part[..20].to_vec())).1, 0);
+    let mut second = Vec::new();
+    segments(2)[1].encode_into(&mut second);
+    assert_eq!(relinked(VERSION_REST, Torn::Segment(second)).1, 0);
+
+    // A source believes no more than what can be.
+    for (held_bytes, possible) in [(1, false), (part.len(), true), (encoding.len(), false)] {
+        let mut source = welcomed();
+        source.submit(segments(1).pop_back().unwrap());
+        source.link_down();
+        source.link_up(at);
+        let welcome = Welcome {
+            version: VERSION_MAX,
+            applied_up_to: 0,
+            window_bytes: 1 << 20,
+            agreed: AGREED,
+            held_bytes: held_bytes as u32,
+        };
+        let answer = source.handle(Frame::Welcome(welcome), at);
+        assert_eq!(answer.is_ok(), possible, "{held_bytes} held: {answer:?}");
+        if possible {
+            let hello = source.poll_transmit();
+            assert!(matches!(hello, Some(Frame::Hello(_))));
+            assert_eq!(source.poll_transmit(), Some(Frame::Rest(rest.to_vec())));
+        }
+    }
 }
 
 /// A source that has only its record left says Commit; what is not here whole never will be.

@@ -80,7 +80,13 @@ pub(super) fn one_of_each() -> Vec<Frame> {
     let packed = Packed { codec: Codec::Raw, raw_len: 5, payload: b"12345".to_vec() };
     let segment = Sealer::new(&handoff.handoff.0).seal(1, SegmentKind::MachineState, packed);
     let agreed = Agreed { bases: 1, known: None };
-    let welcome = Welcome { version: VERSION_MAX, applied_up_to: 0, window_bytes: 1 << 20, agreed };
+    let welcome = Welcome {
+        version: VERSION_MAX,
+        applied_up_to: 0,
+        window_bytes: 1 << 20,
+        agreed,
+        held_bytes: 0,
+    };
     let what = "disk".into();
     let (last_seq, full_hash) = (9, Some([4; 32]));
     let prepare = Prepare { handoff, last_seq, root, full_hash, early: false };
@@ -89,10 +95,12 @@ pub(super) fn one_of_each() -> Vec<Frame> {
         hello(Intent::Resume),
         hello(Intent::Settle),
         Frame::Welcome(welcome),
+        Frame::Welcome(Welcome { held_bytes: 300, ..welcome }),
         Frame::Refuse(Refusal::Version { ours: 3, theirs: 9 }),
         Frame::Refuse(Refusal::NoSpace { what, needed_bytes: 2, available_bytes: 1 }),
         Frame::Refuse(Refusal::Other("no".into())),
         Frame::Segment(segment),
+        Frame::Rest(b"345".to_vec()),
         Frame::Ack(Ack { applied_up_to: 300 }),
         Frame::Prepare(prepare),
         Frame::Prepare(Prepare { early: true, ..prepare }),

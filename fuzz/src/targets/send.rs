@@ -182,6 +182,7 @@ fn frame(op: u8, [a, b, c, d]: [u8; 4], heard: &Heard) -> Frame {
             applied_up_to: b.into(),
             window_bytes: u64::from(c) << 10,
             agreed: Agreed { bases: d & 7, known: (d & 8 != 0).then_some(d >> 4) },
+            held_bytes: u32::from(a >> 4) * 37,
         }),
         op::ACK => Frame::Ack(Ack { applied_up_to: heard.last_seq.wrapping_sub(a.into()) }),
         op::PREPARED => {

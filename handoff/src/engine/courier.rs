@@ -231,7 +231,7 @@ impl<C: Connect> Courier<'_, C> {
             scope.spawn(move || {
                 let reader = FrameReader::new(rx);
                 let budget = (queued, MAX_QUEUED_BYTES);
-                read_link(reader, &to, clock, stop, &status.bytes_received, budget, Some);
+                read_link(reader, &to, clock, stop, &status.bytes_received, budget, Some)
             });
             let end = self.converse(tx, &heard, queued);
             stop.store(true, Relaxed);
@@ -331,6 +331,10 @@ impl<C: Connect> Courier<'_, C> {
                 Some(Outgoing::Segment(segment)) => {
                     self.under_way = Some(Step::sent_segment(&segment));
                     writer.put_segment(segment)?;
+                }
+                Some(Outgoing::Rest(segment, from)) => {
+                    self.under_way = Some(Step::sent_segment(&segment));
+                    writer.put_rest(segment, from)?;
                 }
                 None if self.commit() => continue,
                 None if room && self.take_work() => continue,

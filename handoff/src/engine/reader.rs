@@ -10,7 +10,7 @@ use crossbeam_channel::Sender;
 
 use crate::{
     Clock,
-    wire::{Frame, FrameReader, ReadError},
+    wire::{Frame, FrameReader, ReadError, Torn},
 };
 
 /// What a reading thread gives: a frame and when it came, or why there are no more.
@@ -23,6 +23,7 @@ const FRAME_WEIGHT_BYTES: u64 = 256;
 pub(super) fn weight(frame: &Frame) -> u64 {
     match frame {
         Frame::Segment(segment) => segment_weight(segment.encoded_len() as u64),
+        Frame::Rest(bytes) => segment_weight(bytes.len() as u64),
         _ => FRAME_WEIGHT_BYTES,
     }
 }
@@ -32,7 +33,8 @@ pub(super) fn segment_weight(bytes: u64) -> u64 {
     FRAME_WEIGHT_BYTES + bytes
 }
 
-/// Reads frames until the link ends, `stop` is set or nobody takes them.
+/// Reads frames until the link ends, `stop` is set or nobody takes them. What the link left of a
+/// segment is given back.
 ///
 /// `queued` is what was read and not yet taken, in bytes; beyond `most_queued` reading waits, so
 /// that the link's own flow control holds the peer back. `at_once` sees each frame first and may
@@ -45,7 +47,7 @@ pub(super) fn read_link<R: Read>(
     bytes: &AtomicU64,
     (queued, most_queued): (&AtomicU64, u64),
     mut at_once: impl FnMut(Frame) -> Option<Frame>,
-) {
+) -> Torn {
     let mut counted = 0;
     while !stop.load(Relaxed) {
         if queued.load(Relaxed) > most_queued {
@@ -68,7 +70,8 @@ pub(super) fn read_link<R: Read>(
         };
         let last = heard.is_err();
         if to.send(heard).is_err() || last {
-            return;
+            break;
         }
     }
+    reader.into_torn()
 }

@@ -287,7 +287,7 @@ fn serve<L: Transport, Vm: TargetVm>(
     let (to, heard) = unbounded();
     std::thread::scope(|scope| {
         let (tx, stop, queued) = (&tx, &stop, &queued);
-        scope.spawn(move || {
+        let reading = scope.spawn(move || {
             let mut scratch = Vec::new();
             // A source that keeps to the window never fills this.
             let most = options.window_bytes.saturating_add(MAX_SEGMENT_BYTES as u64);
@@ -301,7 +301,7 @@ fn serve<L: Transport, Vm: TargetVm>(
                 }
                 frame => Some(frame),
             };
-            read_link(reader, &to, clock, stop, &counts.received, (queued, most), pong);
+            read_link(reader, &to, clock, stop, &counts.received, (queued, most), pong)
         });
         let mut talk = Talk { tx, heard, queued, counts, steps: &options.steps, clock };
         let served = talk.converse(arriving, relinks);
@@ -310,6 +310,8 @@ fn serve<L: Transport, Vm: TargetVm>(
         }
         stop.store(true, Relaxed);
         drop(lock(tx).take());
+        // A thread that panicked has left nothing.
+        arriving.session.tore(reading.join().unwrap_or_default());
         served
     })
 }
@@ -415,9 +417,13 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                 Ok(())
             }
             Ok(Ok((frame, _))) => {
-                // A segment is in memory until it is applied.
-                if !matches!(frame, Frame::Segment(_)) {
-                    self.queued.fetch_sub(weight(&frame), Relaxed);
+                match frame {
+                    // A segment is in memory until it is applied.
+                    Frame::Segment(_) => {}
+                    Frame::Rest(_) => {
+                        self.queued.fetch_add(arriving.session.held_bytes(), Relaxed);
+                    }
+                    _ => _ = self.queued.fetch_sub(weight(&frame), Relaxed),
                 }
                 // Now and not when it came: a busy engine has not heard silence.
                 let now = self.clock.now();

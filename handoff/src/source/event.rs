@@ -73,4 +73,7 @@ pub enum Violation {
     /// Bases or a state that were not offered, or others than on the link before.
     #[error("the peer builds on {0:?}, which was not agreed")]
     Agreed(Agreed),
+    /// A part of a segment that no link can have left.
+    #[error("the peer holds {0} bytes of the next segment, which cannot be")]
+    Held(u32),
 }

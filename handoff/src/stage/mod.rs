@@ -44,5 +44,8 @@ pub use options::{StageOptions, UnknownSwitch};
 pub use outbound::Outbound;
 pub use pack::{Batch, BatchBuilder, BatchError, BatchFull, BatchLimits, RawBatch, Step, What};
 pub use resolve::{Applied, ResolveError, Resolver};
-pub use seal::{Mark, OpenError, Opener, Sealer, Segment, SegmentError, SegmentKind, Unchecked};
+pub use seal::{
+    Mark, OpenError, Opener, SEGMENT_OVERHEAD, Sealer, Segment, SegmentError, SegmentKind,
+    Unchecked,
+};
 pub use stats::{Class, CpuWatch, Share, SharedShare, Stage, Stats, thread_cpu_ns};

@@ -5,12 +5,12 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     Frame, HEADER_BYTES, Hello, Intent, MAGIC, MAX_CONTROL_BYTES, MAX_HELLO_BYTES,
-    MAX_SEGMENT_BYTES, Prepare, Versions, frame::HelloBody,
+    MAX_SEGMENT_BYTES, Prepare, Versions, Welcome, frame::HelloBody,
 };
 use crate::{
     Offer,
     ownership::MAX_TEXT_BYTES,
-    stage::{Segment, SegmentError},
+    stage::{SEGMENT_OVERHEAD, Segment, SegmentError},
     vm::{MAX_ALSO, MAX_KNOWN},
 };
 
@@ -56,8 +56,10 @@ mod kind {
     pub(super) const HELLO: u8 = 0x01;
     pub(super) const WELCOME: u8 = 0x02;
     pub(super) const REFUSE: u8 = 0x03;
+    pub(super) const WELCOME_BACK: u8 = 0x04;
     pub(super) const SEGMENT: u8 = 0x10;
     pub(super) const ACK: u8 = 0x11;
+    pub(super) const REST: u8 = 0x12;
     pub(super) const PREPARE: u8 = 0x20;
     pub(super) const PREPARED: u8 = 0x21;
     pub(super) const DECLINED: u8 = 0x22;
@@ -76,8 +78,9 @@ mod kind {
 fn limit(kind: u8) -> Result<usize, WireError> {
     match kind {
         kind::HELLO => Ok(MAX_HELLO_BYTES),
-        kind::SEGMENT => Ok(MAX_SEGMENT_BYTES),
+        kind::SEGMENT | kind::REST => Ok(MAX_SEGMENT_BYTES),
         kind::WELCOME
+        | kind::WELCOME_BACK
         | kind::REFUSE
         | kind::ACK
         | kind::PREPARE..=kind::PREPARE_EARLY
@@ -88,12 +91,31 @@ fn limit(kind: u8) -> Result<usize, WireError> {
 
 /// Appends a segment's frame to `out`, but for the payload: that comes right behind.
 pub(super) fn encode_segment_head(segment: &Segment, out: &mut Vec<u8>) -> Result<(), WireError> {
-    let (kind, length, limit) = (kind::SEGMENT, segment.encoded_len(), MAX_SEGMENT_BYTES);
+    put_header(kind::SEGMENT, segment.encoded_len(), out)?;
+    segment.encode_head_into(out);
+    Ok(())
+}
+
+/// Appends the header of the frame with what of a segment's encoding is behind its first `from`
+/// bytes. What comes right behind is said: where in the payload it begins.
+pub(super) fn encode_rest_head(
+    segment: &Segment,
+    from: usize,
+    out: &mut Vec<u8>,
+) -> Result<usize, WireError> {
+    let malformed = WireError::malformed("Rest", "it begins before the payload or behind its end");
+    let length = segment.encoded_len().checked_sub(from).ok_or(malformed.clone())?;
+    let payload_from = from.checked_sub(SEGMENT_OVERHEAD).ok_or(malformed)?;
+    put_header(kind::REST, length, out)?;
+    Ok(payload_from)
+}
+
+fn put_header(kind: u8, length: usize, out: &mut Vec<u8>) -> Result<(), WireError> {
+    let limit = limit(kind)?;
     let too_long = WireError::TooLong { kind, length: length as u64, limit };
     let short = u32::try_from(length).ok().filter(|_| length <= limit).ok_or(too_long)?;
     out.extend_from_slice(&short.to_le_bytes());
     out.push(kind);
-    segment.encode_head_into(out);
     Ok(())
 }
 
@@ -143,11 +165,18 @@ fn encode_body(frame: &Frame, out: &mut Vec<u8>) -> Result<u8, WireError> {
             let body = HelloBody { handoff, vm_name, intent, audit };
             put(out, name, kind::HELLO, &body)
         }
+        Frame::Welcome(m) if m.held_bytes > 0 => {
+            put(out, name, kind::WELCOME_BACK, &(m, m.held_bytes))
+        }
         Frame::Welcome(m) => put(out, name, kind::WELCOME, m),
         Frame::Refuse(m) => put(out, name, kind::REFUSE, m),
         Frame::Segment(m) => {
             m.encode_into(out);
             Ok(kind::SEGMENT)
+        }
+        Frame::Rest(bytes) => {
+            out.extend_from_slice(bytes);
+            Ok(kind::REST)
         }
         Frame::Ack(m) => put(out, name, kind::ACK, m),
         Frame::Prepare(m) if m.early => put(out, name, kind::PREPARE_EARLY, m),
@@ -191,8 +220,13 @@ pub fn decode_body(kind: u8, body: &[u8]) -> Result<Frame, WireError> {
     Ok(match kind {
         kind::HELLO => Frame::Hello(Box::new(decode_hello(body)?)),
         kind::WELCOME => Frame::Welcome(take("Welcome", body)?),
+        kind::WELCOME_BACK => {
+            let (welcome, held_bytes): (Welcome, u32) = take("Welcome", body)?;
+            Frame::Welcome(Welcome { held_bytes, ..welcome })
+        }
         kind::REFUSE => Frame::Refuse(take("Refuse", body)?),
         kind::SEGMENT => Frame::Segment(Segment::decode(body)?),
+        kind::REST => Frame::Rest(body.to_vec()),
         kind::ACK => Frame::Ack(take("Ack", body)?),
         kind::PREPARE => Frame::Prepare(take("Prepare", body)?),
         kind::PREPARE_EARLY => Frame::Prepare(Prepare { early: true, ..take("Prepare", body)? }),
@@ -252,6 +286,18 @@ fn check_offer(offer: &Offer) -> Result<(), WireError> {
     Ok(())
 }
 
+/// What a link that broke leaves of the frame that it broke in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Torn {
+    /// Nothing of use.
+    #[default]
+    Nothing,
+    /// The first bytes of a segment's encoding.
+    Segment(Vec<u8>),
+    /// The first bytes of what follows those that were held before.
+    Rest(Vec<u8>),
+}
+
 /// Cuts a stream of bytes into frames. Holds at most one frame that is not complete.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -286,6 +332,21 @@ impl Decoder {
         let frame = decode_body(kind, body)?;
         self.start += HEADER_BYTES + length as usize;
         Ok(Some(frame))
+    }
+
+    /// The part of a segment that was still to be completed, if that is what the stream ended in.
+    pub fn into_torn(mut self) -> Torn {
+        let unread = self.buffer.get(self.start..).unwrap_or_default();
+        let Some(([.., kind], _)) = unread.split_first_chunk::<HEADER_BYTES>() else {
+            return Torn::Nothing;
+        };
+        let kind = *kind;
+        self.buffer.drain(..self.start + HEADER_BYTES);
+        match kind {
+            kind::SEGMENT => Torn::Segment(self.buffer),
+            kind::REST => Torn::Rest(self.buffer),
+            _ => Torn::Nothing,
+        }
     }
 
     /// Whether bytes of an incomplete frame are held: the stream ended in the middle of one.

@@ -13,9 +13,11 @@ use crate::{
 /// The oldest protocol version that this program speaks.
 pub const VERSION_MIN: u32 = 3;
 /// The newest protocol version that this program speaks.
-pub const VERSION_MAX: u32 = 4;
+pub const VERSION_MAX: u32 = 5;
 /// Since this version a source may commit right behind the last segment.
 pub const VERSION_EARLY_COMMIT: u32 = 4;
+/// Since this version a target keeps the part of a segment that came before a link broke.
+pub const VERSION_REST: u32 = 5;
 
 /// A range of protocol versions, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,9 @@ pub enum Frame {
     Refuse(Refusal),
     /// Source: chunks, or the machine's state.
     Segment(Segment),
+    /// Source: what follows, in the encoding of a segment, what the target holds of it. Since
+    /// [`VERSION_REST`].
+    Rest(Vec<u8>),
     /// Target: how far segments are applied.
     Ack(Ack),
     /// Source: this was all; verify it.
@@ -136,6 +141,10 @@ pub struct Welcome {
     pub window_bytes: u64,
     /// What of the offer's choices the target took. The same on every link of a handoff.
     pub agreed: Agreed,
+    /// Bytes that the target holds of the encoding of the next segment, which an earlier link broke
+    /// off. If there are any, the frame is of a type of its own, since [`VERSION_REST`].
+    #[serde(skip)]
+    pub held_bytes: u32,
 }
 
 /// What a target holds of what a source offered to build on.
@@ -230,6 +239,7 @@ impl Frame {
             Self::Welcome(_) => "Welcome",
             Self::Refuse(_) => "Refuse",
             Self::Segment(_) => "Segment",
+            Self::Rest(_) => "Rest",
             Self::Ack(_) => "Ack",
             Self::Prepare(_) => "Prepare",
             Self::Prepared { .. } => "Prepared",

@@ -5,7 +5,11 @@ use std::{
     sync::Arc,
 };
 
-use super::{Decoder, Frame, WireError, decode::encode_segment_head, encode};
+use super::{
+    Decoder, Frame, Torn, WireError,
+    decode::{encode_rest_head, encode_segment_head},
+    encode,
+};
 use crate::{link::is_tick, stage::Segment};
 
 /// Bytes asked for in one read.
@@ -66,6 +70,11 @@ impl<R: Read> FrameReader<R> {
         }
     }
 
+    /// What the stream left of a segment, if it ended in one.
+    pub fn into_torn(self) -> Torn {
+        self.decoder.into_torn()
+    }
+
     /// Bytes read so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -110,14 +119,20 @@ pub struct FrameWriter {
     /// A small frame, or what comes before the payload.
     head: Vec<u8>,
     segment: Option<Arc<Segment>>,
+    /// Where in its payload the frame begins.
+    payload_from: usize,
     written: usize,
 }
 
 impl FrameWriter {
     /// Bytes of the present frame that are not written.
     pub fn left(&self) -> usize {
-        let payload = self.segment.as_ref().map_or(0, |segment| segment.payload.len());
-        self.head.len() + payload - self.written
+        self.head.len() + self.payload().len() - self.written
+    }
+
+    fn payload(&self) -> &[u8] {
+        let payload = self.segment.as_ref().map_or(&[][..], |segment| &segment.payload);
+        payload.get(self.payload_from..).unwrap_or_default()
     }
 
     /// Whether the present frame is a segment's.
@@ -139,16 +154,25 @@ impl FrameWriter {
         Ok(())
     }
 
+    /// Begins with the frame of what follows the first `from` bytes of a segment's encoding.
+    pub fn put_rest(&mut self, segment: Arc<Segment>, from: usize) -> io::Result<()> {
+        self.clear();
+        self.payload_from = encode_rest_head(&segment, from, &mut self.head).map_err(unfit)?;
+        self.segment = Some(segment);
+        Ok(())
+    }
+
     fn clear(&mut self) {
         self.head.clear();
         self.segment = None;
+        self.payload_from = 0;
         self.written = 0;
     }
 
     /// Writes a piece of no more than `most` bytes; how many were taken, none if there was no room
     /// for any within the transport's tick.
     pub fn write(&mut self, stream: &mut impl Write, most: usize) -> io::Result<usize> {
-        let payload = self.segment.as_ref().map_or(&[][..], |segment| &segment.payload);
+        let payload = self.payload();
         let head = self.head.get(self.written..).unwrap_or_default();
         let from = self.written.saturating_sub(self.head.len());
         let rest = payload.get(from..).unwrap_or_default();

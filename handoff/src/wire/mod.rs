@@ -9,10 +9,10 @@ mod io;
 #[cfg(test)]
 mod tests;
 
-pub use decode::{Decoder, WireError, decode_body, encode};
+pub use decode::{Decoder, Torn, WireError, decode_body, encode};
 pub use frame::{
     Ack, Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT, VERSION_MAX,
-    VERSION_MIN, Versions, Welcome,
+    VERSION_MIN, VERSION_REST, Versions, Welcome,
 };
 pub use io::{FrameReader, FrameWriter, ReadError, write_frame};
 

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use guest_images::BaseId;
 use proptest::prelude::*;
 
@@ -44,7 +46,16 @@ fn frames() -> Vec<Frame> {
             applied_up_to: 7,
             window_bytes: 8 << 20,
             agreed: Agreed { bases: 0b10, known: Some(0) },
+            held_bytes: 0,
         }),
+        Frame::Welcome(Welcome {
+            version: 5,
+            applied_up_to: 7,
+            window_bytes: 8 << 20,
+            agreed: Agreed::default(),
+            held_bytes: 70_000,
+        }),
+        Frame::Rest(vec![7; 90]),
         Frame::Refuse(Refusal::Version { ours: 1, theirs: 9 }),
         Frame::Refuse(Refusal::NoSpace {
             what: "disk".into(),
@@ -95,7 +106,8 @@ fn every_frame_comes_back_whatever_the_pieces() {
 /// Bytes missing or left over in a body are an error in every frame.
 #[test]
 fn bodies_are_exact() {
-    for frame in frames() {
+    // A rest is whatever it is: only with what is held before it can it be wrong.
+    for frame in frames().into_iter().filter(|frame| !matches!(frame, Frame::Rest(_))) {
         let bytes = bytes_of(&frame);
         let (kind, body) = (bytes[4], &bytes[HEADER_BYTES..]);
         decode_body(kind, &[body, &[0]].concat()).unwrap_err();
@@ -103,6 +115,49 @@ fn bodies_are_exact() {
             let cut = decode_body(kind, &body[..len]);
             assert!(cut.is_err(), "{} cut to {len} of {}", frame.name(), body.len());
         }
+    }
+}
+
+/// Wherever a link breaks in a segment, what it leaves and the rest of it are the segment again.
+#[test]
+fn a_segment_is_torn_and_completed_anywhere() {
+    let segment = segment();
+    let mut encoding = Vec::new();
+    segment.encode_into(&mut encoding);
+    let sent = bytes_of(&Frame::Segment(segment.clone()));
+    for came in 0..sent.len() {
+        let mut decoder = Decoder::default();
+        decoder.feed(&bytes_of(&Frame::Ping(1)));
+        decoder.feed(&sent[..came]);
+        assert_eq!(decoder.next_frame().unwrap(), Some(Frame::Ping(1)));
+        assert_eq!(decoder.next_frame().unwrap(), None);
+        let held = match decoder.into_torn() {
+            Torn::Segment(held) => held,
+            torn => {
+                assert_eq!((torn, came < HEADER_BYTES), (Torn::Nothing, true));
+                continue;
+            }
+        };
+        assert_eq!(held, encoding[..came - HEADER_BYTES]);
+        let mut writer = FrameWriter::default();
+        let mut rest = Vec::new();
+        let put = writer.put_rest(Arc::new(segment.clone()), held.len());
+        assert_eq!(put.is_ok(), held.len() >= crate::stage::SEGMENT_OVERHEAD, "{}", held.len());
+        if put.is_err() {
+            continue;
+        }
+        while writer.left() > 0 {
+            writer.write(&mut rest, 3).unwrap();
+        }
+        let mut decoder = Decoder::default();
+        decoder.feed(&rest);
+        let Some(Frame::Rest(rest)) = decoder.next_frame().unwrap() else { panic!() };
+        assert_eq!([held, rest].concat(), encoding);
+        // And one that is torn in turn.
+        let mut decoder = Decoder::default();
+        decoder.feed(&[0, 1, 0, 0, 0x12, 9]);
+        assert_eq!(decoder.next_frame().unwrap(), None);
+        assert_eq!(decoder.into_torn(), Torn::Rest(vec![9]));
     }
 }
 
