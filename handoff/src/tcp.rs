@@ -1,5 +1,7 @@
 //! Links over TCP.
 
+mod shape;
+
 use std::{
     io,
     mem::{MaybeUninit, size_of},
@@ -7,6 +9,8 @@ use std::{
     os::fd::AsRawFd,
     time::{Duration, Instant},
 };
+
+pub use shape::{Dscp, LEAST_RATE_BYTES_PER_S, Shape};
 
 use crate::link::{Clock, Connect, LinkGauge, LinkReading, READ_TICK, Transport, WRITE_TICK};
 
@@ -198,6 +202,7 @@ const LOOK_UP_EVERY: u32 = 4;
 pub struct TcpConnect {
     address: String,
     timeout: Duration,
+    shape: Shape,
     worked: Option<SocketAddr>,
     /// Attempts in vain since it worked.
     misses: u32,
@@ -206,12 +211,23 @@ pub struct TcpConnect {
 impl TcpConnect {
     /// `address` is `host:port`.
     pub fn new(address: impl Into<String>) -> Self {
-        Self { address: address.into(), timeout: USER_TIMEOUT, worked: None, misses: 0 }
+        Self {
+            address: address.into(),
+            timeout: USER_TIMEOUT,
+            shape: Shape::default(),
+            worked: None,
+            misses: 0,
+        }
     }
 
     /// From now on, links are given up when the peer's host has not answered for so long.
     pub fn give_up_after(&mut self, timeout: Duration) {
         self.timeout = timeout;
+    }
+
+    /// From now on, links are held to this rate and class, from their first byte.
+    pub fn shape(&mut self, shape: Shape) {
+        self.shape = shape;
     }
 
     fn candidates(&self) -> io::Result<Vec<SocketAddr>> {
@@ -251,7 +267,9 @@ impl Connect for TcpConnect {
         match self.try_each(timeout) {
             Ok((address, stream)) => {
                 (self.worked, self.misses) = (Some(address), 0);
-                TcpLink::with_timeout(stream, self.timeout)
+                let link = TcpLink::with_timeout(stream, self.timeout)?;
+                self.shape.apply(link.stream())?;
+                Ok(link)
             }
             Err(e) => {
                 self.misses = self.misses.wrapping_add(1);

@@ -1,5 +1,6 @@
 //! What can be typed: the grammar of the command line, and one line for what cannot.
 
+mod limits;
 mod link;
 mod peer;
 mod pipeline;
@@ -12,6 +13,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+pub(crate) use limits::{Cpu, Limits};
 pub(crate) use link::{LinkArgs, WaitArgs};
 pub(crate) use peer::{PeerAddArgs, PeerCommand};
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
@@ -225,6 +227,9 @@ pub(crate) struct BootArgs {
     /// Virtual CPUs of VMs of this base [default: 1]
     #[arg(long, value_parser = vcpus(), requires = "booted")]
     pub(crate) vcpus: Option<u8>,
+    /// Which CPU VMs of this base are shown: host, v2 or v3 (x86-64-v2, -v3) [default: host]
+    #[arg(long, value_name = "CPU", requires = "booted")]
+    pub(crate) cpu: Option<Cpu>,
     /// TAP device to boot with: VMs of this base then have a network device
     #[arg(long, value_name = "DEVICE", requires = "booted")]
     pub(crate) tap: Option<String>,
@@ -341,6 +346,14 @@ pub(crate) struct VmRunArgs {
     /// Text to append to the base's kernel command line
     #[arg(long, value_name = "TEXT")]
     pub(crate) append: Option<String>,
+    /// Which CPU the guest is shown when it boots: host, v2 or v3 (x86-64-v2, -v3) [default: host]
+    ///
+    /// A guest of a template can be handed off to every host of that level. What a guest that goes on
+    /// from its base's memory is shown was decided when the base was built.
+    #[arg(long, value_name = "CPU")]
+    pub(crate) cpu: Option<Cpu>,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
     /// Boot the kernel even if the base has memory to go on from
     #[arg(long)]
     pub(crate) cold: bool,
@@ -446,7 +459,7 @@ pub(crate) struct HandoffArgs {
     #[command(flatten)]
     pub(crate) link: LinkArgs,
     /// Give up the handoff of this VM that is under way
-    #[arg(long, conflicts_with_all = ["peer", "plain", "audit", "objective", "throttle", "order", "commit", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share", "link_timeout_s", "retry_for_s", "retry_paused_s", "retry_ms"])]
+    #[arg(long, conflicts_with_all = ["peer", "plain", "audit", "objective", "throttle", "order", "commit", "keep_mib", "without", "delta", "mode", "batch_kib", "workers", "cpu_share", "link_timeout_s", "retry_for_s", "retry_paused_s", "retry_ms", "max_mbps", "dscp"])]
     pub(crate) cancel: bool,
 }
 

@@ -28,6 +28,7 @@ use handoff::ownership::{Journal, Record};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    cli::{Cpu, Limits},
     failure::{Exit, Failure},
     lock::{Lock, Probe},
     visit,
@@ -105,6 +106,12 @@ pub(crate) struct VmConfig {
     pub(crate) mac: Option<String>,
     /// Appended to the base's kernel command line.
     pub(crate) append: String,
+    /// Which CPU the guest is shown when it boots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cpu: Option<Cpu>,
+    /// What it may take of its host.
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    pub(crate) limits: Limits,
     /// Whether the next start goes on from the base's memory. Only the first one does: afterwards
     /// the disk is no longer the one that the memory belongs to. Since version 2.
     #[serde(default)]
@@ -130,6 +137,8 @@ impl VmConfig {
             tap: None,
             mac: None,
             append: String::new(),
+            cpu: None,
+            limits: Limits::default(),
             from_memory: false,
             keep_free_pages: false,
         }

@@ -21,6 +21,7 @@ use crate::{
     vmproc::Front,
 };
 
+mod cgroup;
 mod cli;
 mod commands;
 mod console;

@@ -3,6 +3,11 @@
 use serde::{Deserialize, Serialize};
 use vmm::MachineProfile;
 
+use crate::{
+    cli::{Cpu, Limits},
+    home::VmConfig,
+};
+
 /// The longest text that a user may append to a kernel command line.
 pub(crate) const MAX_APPEND_BYTES: usize = 2048;
 
@@ -13,6 +18,27 @@ pub(crate) struct MachineOffer {
     pub(crate) profile: MachineProfile,
     /// What its user appended to the kernel command line: for when it boots anew at the target.
     pub(crate) append: String,
+    /// What else was said of it, and holds wherever it runs.
+    pub(crate) setup: Setup,
+}
+
+/// What users said of a VM that is no part of the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Setup {
+    /// Which CPU it is shown when it boots anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cpu: Option<Cpu>,
+    /// What it may take of its host.
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    pub(crate) limits: Limits,
+}
+
+impl Setup {
+    /// As the VM's configuration has it.
+    pub(crate) fn of(config: &VmConfig) -> Self {
+        Self { cpu: config.cpu, limits: config.limits }
+    }
 }
 
 /// As bytes: a version of its own, because the profile has one too.
@@ -23,7 +49,20 @@ struct Encoded<'a> {
     profile: &'a [u8],
 }
 
+/// The same, with what else was said of the VM, as JSON. Only said where there is something to say, so
+/// that other VMs can go to peers that read version 1 only.
+#[derive(Serialize, Deserialize)]
+struct EncodedWithSetup<'a> {
+    version: u8,
+    append: &'a str,
+    profile: &'a [u8],
+    setup: &'a [u8],
+}
+
 const VERSION: u8 = 1;
+const VERSION_WITH_SETUP: u8 = 2;
+/// The longest setup.
+const MAX_SETUP_BYTES: usize = 16 << 10;
 
 /// Why an offer cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -35,13 +74,21 @@ pub(crate) enum OfferError {
     #[error("the offer of the machine has {0} bytes too many")]
     Trailing(usize),
     /// From another version of this program.
-    #[error("the offer of the machine has version {0}, this program reads {VERSION}")]
+    #[error(
+        "the offer of the machine has version {0}, this program reads {VERSION} and {VERSION_WITH_SETUP}"
+    )]
     Version(u8),
     /// The appended text is too long or holds what a command line cannot.
     #[error(
         "the text appended to the kernel command line is not printable ASCII of at most {MAX_APPEND_BYTES} bytes"
     )]
     Append,
+    /// What else was said of it.
+    #[error("what was said of the VM cannot be read: {0}")]
+    Setup(#[from] serde_json::Error),
+    /// More of that than there should be.
+    #[error("what was said of the VM has {0} bytes, at most {MAX_SETUP_BYTES} are read")]
+    SetupLength(usize),
     /// The profile.
     #[error(transparent)]
     Profile(#[from] vmm::profile::ProfileError),
@@ -57,22 +104,45 @@ impl MachineOffer {
     /// As bytes for a peer.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, OfferError> {
         let profile = self.profile.encode()?;
-        let encoded = Encoded { version: VERSION, append: &self.append, profile: &profile };
-        Ok(postcard::to_stdvec(&encoded)?)
+        let (append, profile) = (self.append.as_str(), profile.as_slice());
+        if self.setup == Setup::default() {
+            return Ok(postcard::to_stdvec(&Encoded { version: VERSION, append, profile })?);
+        }
+        let setup = serde_json::to_vec(&self.setup)?;
+        if setup.len() > MAX_SETUP_BYTES {
+            return Err(OfferError::SetupLength(setup.len()));
+        }
+        let version = VERSION_WITH_SETUP;
+        Ok(postcard::to_stdvec(&EncodedWithSetup { version, append, profile, setup: &setup })?)
     }
 
     /// From a peer's bytes.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, OfferError> {
-        let (encoded, rest) = postcard::take_from_bytes::<Encoded>(bytes)?;
-        if encoded.version != VERSION {
-            return Err(OfferError::Version(encoded.version));
-        }
+        let (version, _) = postcard::take_from_bytes::<u8>(bytes)?;
+        let (append, profile, setup, rest) = match version {
+            VERSION => {
+                let (encoded, rest) = postcard::take_from_bytes::<Encoded>(bytes)?;
+                (encoded.append, encoded.profile, None, rest)
+            }
+            VERSION_WITH_SETUP => {
+                let (encoded, rest) = postcard::take_from_bytes::<EncodedWithSetup>(bytes)?;
+                (encoded.append, encoded.profile, Some(encoded.setup), rest)
+            }
+            other => return Err(OfferError::Version(other)),
+        };
         if !rest.is_empty() {
             return Err(OfferError::Trailing(rest.len()));
         }
-        check_append(encoded.append)?;
-        let profile = MachineProfile::decode(encoded.profile)?;
-        Ok(Self { profile, append: encoded.append.to_owned() })
+        check_append(append)?;
+        let setup = match setup {
+            Some(setup) if setup.len() > MAX_SETUP_BYTES => {
+                return Err(OfferError::SetupLength(setup.len()));
+            }
+            Some(setup) => serde_json::from_slice(setup)?,
+            None => Setup::default(),
+        };
+        let profile = MachineProfile::decode(profile)?;
+        Ok(Self { profile, append: append.to_owned(), setup })
     }
 }
 
@@ -90,7 +160,24 @@ mod tests {
             tsc_khz: 2_000_000,
             xsave_bytes: 4096,
         };
-        MachineOffer { profile, append: "quiet".into() }
+        MachineOffer { profile, append: "quiet".into(), setup: Setup::default() }
+    }
+
+    /// A VM of which nothing is said can go to those who read the first version only.
+    #[test]
+    fn what_was_said_of_it_makes_another_version() {
+        let limits = Limits { disk_iops: Some(7), ..Limits::default() };
+        let setup = Setup { cpu: "v3".parse().ok(), limits };
+        for (setup, version) in [(Setup::default(), 1), (setup, 2)] {
+            let offer = MachineOffer { setup, ..offer() };
+            let bytes = offer.encode().unwrap();
+            assert_eq!(bytes[0], version);
+            assert_eq!(MachineOffer::decode(&bytes).unwrap(), offer);
+            for len in 0..bytes.len() {
+                MachineOffer::decode(&bytes[..len]).unwrap_err();
+            }
+            MachineOffer::decode(&[&bytes[..], &[0]].concat()).unwrap_err();
+        }
     }
 
     #[test]

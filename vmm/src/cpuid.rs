@@ -36,7 +36,7 @@ impl Register {
         }
     }
 
-    fn of_mut(self, entry: &mut Entry) -> &mut u32 {
+    pub(crate) fn of_mut(self, entry: &mut Entry) -> &mut u32 {
         match self {
             Self::Eax => &mut entry.eax,
             Self::Ebx => &mut entry.ebx,

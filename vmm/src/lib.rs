@@ -27,17 +27,22 @@ pub mod memory;
 mod pagemap;
 pub mod profile;
 pub mod state;
+pub mod template;
 pub mod threads;
 mod throttle;
 mod vcpu;
 
 pub use codec::CodecError;
-pub use devices::virtio::net::{Tap, TapError};
+pub use devices::virtio::{
+    net::{Tap, TapError},
+    rate::Rate,
+};
 pub use handoff::{AnyVm, IncomingVm, VmSource};
 pub use host::HostCheck;
 pub use machine::{
-    MachineError, MachineSnapshot, NetConfig, Paused, Running, TransitionError, Vm, VmConfig,
+    MachineError, MachineSnapshot, NetConfig, Paused, Rates, Running, TransitionError, Vm, VmConfig,
 };
 pub use profile::{HostProfile, MachineProfile};
+pub use template::CpuTemplate;
 pub use threads::{ThreadHook, ThreadKind};
 pub use vcpu::VmEvent;

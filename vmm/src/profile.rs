@@ -10,6 +10,7 @@ use crate::{
     cpuid::{self, Register},
     host::{Host, HostError},
     layout::{MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES},
+    template::{BelowTemplate, CpuTemplate},
 };
 
 const FORMAT: Format =
@@ -140,6 +141,9 @@ pub enum ProfileError {
     /// It cannot be read.
     #[error(transparent)]
     Codec(#[from] CodecError),
+    /// This host cannot give the CPU that was asked for.
+    #[error(transparent)]
+    Cpu(#[from] BelowTemplate),
     /// A number in it cannot be.
     #[error("machine profile: {what} of {value} cannot be (from {min} to {max})")]
     Range {
@@ -260,20 +264,28 @@ impl HostProfile {
         cpuid::table(&self.supported, vcpus, self.tsc_deadline)
     }
 
-    /// A profile for a machine that begins its life here.
+    /// A profile for a machine that begins its life here, with this CPU.
     pub fn new_machine(
         &self,
+        cpu: CpuTemplate,
         vcpus: u8,
         memory_bytes: u64,
         disk: bool,
         mac: Option<[u8; 6]>,
     ) -> Result<MachineProfile, ProfileError> {
+        let mut cpuid = self.cpuid(vcpus);
+        cpu.apply(&mut cpuid)?;
+        let (value, max) = (memory_bytes, cpu.max_memory_bytes());
+        if value > max {
+            let (what, min) = ("memory under that CPU template", MIN_MEMORY_BYTES);
+            return Err(ProfileError::Range { what, value, min, max });
+        }
         let profile = MachineProfile {
             vcpus,
             memory_bytes,
             disk,
             mac,
-            cpuid: self.cpuid(vcpus),
+            cpuid,
             tsc_khz: self.tsc_khz,
             xsave_bytes: u32::try_from(self.xsave_bytes).unwrap_or(u32::MAX),
         };
@@ -314,7 +326,7 @@ mod tests {
     }
 
     fn machine() -> MachineProfile {
-        host().new_machine(2, 64 << 20, true, Some([2, 0, 0, 0, 0, 1])).unwrap()
+        host().new_machine(CpuTemplate::Host, 2, 64 << 20, true, Some([2, 0, 0, 0, 0, 1])).unwrap()
     }
 
     #[test]
@@ -360,7 +372,7 @@ mod tests {
     fn this_host_fits_itself() {
         let Ok(host) = crate::host::HostCheck::run() else { return };
         let profile = HostProfile::of(&host).unwrap();
-        let machine = profile.new_machine(2, 64 << 20, true, None).unwrap();
+        let machine = profile.new_machine(CpuTemplate::Host, 2, 64 << 20, true, None).unwrap();
         machine.check_compatible(&profile).unwrap();
     }
 }

@@ -53,7 +53,8 @@ impl Backend for Network {
 
     fn device(&mut self) -> Box<dyn VirtioBackend> {
         let guest = self.guest.try_clone().expect("a descriptor");
-        Box::new(Net::new(Tap::from_file(File::from(OwnedFd::from(guest))), MAC))
+        let tap = Tap::from_file(File::from(OwnedFd::from(guest)));
+        Box::new(Net::new(tap, MAC, &[]).expect("a timer"))
     }
 
     fn happens(&mut self, number: u8, block: &[u8]) {

@@ -80,6 +80,8 @@ fn state() -> Option<Vec<u8>> {
         base_memory: None,
         disk: None,
         net: None,
+        cpu: Default::default(),
+        rates: Default::default(),
         keep_free_pages: false,
         console: Box::new(io::sink()),
         events,

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     Connect,
-    tcp::{MonotonicClock, TcpConnect, TcpLink},
+    tcp::{MonotonicClock, Shape, TcpConnect, TcpLink},
 };
 
 /// The handshake gets so long even if the connection took nearly all the time there was.
@@ -36,6 +36,11 @@ impl TlsConnect {
     /// From now on, links are given up when the peer's host has not answered for so long.
     pub fn give_up_after(&mut self, timeout: Duration) {
         self.tcp.give_up_after(timeout);
+    }
+
+    /// From now on, links are held to this rate and class.
+    pub fn shape(&mut self, shape: Shape) {
+        self.tcp.shape(shape);
     }
 }
 

@@ -3,7 +3,10 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use clap::Args;
-use handoff::engine::{Backoff, Limits};
+use handoff::{
+    engine::{Backoff, Limits},
+    tcp::{Dscp, Shape},
+};
 use serde::{Deserialize, Serialize};
 
 /// What may be waited for, in seconds.
@@ -27,9 +30,41 @@ pub(crate) struct LinkArgs {
     /// Waits between two attempts: the first, and the longest that they grow to [default: 100..1000]
     #[arg(long, value_name = "MS..MS")]
     pub(crate) retry_ms: Option<Waits>,
+    /// The most of the link that this handoff may take, in Mbit/s [default: what there is]
+    #[arg(long, value_name = "MBPS", value_parser = clap::value_parser!(u32).range(1..=32_000))]
+    #[serde(default)]
+    pub(crate) max_mbps: Option<u32>,
+    /// Class of service of what is sent: le, cs0 to cs7, af11 to af43, ef, or 0 to 63
+    #[arg(long, value_name = "DSCP")]
+    #[serde(default, with = "dscp")]
+    pub(crate) dscp: Option<Dscp>,
 }
 
+/// A class of service, as users say it.
+mod dscp {
+    use handoff::tcp::Dscp;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(dscp: &Option<Dscp>, to: S) -> Result<S::Ok, S::Error> {
+        dscp.map(|dscp| dscp.to_string()).serialize(to)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<Option<Dscp>, D::Error> {
+        let text = Option::<String>::deserialize(from)?;
+        text.map(|text| text.parse().map_err(D::Error::custom)).transpose()
+    }
+}
+
+/// Bytes a second in one Mbit/s.
+const BYTES_PER_MBIT: u64 = 125_000;
+
 impl LinkArgs {
+    /// What links may take of the network.
+    pub(crate) fn shape(&self) -> Shape {
+        let max_rate_bytes_per_s = self.max_mbps.map(|mbps| u64::from(mbps) * BYTES_PER_MBIT);
+        Shape { max_rate_bytes_per_s, dscp: self.dscp }
+    }
+
     /// What the engine is told.
     pub(crate) fn limits(&self) -> Limits {
         let usual = Limits::default();
@@ -161,11 +196,15 @@ mod tests {
 
     #[test]
     fn what_is_said_reaches_the_engine() {
-        let words = "x --link-timeout-s 3 --retry-for-s 7 --retry-paused-s 1 --retry-ms 20..50";
+        let words = "x --link-timeout-s 3 --retry-for-s 7 --retry-paused-s 1 --retry-ms 20..50 \
+                     --max-mbps 10 --dscp le";
         let args = Both::try_parse_from(words.split(' ')).unwrap().link;
         let limits = args.limits();
         let s = Duration::from_secs;
         assert_eq!((limits.silence, limits.relink_grace, limits.relink_paused), (s(3), s(7), s(1)));
+        let shape = args.shape();
+        assert_eq!(shape.max_rate_bytes_per_s, Some(1_250_000));
+        assert_eq!(shape.dscp.map(Dscp::code), Some(1));
         let ms = Duration::from_millis;
         assert_eq!(limits.retry, Backoff { first: ms(20), most: ms(50) });
         let text = serde_json::to_string(&args).unwrap();

@@ -9,6 +9,7 @@ use handoff::{
 };
 
 use crate::{
+    cgroup::Cgroup,
     cli::RestoreArgs,
     commands::{overlay, run::say_running, vm::say},
     failure::{Exit, Failure},
@@ -74,11 +75,13 @@ pub(crate) fn run_here(args: &RestoreArgs, home: &Home, front: Front) -> anyhow:
     dir.create()?;
     let from = overlay::open(&args.file)?;
     let (tap, room) = (HeldTap::open(args.tap.as_deref()), Room::open(home)?);
+    let cgroup = Cgroup::enter(home, dir.name());
     let (bringing, bringing_home, bringing_dir) = (args.clone(), home.clone(), dir.clone());
     let ended = vmproc::run_with(&dir, home, front, &args.jail, move |console, events| {
         let host_args = HostArgs {
             tap: bringing.tap.clone(),
             held_tap: tap,
+            cgroup,
             min_free_mib: bringing.min_free_mib,
             peer: None,
             room,

@@ -5,9 +5,10 @@ use std::{ffi::OsString, process::Stdio, sync::Arc};
 use guest_images::{Base, overlay::Overlay};
 use handoff::ownership::{Record, State, VmId};
 use serde::Serialize;
+use vmm::{CpuTemplate, MachineProfile};
 
 use crate::{
-    cli::VmRunArgs,
+    cli::{Cpu, Limits, VmRunArgs},
     commands::{base, vm::say},
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir, VmName},
@@ -130,8 +131,11 @@ fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
         tap: args.tap.clone(),
         append: args.append.clone().unwrap_or_default(),
         keep_free_pages: args.keep_free_pages,
+        cpu: args.cpu,
+        limits: args.limits.over(Limits::default()),
         ..VmConfig::of(&base.id())
     };
+    config.limits.check(config.memory_mib)?;
     let damaged = |e: &dyn std::fmt::Display| {
         Failure::plain(Exit::Corrupt, format!("machine of base {}", base.id()), e)
     };
@@ -139,6 +143,7 @@ fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
     let profile = vmm::MachineSnapshot::decode(&machine).map_err(|e| damaged(&e))?.profile;
     // Whether it goes on or boots: what is equal to the base's memory is never sent.
     let memory_mib = profile.memory_bytes >> 20;
+    config.limits.check(memory_mib)?;
     if args.memory_mib.is_some_and(|asked| asked != memory_mib) {
         return Err(contradicts("--memory-mib", &format!("{memory_mib} MiB of memory"), false));
     }
@@ -148,6 +153,9 @@ fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
     }
     if args.vcpus.is_some_and(|asked| asked != profile.vcpus) {
         return Err(contradicts("--vcpus", &format!("{} vCPUs", profile.vcpus), true));
+    }
+    if let Some(Cpu(cpu)) = args.cpu {
+        check_cpu(cpu, &profile)?;
     }
     let its_mac = profile.mac.map(|mac| Mac(mac).to_string());
     if args.mac.is_some_and(|asked| Some(asked.to_string()) != its_mac) {
@@ -167,6 +175,18 @@ fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
         return Err(contradicts("--append", "a kernel that has started already", true));
     }
     Ok(VmConfig { memory_mib, vcpus: profile.vcpus, mac: its_mac, from_memory: true, ..config })
+}
+
+/// A guest that goes on from memory has seen its CPU already.
+fn check_cpu(cpu: CpuTemplate, profile: &MachineProfile) -> Result<(), Failure> {
+    let more = cpu.excess(&profile.cpuid);
+    if more.is_empty() {
+        return Ok(());
+    }
+    let why = format!("its memory is that of a guest whose CPU has more: {}", more.join(", "));
+    let way_out =
+        format!("build the base with --cpu {}, or boot the kernel with --cold", cpu.name());
+    Err(Failure::new(Exit::Usage, format!("--cpu {}", cpu.name()), why, way_out))
 }
 
 /// A flag that asks for what a base with memory is not.
@@ -203,6 +223,9 @@ fn start_again(
         return Err(Failure::new(Exit::Conflict, what, why, way_out));
     }
     if old.from_memory && !args.cold {
+        if args.cpu.is_some_and(|cpu| Some(cpu) != old.cpu) {
+            return Err(contradicts("--cpu", "the CPU that their memory has seen", true));
+        }
         // It was never started. What its memory has cannot change.
         if args.append.as_ref().is_some_and(|text| !text.is_empty()) {
             return Err(contradicts("--append", "a kernel that has started already", true));
@@ -222,5 +245,8 @@ fn start_again(
     if let Some(append) = &args.append {
         new.append.clone_from(append);
     }
+    new.cpu = args.cpu.or(old.cpu);
+    new.limits = args.limits.over(old.limits);
+    new.limits.check(new.memory_mib)?;
     if new == old { Ok(()) } else { dir.write_config(&new) }
 }

@@ -11,6 +11,7 @@ use handoff::ownership::{Record, State};
 use serde::Serialize;
 
 use crate::{
+    cgroup,
     cli::VmCommand,
     commands::{base, console, logs, run, takeover},
     control::{Request, Status, client},
@@ -64,6 +65,7 @@ pub(crate) fn run(
         }
         VmCommand::Rm(vm) => {
             remove(&home.existing(&vm.name)?)?;
+            cgroup::remove(home, &vm.name);
             say(output, &vm.name, "removed")
         }
         VmCommand::ExportDisk { vm, file } => {

@@ -124,6 +124,8 @@ const DEVICE: &[i64] = &[
     SYS_pwritev2,
     SYS_read,
     SYS_readv,
+    // Timers that are there already: announcing again, rates.
+    SYS_timerfd_settime,
 ];
 
 /// Files by name, in what is the process's root; sockets; threads; new rings.
@@ -190,7 +192,6 @@ const HANDOFF: &[i64] = &[
     SYS_symlinkat,
     SYS_sysinfo,
     SYS_timerfd_create,
-    SYS_timerfd_settime,
     SYS_uname,
     SYS_unlink,
     SYS_unlinkat,

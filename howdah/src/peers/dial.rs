@@ -4,7 +4,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use handoff::{
     Connect,
-    tcp::{TcpConnect, TcpLink},
+    tcp::{Shape, TcpConnect, TcpLink},
     tls::{Guarded, Identity, TlsConnect},
 };
 
@@ -67,6 +67,14 @@ impl Dial {
         match self {
             Self::Plain(connect) => connect.give_up_after(timeout),
             Self::Tls(peers) => peers.iter_mut().for_each(|peer| peer.give_up_after(timeout)),
+        }
+    }
+
+    /// Links are held to this rate and class.
+    pub(crate) fn shape(&mut self, shape: Shape) {
+        match self {
+            Self::Plain(connect) => connect.shape(shape),
+            Self::Tls(peers) => peers.iter_mut().for_each(|peer| peer.shape(shape)),
         }
     }
 }

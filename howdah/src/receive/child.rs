@@ -27,6 +27,7 @@ use super::{
     room::Room,
 };
 use crate::{
+    cgroup::Cgroup,
     cli::ReceiveProcessArgs,
     console::Console,
     control::{Adopted, Envelope, Phase, Reply, Request, channel::Channel, server, server::Asked},
@@ -59,6 +60,7 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
         dir.create()?;
     }
     let held_tap = HeldTap::open(args.tap.as_deref());
+    let cgroup = Cgroup::enter(home, &args.name);
     let (room, ordinary) = (Room::open(home)?, Ordinary::open());
     jail::enter(&args.jail, &dir, home)?;
     let expendable = ordinary.and_then(Ordinary::step_back);
@@ -75,7 +77,7 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
     spawn::log_to(&dir.vm_log())?;
     let fresh = dir.record()?.is_none();
     let (tap, min_free_mib) = (args.tap.clone(), args.min_free_mib);
-    let host_args = HostArgs { tap, held_tap, min_free_mib, peer: known, room, live: true };
+    let host_args = HostArgs { tap, held_tap, cgroup, min_free_mib, peer: known, room, live: true };
     match receive(args, host_args, expendable, home, &dir, incoming, peer) {
         Ok(_) => Ok(()),
         Err(error) => {

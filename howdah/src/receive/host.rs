@@ -15,12 +15,13 @@ use super::{
     watched::Watched,
 };
 use crate::{
+    cgroup::{self, Cgroup, NoCgroup},
     commands::base,
     console::Console,
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir, VmName},
     mac::Mac,
-    offer::MachineOffer,
+    offer::{MachineOffer, Setup},
     peers::Peer,
     visit::{Unusable, Visit},
     vmproc::{
@@ -36,6 +37,7 @@ pub(crate) struct Host {
     dir: VmDir,
     tap: Option<String>,
     held_tap: HeldTap,
+    cgroup: Option<Result<Cgroup, NoCgroup>>,
     min_free_bytes: u64,
     peer: Option<Peer>,
     room: Room,
@@ -53,6 +55,8 @@ pub(crate) struct HostArgs {
     pub(crate) tap: Option<String>,
     /// The device.
     pub(crate) held_tap: HeldTap,
+    /// The group that the VM's process is in.
+    pub(crate) cgroup: Result<Cgroup, NoCgroup>,
     /// Disk space that stays free.
     pub(crate) min_free_mib: u64,
     /// Who hands the VM off, where that is known.
@@ -66,6 +70,7 @@ pub(crate) struct HostArgs {
 struct Prepared {
     disk: Arc<Overlay>,
     append: String,
+    setup: Setup,
 }
 
 impl Host {
@@ -82,6 +87,7 @@ impl Host {
             dir: dir.clone(),
             tap: args.tap,
             held_tap: args.held_tap,
+            cgroup: Some(args.cgroup),
             min_free_bytes: args.min_free_mib.saturating_mul(1 << 20),
             peer: args.peer,
             room: args.room,
@@ -117,7 +123,7 @@ impl Host {
         let gone = || {
             Failure::plain(Exit::Failed, format!("VM {}", self.dir.name()), "the machine is gone")
         };
-        let Prepared { disk, append } = self.prepared.ok_or_else(gone)?;
+        let Prepared { disk, append, setup } = self.prepared.ok_or_else(gone)?;
         let source = match vm.into_inner().into_vm().ok_or_else(gone)? {
             AnyVm::Running(vm) => {
                 kvm::connect_console(&self.console, &vm);
@@ -130,7 +136,7 @@ impl Host {
         };
         let (home, dir, base) = (self.home, self.dir, Arc::clone(disk.base()));
         let contents = contents.map(Arc::new);
-        Ok(Box::new(KvmMachine { home, dir, source, disk, base, journal, append, contents }))
+        Ok(Box::new(KvmMachine { home, dir, source, disk, base, journal, append, setup, contents }))
     }
 
     fn reserve(&self, offer: &Offer) -> Result<Reserved, Refusal> {
@@ -154,6 +160,8 @@ impl Host {
             tap: self.tap.clone().filter(|_| profile.mac.is_some()),
             mac: profile.mac.map(|mac| Mac(mac).to_string()),
             append: machine.append.clone(),
+            cpu: machine.setup.cpu,
+            limits: machine.setup.limits,
             ..VmConfig::of(&offer.base)
         })
     }
@@ -169,6 +177,10 @@ impl TargetHost for Host {
         check_machine(&machine.profile, offer.geometry, base.disk_chunks())?;
         let reserved = self.reserve(offer)?;
         let config = self.config(offer, &machine)?;
+        if let Some(cgroup) = self.cgroup.take() {
+            let limited = cgroup::limit(cgroup, &config.limits, self.dir.name());
+            limited.map_err(|e| Refusal::Machine(e.message))?;
+        }
         self.dir.write_config(&config).map_err(|e| other(&e))?;
         let back = match Visit::find(&self.dir, offer) {
             Some(visit) => self.back(visit, &config, &base, &machine.profile)?,
@@ -181,7 +193,7 @@ impl TargetHost for Host {
                 (vm, disk, None)
             }
         };
-        self.prepared = Some(Prepared { disk, append: machine.append });
+        self.prepared = Some(Prepared { disk, append: machine.append, setup: machine.setup });
         let also = also_held(&self.home, offer, self.peer.as_ref());
         let bases = Bases::new(base, also).map_err(|e| other(&e))?;
         let vm = Watched::new(vm, self.dir.path().to_owned(), self.min_free_bytes, reserved);

@@ -18,6 +18,7 @@ use super::{
     signals,
 };
 use crate::{
+    cgroup::{self, Cgroup},
     cli::JailArgs,
     console::Console,
     control::{Phase, server, server::Server},
@@ -99,7 +100,12 @@ pub(crate) fn host_failure(error: &HostError) -> Failure {
 /// Runs the VM of `dir` in this process until it ends.
 pub(crate) fn run(dir: &VmDir, home: &Home, front: Front, jail: &JailArgs) -> anyhow::Result<End> {
     // A configuration that cannot be read is told of when the machine is made of it.
-    let tap = HeldTap::open(dir.config().ok().and_then(|config| config.tap).as_deref());
+    let config = dir.config().ok();
+    let tap = HeldTap::open(config.as_ref().and_then(|config| config.tap.as_deref()));
+    let limits = config.map(|config| config.limits).unwrap_or_default();
+    if limits.need_cgroup() {
+        cgroup::limit(Cgroup::enter(home, dir.name()), &limits, dir.name())?;
+    }
     let asking = Asking::prepare(dir, home, None)?;
     let (starting_dir, starting_home) = (dir.clone(), home.clone());
     run_with(dir, home, front, jail, move |console, events| {

@@ -34,7 +34,7 @@ use crate::{
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir},
     jail,
-    offer::MachineOffer,
+    offer::{MachineOffer, Setup},
 };
 
 /// A machine of this process.
@@ -46,6 +46,7 @@ pub(crate) struct KvmMachine {
     pub(crate) base: Arc<Base>,
     pub(crate) journal: Journal,
     pub(crate) append: String,
+    pub(crate) setup: Setup,
     /// Some of what came here with the guest: what the side it came from may still have.
     pub(crate) contents: Option<Arc<SentCache>>,
 }
@@ -89,9 +90,10 @@ pub(crate) fn start(
         (go_on(dir, &config, &base, build)?, Origin::BaseMemory)
     };
     connect_console(console, &vm);
+    let setup = Setup::of(&config);
     let (home, dir, append) = (home.clone(), dir.clone(), config.append);
     let (source, contents) = (VmSource::new(vm), None);
-    let machine = KvmMachine { home, dir, source, disk, base, journal, append, contents };
+    let machine = KvmMachine { home, dir, source, disk, base, journal, append, setup, contents };
     Ok((Box::new(machine), origin))
 }
 
@@ -169,6 +171,8 @@ pub(crate) fn build(
         base_memory: base_memory(base)?,
         disk: Some(Arc::clone(disk)),
         net: tap.network(config.mac.as_deref())?,
+        cpu: config.cpu.unwrap_or_default().0,
+        rates: config.limits.rates(),
         keep_free_pages: config.keep_free_pages,
         console: Box::new(Sink(Arc::clone(console))),
         events: forward(events)?,
@@ -263,7 +267,7 @@ impl KvmMachine {
             Some(AnyVm::Paused(vm)) => vm.profile().clone(),
             None => return Err(Failure::plain(Exit::Failed, what, "the machine is gone")),
         };
-        MachineOffer { profile, append: self.append.clone() }
+        MachineOffer { profile, append: self.append.clone(), setup: self.setup.clone() }
             .encode()
             .map_err(|e| Failure::plain(Exit::Failed, what, e))
     }

@@ -44,6 +44,7 @@ pub(super) fn hand_off(
         Err(failure) => return HandoffEnd::Kept { machine, failure },
     };
     connect.give_up_after(options.limits.silence);
+    connect.shape(request.link.shape());
     let peer = request.peer.clone();
     let this = &mut *machine;
     let sent = engine::send(

@@ -38,7 +38,7 @@ impl HeldTap {
         let mac: Mac =
             mac.parse().map_err(|e| Failure::new(Exit::Corrupt, "config.json", e, "correct it"))?;
         match &self.0 {
-            Ok(tap) => Ok(Some(NetConfig { tap: tap.clone(), mac: mac.0 })),
+            Ok(tap) => Ok(Some(NetConfig { tap: tap.clone(), mac: mac.0, addresses: Vec::new() })),
             Err(NoTap::Unnamed) => {
                 let why = "it has a network device, and no TAP device of this host is named for it";
                 Err(Failure::new(Exit::Host, WHAT, why, WAY_OUT))

@@ -62,6 +62,7 @@ pub(super) fn boot(config: VmConfig) -> Result<Vm<Paused>, MachineError> {
     let host = HostCheck::run()?;
     let mac = config.net.as_ref().map(|net| net.mac);
     let profile = HostProfile::of(&host)?.new_machine(
+        config.cpu,
         config.vcpus,
         config.memory_bytes,
         config.disk.is_some(),

@@ -21,6 +21,7 @@ mod wiring;
 use std::{
     fs::File,
     io::{self, Write},
+    net::Ipv4Addr,
     path::PathBuf,
     sync::{Arc, mpsc::Sender},
 };
@@ -42,6 +43,7 @@ use crate::{
             balloon::{BalloonHandle, FreeHints},
             block::RingError,
             net::Tap,
+            rate::Rate,
         },
     },
     dirty::{DirtyError, Disk, KvmLog, Tracker},
@@ -49,6 +51,7 @@ use crate::{
     memory::{self, GuestRam, MemoryError},
     profile::{Incompatible, MachineProfile, ProfileError},
     state::{StateError, VmState},
+    template::CpuTemplate,
     threads::ThreadHook,
     throttle::Throttle,
     vcpu::{Gate, RunContext, Vcpu, VcpuThread, VmEvent},
@@ -64,6 +67,17 @@ pub struct NetConfig {
     pub tap: Tap,
     /// The guest's address.
     pub mac: [u8; 6],
+    /// Its IPv4 addresses, as far as they are known here: announced where the guest goes on.
+    pub addresses: Vec<Ipv4Addr>,
+}
+
+/// What of a machine's devices may pass in a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// The disk, reads and writes together.
+    pub disk: Rate,
+    /// The network, in each direction.
+    pub net: Rate,
 }
 
 /// What a machine is made of, and what of the host it uses.
@@ -72,6 +86,8 @@ pub struct VmConfig {
     pub memory_bytes: u64,
     /// How many vCPUs.
     pub vcpus: u8,
+    /// Which CPU they are. Counts only when the machine boots: then it is fixed.
+    pub cpu: CpuTemplate,
     /// bzImage or ELF kernel. Read only when the machine boots.
     pub kernel: PathBuf,
     /// Initial RAM file system.
@@ -84,6 +100,8 @@ pub struct VmConfig {
     pub disk: Option<Arc<Overlay>>,
     /// The network device.
     pub net: Option<NetConfig>,
+    /// What the disk and the network may pass on.
+    pub rates: Rates,
     /// Reports of free pages are acknowledged, and their memory is kept: to measure what giving it
     /// back is worth.
     pub keep_free_pages: bool,
@@ -100,12 +118,14 @@ impl std::fmt::Debug for VmConfig {
         f.debug_struct("VmConfig")
             .field("memory_bytes", &self.memory_bytes)
             .field("vcpus", &self.vcpus)
+            .field("cpu", &self.cpu)
             .field("kernel", &self.kernel)
             .field("initramfs", &self.initramfs)
             .field("cmdline", &self.cmdline)
             .field("base_memory", &self.base_memory.is_some())
             .field("disk", &self.disk.is_some())
             .field("net", &self.net)
+            .field("rates", &self.rates)
             .field("keep_free_pages", &self.keep_free_pages)
             .field("threads", &self.threads)
             .finish_non_exhaustive()

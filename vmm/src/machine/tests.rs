@@ -92,6 +92,8 @@ impl Bench {
             base_memory: None,
             disk: None,
             net: None,
+            cpu: Default::default(),
+            rates: Default::default(),
             keep_free_pages: false,
             console: Box::new(self.screen.clone()),
             events: self.sender.clone(),

@@ -71,11 +71,14 @@ impl Backends {
         };
         if let Some(overlay) = &config.disk {
             let block = Block::new(overlay.clone(), "howdah").map_err(MachineError::Disk)?;
+            let block = block.limited(config.rates.disk).map_err(no_timer)?;
             backends.disk_dirty = Some(block.dirty());
             backends.slots.push((DISK_SLOT, Box::new(block)));
         }
         if let Some(net) = &config.net {
-            let device = Net::new(net.tap.clone(), net.mac);
+            let device = Net::new(net.tap.clone(), net.mac, &net.addresses)
+                .and_then(|device| device.limited(config.rates.net))
+                .map_err(no_timer)?;
             backends.announcer = Some(device.announcer());
             backends.slots.push((NET_SLOT, Box::new(device)));
         }
@@ -83,6 +86,10 @@ impl Backends {
         backends.slots.push((BALLOON_SLOT, Box::new(balloon)));
         Ok(backends)
     }
+}
+
+fn no_timer(source: io::Error) -> MachineError {
+    MachineError::Resource { what: "a timer", source }
 }
 
 /// A virtio device in its slot.

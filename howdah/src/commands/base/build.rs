@@ -122,6 +122,7 @@ fn boot(
         mac: args.tap.as_ref().map(|_| mac.to_string()),
         tap: args.tap.clone(),
         append,
+        cpu: args.cpu,
         ..VmConfig::of(&base.id())
     };
     output.note(&format!("booting a guest for base {name}, until it says {:?}", args.ready));

@@ -80,7 +80,7 @@ fn network() -> Victim {
             host.set_nonblocking(true).unwrap();
             *made.lock().unwrap() = Some(host);
             let tap = super::net::Tap::from_file(OwnedFd::from(guest).into());
-            Box::new(Net::new(tap, [2, 0, 0, 0, 0, 1]))
+            Box::new(Net::new(tap, [2, 0, 0, 0, 0, 1], &[]).unwrap())
         }),
         host: Box::new(move || {
             if let Some(host) = &*sends.lock().unwrap() {

@@ -24,10 +24,12 @@ pub mod interrupt;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;
+mod timer;
 mod worker;
 
 pub use device::{DeviceContext, DeviceError, Progress, VirtioBackend};

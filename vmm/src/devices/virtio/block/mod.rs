@@ -20,6 +20,7 @@ pub(crate) mod tests;
 
 use std::{
     collections::VecDeque,
+    io,
     os::fd::RawFd,
     sync::Arc,
     time::{Duration, Instant},
@@ -45,7 +46,10 @@ use self::{
     request::Request,
     ring::{Ring, Token},
 };
-use super::device::{DeviceContext, DeviceError, Progress, VirtioBackend};
+use super::{
+    device::{DeviceContext, DeviceError, Progress, VirtioBackend},
+    rate::{Limiter, Rate, timer_failed},
+};
 use crate::{devices::complaints::Complaints, memory::GuestRam};
 
 /// The unit in which drivers address a disk.
@@ -83,6 +87,8 @@ pub struct Block {
     /// Parsed, waiting for earlier requests on the same chunks; in the driver's order.
     waiting: VecDeque<Request>,
     flusher: Flusher,
+    /// What may pass; none: no limit.
+    limiter: Option<Limiter>,
     /// The queue was left with requests in it.
     starved: bool,
     write_through: bool,
@@ -104,6 +110,7 @@ impl Block {
             entries: Slab::default(),
             waiting: VecDeque::new(),
             flusher: Flusher::default(),
+            limiter: None,
             starved: false,
             write_through: true,
             id: padded,
@@ -112,6 +119,16 @@ impl Block {
             overlay,
             ram: None,
         })
+    }
+
+    /// The same, held to this rate.
+    pub fn limited(self, rate: Rate) -> io::Result<Self> {
+        Ok(Self { limiter: Some(Limiter::new(rate)?), ..self })
+    }
+
+    /// Whether the rate lets another request pass now; else the limiter's timer is set.
+    fn may_pass(&mut self) -> Result<bool, DeviceError> {
+        self.limiter.as_mut().map_or(Ok(true), Limiter::may_pass).map_err(timer_failed)
     }
 
     /// Which chunks the guest changes.
@@ -274,8 +291,14 @@ impl VirtioBackend for Block {
         ctx: &mut DeviceContext<'_>,
     ) -> Result<Progress, DeviceError> {
         let mut progress = Progress::Yield;
+        let mut held_back = false;
         for _ in 0..REQUESTS_PER_CALL {
             if self.unanswered() >= MAX_IN_FLIGHT || self.ring.len() >= MAX_OPERATIONS {
+                progress = Progress::Waiting;
+                break;
+            }
+            if !self.may_pass()? {
+                held_back = true;
                 progress = Progress::Waiting;
                 break;
             }
@@ -288,10 +311,13 @@ impl VirtioBackend for Block {
                 break;
             };
             let request = Request::parse(chain, ctx.ram, self.overlay.disk_bytes())?;
+            if let Some(limiter) = &mut self.limiter {
+                limiter.take(request.data.len());
+            }
             self.waiting.push_back(request);
         }
         self.pump(ctx)?;
-        self.starved = progress == Progress::Waiting;
+        self.starved = progress == Progress::Waiting && !held_back;
         if self.starved && self.ring.is_empty() {
             // Everything ended at once: there is no event to wait for.
             progress = Progress::Yield;
@@ -300,14 +326,18 @@ impl VirtioBackend for Block {
     }
 
     fn event_fds(&self) -> Vec<RawFd> {
-        self.ring.event_fd().into_iter().collect()
+        self.ring.event_fd().into_iter().chain(self.limiter.as_ref().map(Limiter::fd)).collect()
     }
 
     fn handle_event(
         &mut self,
-        _event: usize,
+        event: usize,
         ctx: &mut DeviceContext<'_>,
     ) -> Result<Option<usize>, DeviceError> {
+        if event >= self.ring.event_fd().into_iter().count() {
+            self.limiter.iter().for_each(Limiter::clear);
+            return Ok(Some(0));
+        }
         self.ring.clear_event();
         self.pump(ctx)?;
         Ok(self.starved.then_some(0))

@@ -673,3 +673,50 @@ fn a_full_disk_is_told_to_the_guest() {
     let oracle = disk.oracle.clone();
     assert!(disk.reopen() == oracle);
 }
+
+#[test]
+fn a_disk_is_held_to_a_rate_and_a_pause_does_not_wait_for_it() {
+    let dir = TempDir::new().unwrap();
+    let (overlay, block) = open(Overlay::create(dir.path(), base()).unwrap());
+    let dirty = block.dirty();
+    // 64 KiB at once, then 320 KiB a second.
+    let rate = Rate { bytes_per_s: Some(320 << 10), operations_per_s: None };
+    let mut driver = Driver::new(Box::new(block.limited(rate).unwrap()));
+    driver.start(FLUSH | EVENT_IDX);
+    let base = base_content();
+    let mut disk = Disk { dir, overlay, dirty, driver, oracle: base.clone(), base };
+    let begun = Instant::now();
+    let asks: Vec<_> =
+        (0..10).map(|n| Ask::Write { sector: n * 32, sectors: 32, seed: 3 }).collect();
+    for (n, ask) in asks.iter().enumerate() {
+        disk.ask(n, ask);
+    }
+    disk.run(asks.len());
+    let took = begun.elapsed();
+    // 160 KiB, of which 80 KiB (a debt of a request included) at once.
+    assert!((200..5000).contains(&took.as_millis()), "{took:?}");
+    for n in 0..asks.len() {
+        assert_eq!(disk.status(n), VIRTIO_BLK_S_OK as u8);
+    }
+    for (n, ask) in asks.iter().enumerate() {
+        disk.ask(n, ask);
+    }
+    disk.driver.kick(0);
+    disk.driver.wait_used(0);
+    let begun = Instant::now();
+    disk.driver.device.pause().unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(200), "{:?}", begun.elapsed());
+    disk.driver.device.resume().unwrap();
+    (1..asks.len()).for_each(|_| _ = disk.driver.wait_used(0));
+    for (n, ask) in asks.iter().enumerate() {
+        if let Ask::Write { sector, sectors, .. } = ask {
+            disk.ask(n, &Ask::Read { sector: *sector, sectors: *sectors });
+        }
+    }
+    disk.run(asks.len());
+    for n in 0..asks.len() {
+        let data = Disk::slot(n) + 3;
+        let range = bytes(n as u64 * 32, 32);
+        assert_eq!(disk.driver.get(data, range.len()), disk.oracle[range], "request {n}");
+    }
+}

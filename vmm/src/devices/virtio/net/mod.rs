@@ -8,11 +8,12 @@
 //! side at once; a driver that offers to announce its own addresses (ARP, neighbour discovery) is
 //! asked to when the device is restored.
 
+mod announce;
 mod tap;
 #[cfg(test)]
 mod tests;
 
-use std::{io, os::fd::RawFd};
+use std::{io, net::Ipv4Addr, os::fd::RawFd};
 
 use virtio_bindings::{
     virtio_ids::VIRTIO_ID_NET,
@@ -23,11 +24,15 @@ use virtio_bindings::{
     },
 };
 
-pub use self::tap::{Tap, TapError};
+pub use self::{
+    announce::Announcer,
+    tap::{Tap, TapError},
+};
 use super::{
     device::{DeviceContext, DeviceError, Progress, VirtioBackend},
     interrupt::ConfigSpace,
     queue::Chain,
+    rate::{Limiter, Rate, timer_failed},
 };
 use crate::memory::GuestRam;
 
@@ -47,69 +52,59 @@ const MAX_FRAME_BYTES: u64 = (64 << 10) + 18;
 /// Frames, or commands, before others get their turn.
 const FRAMES_PER_CALL: usize = 64;
 
+/// The backend's own events, in the order of [`VirtioBackend::event_fds`].
+const TAP_EVENT: usize = 0;
+const ANNOUNCE_EVENT: usize = 1;
+const RECEIVE_LIMIT_EVENT: usize = 2;
+const TRANSMIT_LIMIT_EVENT: usize = 3;
+
 /// The network device.
 pub struct Net {
     tap: Tap,
     mac: [u8; 6],
+    announcer: Announcer,
+    /// What may pass to the guest, and from it.
+    receiving: Limiter,
+    sending: Limiter,
     /// Restored and not yet active: the driver is to announce itself.
     moved: bool,
 }
 
-/// Tells a network where a guest is. May be used from any thread, as long as the guest is meant to be
-/// here.
-#[derive(Clone, Debug)]
-pub struct Announcer {
-    tap: Tap,
-    mac: [u8; 6],
-}
-
-impl Announcer {
-    /// Sends a reverse ARP request in the guest's name: switches learn the place of its MAC address.
-    pub fn announce(&self) -> io::Result<()> {
-        let mut packet = [0u8; HEADER_BYTES + RARP_BYTES];
-        packet[HEADER_BYTES..].copy_from_slice(&rarp(self.mac));
-        let piece = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
-        // SAFETY: the piece is the local array.
-        unsafe { self.tap.send(&[piece]) }.map(|_| ())
-    }
-}
-
-/// The least Ethernet frame, without checksum.
-const RARP_BYTES: usize = 60;
-
-/// A reverse ARP request: "who am I?", asked of everyone by `mac`.
-fn rarp(mac: [u8; 6]) -> [u8; RARP_BYTES] {
-    let mut frame = [0; RARP_BYTES];
-    frame[..6].fill(0xff);
-    frame[6..12].copy_from_slice(&mac);
-    // EtherType RARP; hardware Ethernet, protocol IPv4, their address lengths, operation 3.
-    frame[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 0x08, 0, 6, 4, 0, 3]);
-    frame[22..28].copy_from_slice(&mac);
-    frame[32..38].copy_from_slice(&mac);
-    frame
-}
-
 impl Net {
-    /// A network device with address `mac` on `tap`.
-    pub fn new(tap: Tap, mac: [u8; 6]) -> Self {
-        Self { tap, mac, moved: false }
+    /// A network device with address `mac` on `tap`, whose guest has these addresses, as far as that
+    /// is known.
+    pub fn new(tap: Tap, mac: [u8; 6], addresses: &[Ipv4Addr]) -> io::Result<Self> {
+        let announcer = Announcer::new(tap.clone(), mac, addresses)?;
+        let (receiving, sending) = (Limiter::new(Rate::default())?, Limiter::new(Rate::default())?);
+        Ok(Self { tap, mac, announcer, receiving, sending, moved: false })
+    }
+
+    /// The same, held to this rate in each direction.
+    pub fn limited(self, rate: Rate) -> io::Result<Self> {
+        Ok(Self { receiving: Limiter::new(rate)?, sending: Limiter::new(rate)?, ..self })
     }
 
     /// Something to announce this guest with, once it runs here.
     pub fn announcer(&self) -> Announcer {
-        Announcer { tap: self.tap.clone(), mac: self.mac }
+        self.announcer.clone()
     }
 
     /// Passes frames from the interface to the driver.
-    fn receive(&self, ctx: &mut DeviceContext<'_>) -> Result<Progress, DeviceError> {
+    fn receive(&mut self, ctx: &mut DeviceContext<'_>) -> Result<Progress, DeviceError> {
         let Some(queue) = ctx.queues.get_mut(RX) else { return Ok(Progress::Drained) };
         for _ in 0..FRAMES_PER_CALL {
+            if !self.receiving.may_pass().map_err(timer_failed)? {
+                return Ok(Progress::Waiting);
+            }
             let Some(chain) = queue.pop(ctx.ram)? else { return Ok(Progress::Drained) };
             if chain.writable.len() < HEADER_BYTES as u64 {
                 return Err(DeviceError::Request("a receive buffer shorter than its header"));
             }
             match self.receive_into(&chain, ctx.ram)? {
-                Received::Frame(len) => queue.complete(ctx.ram, chain.head, len)?,
+                Received::Frame(len) => {
+                    self.receiving.take(u64::from(len) - HEADER_BYTES as u64);
+                    queue.complete(ctx.ram, chain.head, len)?;
+                }
                 Received::Dropped => queue.undo_pop(),
                 Received::Nothing => {
                     queue.undo_pop();
@@ -151,10 +146,14 @@ impl Net {
     }
 
     /// Passes frames from the driver to the interface.
-    fn transmit(&self, ctx: &mut DeviceContext<'_>) -> Result<Progress, DeviceError> {
+    fn transmit(&mut self, ctx: &mut DeviceContext<'_>) -> Result<Progress, DeviceError> {
         let Some(queue) = ctx.queues.get_mut(TX) else { return Ok(Progress::Drained) };
         for _ in 0..FRAMES_PER_CALL {
+            if !self.sending.may_pass().map_err(timer_failed)? {
+                return Ok(Progress::Waiting);
+            }
             let Some(chain) = queue.pop(ctx.ram)? else { return Ok(Progress::Drained) };
+            self.sending.take(chain.readable.len().saturating_sub(HEADER_BYTES as u64));
             self.transmit_from(&chain, ctx.ram)?;
             queue.complete(ctx.ram, chain.head, 0)?;
         }
@@ -265,15 +264,30 @@ impl VirtioBackend for Net {
     }
 
     fn event_fds(&self) -> Vec<RawFd> {
-        vec![self.tap.fd()]
+        vec![self.tap.fd(), self.announcer.fd(), self.receiving.fd(), self.sending.fd()]
     }
 
     fn handle_event(
         &mut self,
-        _event: usize,
+        event: usize,
         _ctx: &mut DeviceContext<'_>,
     ) -> Result<Option<usize>, DeviceError> {
-        Ok(Some(RX))
+        Ok(match event {
+            TAP_EVENT => Some(RX),
+            ANNOUNCE_EVENT => {
+                self.announcer.due();
+                None
+            }
+            RECEIVE_LIMIT_EVENT => {
+                self.receiving.clear();
+                Some(RX)
+            }
+            TRANSMIT_LIMIT_EVENT => {
+                self.sending.clear();
+                Some(TX)
+            }
+            _ => None,
+        })
     }
 
     fn reset(&mut self) {

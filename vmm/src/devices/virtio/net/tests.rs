@@ -15,12 +15,14 @@ use crate::devices::virtio::{
 };
 
 const MAC: [u8; 6] = [2, 0x68, 0x77, 0, 0, 1];
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
 
 fn net() -> (UnixDatagram, Net) {
     let (host, guest) = UnixDatagram::pair().unwrap();
     guest.set_nonblocking(true).unwrap();
     host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    (host, Net::new(Tap::from_file(File::from(OwnedFd::from(guest))), MAC))
+    let tap = Tap::from_file(File::from(OwnedFd::from(guest)));
+    (host, Net::new(tap, MAC, &[ADDRESS]).unwrap())
 }
 
 fn started() -> (UnixDatagram, Driver) {
@@ -173,17 +175,73 @@ fn another_address_is_refused() {
     assert!(matches!(error, VirtioError::State { .. }), "{error}");
 }
 
-#[test]
-fn announces_by_reverse_arp() {
-    let (host, net) = net();
-    net.announcer().announce().unwrap();
+/// The Ethernet types of the frames that come within this time.
+fn types_heard(host: &UnixDatagram, within: Duration) -> Vec<u16> {
+    host.set_read_timeout(Some(within)).unwrap();
     let mut got = [0; 200];
-    let len = host.recv(&mut got).unwrap();
-    assert_eq!(len, HEADER_BYTES + 60);
-    let frame = &got[HEADER_BYTES..];
-    assert_eq!(frame[..6], [0xff; 6]);
-    assert_eq!(frame[6..12], MAC);
-    assert_eq!(frame[12..14], [0x80, 0x35]);
-    assert_eq!(frame[20..22], [0, 3]);
-    assert_eq!((&frame[22..28], &frame[32..38]), (&MAC[..], &MAC[..]));
+    let mut types = Vec::new();
+    while let Ok(len) = host.recv(&mut got) {
+        assert_eq!(len, HEADER_BYTES + 60);
+        let frame = &got[HEADER_BYTES..];
+        assert_eq!((&frame[..6], &frame[6..12]), (&[0xff; 6][..], &MAC[..]));
+        types.push(u16::from_be_bytes([frame[12], frame[13]]));
+    }
+    types
+}
+
+const ONE_ANNOUNCEMENT: [u16; 2] = [0x8035, 0x0806];
+
+/// A frame may be lost while a bridge's port comes up.
+#[test]
+fn an_announcement_is_repeated_by_the_worker_while_the_guest_is_here() {
+    let (host, net) = net();
+    let announcer = net.announcer();
+    let mut driver = Driver::new(Box::new(net));
+    driver.start(EVENT_IDX | driver.offered() & 0xff_ffff);
+    announcer.announce().unwrap();
+    let heard = types_heard(&host, Duration::from_millis(900));
+    assert_eq!(heard, ONE_ANNOUNCEMENT.repeat(5), "at once, and four times more");
+    // A guest that is paused, as one that leaves is, says nothing more.
+    announcer.announce().unwrap();
+    driver.device.pause().unwrap();
+    while host.recv(&mut [0; 200]).is_ok() {}
+    assert!(types_heard(&host, Duration::from_millis(300)).is_empty());
+}
+
+/// The driver's thread waits, the worker's sleeps: what is held back is neither lost nor reordered.
+#[test]
+fn both_directions_are_held_to_a_rate() {
+    let (host, net) = net();
+    // 100 frames a second, 10 at once.
+    let rate = Rate { operations_per_s: Some(100), ..Rate::default() };
+    let mut driver = Driver::new(Box::new(net.limited(rate).unwrap()));
+    driver.start(EVENT_IDX | driver.offered() & 0xff_ffff);
+    let begun = std::time::Instant::now();
+    for n in 0..40u64 {
+        driver.put(DATA + n * 0x100 + 12, &[n as u8; 60]);
+        driver.offer(TX, &[(DATA + n * 0x100, 72)], &[]);
+        driver.offer(RX, &[], &[(DATA + 0x1_0000 + n * 0x1000, 1526)]);
+        host.send(&packet(&[n as u8; 60])).unwrap();
+    }
+    driver.kick(TX);
+    driver.kick(RX);
+    for n in 0..40u8 {
+        driver.wait_used(TX);
+        let mut got = [0; 100];
+        let len = host.recv(&mut got).unwrap();
+        assert_eq!(got[HEADER_BYTES..len], [n; 60]);
+        assert_eq!(driver.wait_used(RX).1, 72);
+        assert_eq!(driver.get(DATA + 0x1_0000 + u64::from(n) * 0x1000 + 12, 60), [n; 60]);
+    }
+    let took = begun.elapsed();
+    assert!((250..3000).contains(&took.as_millis()), "30 frames beyond the first 10: {took:?}");
+    // Frames that wait for their time are in the queue: a pause does not wait for them.
+    for n in 0..40u64 {
+        driver.offer(TX, &[(DATA + n * 0x100, 72)], &[]);
+    }
+    driver.kick(TX);
+    driver.wait_used(TX);
+    let begun = std::time::Instant::now();
+    driver.device.pause().unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(200));
 }
