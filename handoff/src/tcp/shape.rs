@@ -160,10 +160,11 @@ mod tests {
     fn a_link_keeps_to_its_rate_and_shows_its_class() {
         let rate = 4_000_000;
         let shape = Shape { max_rate_bytes_per_s: Some(rate), dscp: Some("af11".parse().unwrap()) };
-        let (reached, tos) = sent(shape, 2_000_000);
+        let (reached, tos) = sent(shape, 6_000_000);
         assert_eq!(tos, 10 << 2);
-        // On a busy machine it may be less.
-        assert!(reached < rate as f64 * 1.15, "{reached} bytes a second");
+        // The first window goes out at once (on loopback ten segments of 64 KiB); on a busy machine it
+        // may be less.
+        assert!(reached < rate as f64 * 1.25, "{reached} bytes a second");
         let (unshaped, tos) = sent(Shape::default(), 2_000_000);
         assert!(unshaped > rate as f64 * 2.0 && tos == 0, "{unshaped} bytes a second");
     }
