@@ -1,5 +1,7 @@
 //! The two seams through which the engine sees a VM.
 
+use std::time::Duration;
+
 use guest_images::{BaseId, Chunk};
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +32,12 @@ pub trait SourceVm {
     /// How many chunks of the disk differ from the base, for the offer: asked before tracking
     /// starts, which goes on while the target gets ready. The guest may write more.
     fn changed_disk_chunks(&mut self) -> Result<u64, VmError>;
+
+    /// What pausing and saving here, and loading and running at a host like this one, will take
+    /// together, apart from RAM and disk; none if the VM has nothing to tell it by.
+    fn cutover_cost(&self) -> Option<Duration> {
+        None
+    }
 
     /// Starts dirty tracking, then returns every chunk that may differ from its base state: in RAM
     /// the base's memory (zeros where the base has none), on disk the base disk.

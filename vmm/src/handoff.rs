@@ -1,6 +1,9 @@
 //! A machine as the handoff engine sees it: one that leaves, and one that arrives.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use ::handoff::{
     ChunkId, ChunkSet, Geometry, SourceVm, Space, TargetVm,
@@ -117,6 +120,10 @@ impl SourceVm for VmSource {
 
     fn changed_disk_chunks(&mut self) -> Result<u64, VmError> {
         Ok(either!(self.get()?, vm => vm.disk().map_or(0, |disk| disk.changed().count() as u64)))
+    }
+
+    fn cutover_cost(&self) -> Option<Duration> {
+        either!(self.vm.as_ref()?, vm => vm.cutover_cost())
     }
 
     fn start_tracking(&mut self) -> Result<ChunkSet, VmError> {

@@ -27,7 +27,8 @@ use crate::{
 
 /// How often the live line is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
-/// What a cutover costs whatever is dirty, besides its durable records: pause, save, load, resume.
+/// What a cutover costs whatever is dirty, besides its durable records (pause, save, load, resume), if
+/// the VM cannot tell.
 const MACHINE_COST: Duration = Duration::from_millis(30);
 /// Records that are made durable while the guest waits, one after the other: with an early commit the
 /// target's ownership only, else also its Prepared, and the commit here.
@@ -73,6 +74,7 @@ pub(super) struct Meter<'a> {
     sent: u64,
     waited: Duration,
     durable: Duration,
+    machine: Duration,
     last_sent: Duration,
     cutover: CutoverTimes,
     report: Report,
@@ -124,6 +126,7 @@ impl<'a> Meter<'a> {
             sent: 0,
             waited: Duration::ZERO,
             durable: DURABLE_COST,
+            machine: MACHINE_COST,
             last_sent: started,
             cutover: CutoverTimes::default(),
             report,
@@ -204,6 +207,11 @@ impl<'a> Meter<'a> {
     /// An ownership record was made durable here, which took so long.
     pub(super) fn durable_took(&mut self, took: Duration) {
         self.durable = took;
+    }
+
+    /// What a cutover costs the machine, if that is known.
+    pub(super) fn machine_costs(&mut self, cost: Option<Duration>) {
+        self.machine = cost.unwrap_or(self.machine);
     }
 
     /// What had changed in the guest was found.
@@ -399,7 +407,7 @@ impl<'a> Meter<'a> {
             queued_bytes: queued,
             rtt: self.rtt(),
             round_trips: round_trips(self.early),
-            fixed: MACHINE_COST + self.durable * durable_records(self.early),
+            fixed: self.machine + self.durable * durable_records(self.early),
             state_link_bytes: STATE_LINK_BYTES,
         }
     }

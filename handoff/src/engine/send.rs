@@ -72,6 +72,7 @@ pub fn send<C: Connect + Send>(
     let adapter = Adapter::new(AdaptOptions::new(options.pipeline.choice, clock.now()));
     let mut meter = Meter::new(handoff, options, progress, (&status, &worker, &adapter), clock);
     meter.durable_took(durable_took);
+    meter.machine_costs(guest.vm.cutover_cost());
     let hello = match hello(&mut guest, &bases, handoff, options) {
         Ok(hello) => hello,
         Err(reason) => {

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, mpsc::Sender},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use guest_images::CHUNK_SIZE;
@@ -10,7 +10,7 @@ use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 
 use super::{
-    Core, MachineError, Paused, Vm, VmConfig,
+    Core, MachineError, Moved, Paused, Vm, VmConfig,
     wiring::{self, Backends, Board},
 };
 use crate::{
@@ -122,10 +122,13 @@ impl Prepared {
         state: &[u8],
         at_most: Option<Duration>,
     ) -> Result<Vm<Paused>, MachineError> {
+        let began = Instant::now();
         let Self { bare, parts } = self;
         let state = VmState::decode(state, &bare.profile)?;
         state.restore(&bare.host, &bare.vm, &bare.vcpus, at_most)?;
-        bare.complete(parts, Some(&state.devices))
+        let mut vm = bare.complete(parts, Some(&state.devices))?;
+        vm.core.moved.restored = Some(began.elapsed());
+        Ok(vm)
     }
 }
 
@@ -190,6 +193,7 @@ impl Bare {
             vm: self.vm,
             host: self.host,
             ram: self.ram,
+            moved: Moved::default(),
         };
         Ok(Vm { state: Paused { vcpus: self.vcpus }, core: Box::new(core) })
     }

@@ -146,9 +146,10 @@ fn a_saved_guest_goes_on_in_another_machine() {
     for vcpus in [1, 2] {
         let Some(bench) = Bench::new(counting(), vcpus) else { return };
         let mut vm = Vm::boot(bench.config()).unwrap();
-        for _ in 0..4 {
+        for moves in 0..4 {
             let before = count(&vm);
             let running = vm.resume().unwrap();
+            assert_eq!(running.cutover_cost().is_some(), moves > 0);
             wait_for("the guest counts", || count(&running) > before + 1000);
             let mut paused = running.pause().unwrap();
             let state = paused.save().unwrap();
@@ -157,6 +158,7 @@ fn a_saved_guest_goes_on_in_another_machine() {
             let profile = paused.profile().clone();
             drop(paused);
             let restored = Vm::restore(bench.config(), profile, ram, &state).unwrap();
+            assert_eq!(restored.cutover_cost(), None, "it has not run yet");
             assert_eq!(count(&restored), stopped);
             assert_eq!(restored.full_hash().unwrap(), hash, "restoring wrote to RAM");
             vm = restored;
