@@ -89,11 +89,8 @@ impl Client {
         let what = format!("{method} {path}");
         let request = self.request(method, path, body)?;
         let (status, answer) = self.exchange(request)?;
-        let foreign = |why: String| ClientError::Foreign {
-            what: what.clone(),
-            status: status.as_u16(),
-            why,
-        };
+        let foreign =
+            |why: String| ClientError::Foreign { what: what.clone(), status: status.as_u16(), why };
         if !status.is_success() {
             let problem = serde_json::from_slice(&answer).map_err(|e| foreign(e.to_string()))?;
             return Err(ClientError::Problem(Box::new(problem)));
@@ -110,7 +107,8 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<Request<Full<Bytes>>, ClientError> {
         let broken = |why: String| ClientError::Broken { socket: self.socket.clone(), why };
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, "howdah");
+        let mut request =
+            Request::builder().method(method).uri(path).header(header::HOST, "howdah");
         let body = match body {
             Some(body) => {
                 request = request.header(header::CONTENT_TYPE, "application/json");

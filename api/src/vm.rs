@@ -162,12 +162,43 @@ pub struct VmConfig {
     pub mac: Option<String>,
     /// Appended to the base's kernel command line.
     pub append: String,
+    /// Which CPU the guest is shown when it boots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
+    /// What it may take of its host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// Whether the next start goes on from the base's memory.
     #[serde(default)]
     pub from_memory: bool,
     /// Whether memory is kept that the guest reports free.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_free_pages: bool,
+}
+
+/// What a VM may take of its host. Zero lifts a limit; what is not said stays as it was.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// CPU time of the whole VM, in CPUs: `1.5` is one and a half.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^(0|[1-9][0-9]{0,2})(\\.[0-9]{0,2}[1-9])?$")]
+    pub cpu_max: Option<String>,
+    /// Memory of the whole VM, the VMM's included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_max_mib: Option<u32>,
+    /// Disk throughput, reads and writes together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mib_per_s: Option<u32>,
+    /// Disk requests a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_iops: Option<u32>,
+    /// Network throughput in each direction, in Mbit/s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_mbps: Option<u32>,
+    /// Frames a second in each direction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_frames_per_s: Option<u32>,
 }
 
 /// A VM to be created and run, or one that is there to be run again.
@@ -201,6 +232,13 @@ pub struct VmRun {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^[ -~]{0,1024}$")]
     pub append: Option<String>,
+    /// Which CPU the guest is shown when it boots: `v2`, `v3` or `host`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^(v2|v3|host)$")]
+    pub cpu: Option<String>,
+    /// What it may take of its host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// Boot the kernel even if the base has memory to go on from.
     #[serde(default)]
     pub cold: bool,
@@ -263,14 +301,12 @@ pub struct HandoffSpec {
     pub keep_mib: Option<u64>,
     /// How batches are compressed; `auto` unless said otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(pattern = "^(auto|none|lz4|zstd:(-[1-7]|[1-9]|1[0-9]|2[0-2])|xz:[0-9]|gzip:[1-9]|bzip2:[1-9])$")]
+    #[schema(
+        pattern = "^(auto|none|lz4|zstd:(-[1-7]|[1-9]|1[0-9]|2[0-2])|xz:[0-9]|gzip:[1-9]|bzip2:[1-9])$"
+    )]
     pub mode: Option<String>,
     /// Threads that compress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 16)]
     pub workers: Option<u8>,
-    /// All other flags of `howdah handoff`, as it passes them on; not part of the stable API.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(ignore)]
-    pub advanced: Option<serde_json::Value>,
 }

@@ -5,6 +5,7 @@ mod link;
 mod peer;
 mod pipeline;
 mod report;
+mod serve;
 mod trace;
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
@@ -18,6 +19,7 @@ pub(crate) use link::{LinkArgs, WaitArgs};
 pub(crate) use peer::{PeerAddArgs, PeerCommand};
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
 pub(crate) use report::ReportArgs;
+pub(crate) use serve::ServeArgs;
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
 
 use handoff::{engine::CommitMode, order::Sequence, policy::Objective, stage::DeltaMode};
@@ -83,6 +85,11 @@ pub(crate) enum Command {
     /// The key pair is made when it is first needed, in HOME/identity. Whoever has that file is this
     /// cloudlet.
     Identity,
+    /// Run this cloudlet's daemon: an HTTP API on a Unix socket
+    ///
+    /// VMs are processes of their own: they outlive the daemon, which finds them again. Commands go
+    /// through it where it runs.
+    Serve(ServeArgs),
     /// Wait for VMs that peers hand off to this cloudlet
     Receive(ReceiveArgs),
     /// Hand a running VM off to a peer
@@ -450,7 +457,7 @@ pub(crate) struct HandoffArgs {
     pub(crate) pace: PaceArgs,
     /// What may be kept here of memory and disk after the VM moved, so that its way back is short;
     /// 0 keeps nothing
-    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    #[arg(long, default_value_t = crate::control::DEFAULT_KEEP_MIB, value_name = "MIB")]
     pub(crate) keep_mib: u64,
     #[command(flatten)]
     pub(crate) encode: EncodeArgs,

@@ -35,10 +35,12 @@ mod lock;
 mod logging;
 mod mac;
 mod offer;
+mod ops;
 mod output;
 mod partial;
 mod peers;
 mod receive;
+mod serve;
 mod spawn;
 mod steps;
 mod visit;
@@ -70,6 +72,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         Command::Peer(command) => commands::peer::run(command, &home, output),
         Command::Identity => commands::peer::show_identity(&home, output),
         Command::Handoff(args) => commands::handoff::run(args, &home, output),
+        Command::Serve(args) => serve::run(args, &home, output, cli.verbose),
         Command::Receive(args) => receive::listen(args, &home, output, cli.verbose),
         Command::Save(args) => commands::save::run(args, &home, output),
         Command::Restore(args) => commands::restore::run(&args, &home, output, cli.verbose),

@@ -1,73 +1,42 @@
 //! `howdah handoff`: asks a VM's process to send it, and shows how it goes.
 
-use std::time::Duration;
-
 use super::{interrupt::Interrupts, shown::Shown};
 use crate::{
     cli::HandoffArgs,
-    control::{HandoffRequest, HandoffTls, Reply, Request, client},
+    control::{HandoffRequest, Request},
     home::Home,
+    ops,
     output::{Output, bytes, shares},
-    peers::{self, BookFile},
 };
-
-/// The process says something at least this often, or it hangs.
-const SILENCE: Duration = Duration::from_secs(600);
-/// A handoff that is given up says a last word to its peer, if there is a link.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs `howdah handoff`.
 pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Result<()> {
     let dir = home.existing(&args.vm)?;
     let Some(peer) = args.peer.filter(|_| !args.cancel) else {
-        client::call(&dir, Request::CancelHandoff, CANCEL_TIMEOUT)?;
+        ops::handoff::cancel(&dir)?;
         return super::vm::say(output, &args.vm, "handoff cancelled, the guest goes on here");
     };
-    let book = BookFile::of(home).read()?;
-    let endpoint = peers::resolve(&book, &peer, args.plain)?;
-    let shown_peer = endpoint.shown(&book);
-    let known = endpoint.key.and_then(|key| book.by_key(key)).cloned();
-    let tls = match known {
-        Some(peer) => {
-            let identity = peers::identity(home)?.to_pem().to_string();
-            Some(HandoffTls { peer, identity })
-        }
-        None => None,
-    };
+    // Before anything is begun: its threads must not take the signals.
     let interrupts = Interrupts::take()?;
     let request = HandoffRequest {
-        peer: endpoint.to_string(),
-        tls,
         audit: args.audit,
         pace: args.pace.into(),
         keep_mib: args.keep_mib,
         encode: args.encode.into(),
         pipeline: args.pipeline,
         link: args.link,
+        ..HandoffRequest::default()
     };
-    let mut channel = client::ask(&dir, Request::Handoff(Box::new(request.clone())), None)?;
-    channel.set_timeout(Some(SILENCE))?;
+    let handoff = ops::handoff::begin(&dir, &peer, args.plain, request, home)?;
+    let shown_peer = handoff.peer.clone();
     let mut shown = Shown::new(output);
     let question = Some("Give up this handoff? The guest goes on here.");
     interrupts.watch(&dir, Request::CancelHandoff, output, question, shown.quiet());
-    loop {
-        match client::next_reply(&dir, &mut channel)? {
-            Reply::Progress(progress) => shown.show(&progress),
-            Reply::Moved(report) => {
-                shown.clear();
-                if let Err(e) = super::vm::await_exit(&dir, super::vm::KEEP_TIMEOUT) {
-                    tracing::warn!("{e}");
-                }
-                output.result(&report, |report| summary(&args.vm, &shown_peer, report));
-                return Ok(());
-            }
-            Reply::Failed(failure) => {
-                shown.clear();
-                return Err(failure.into());
-            }
-            _ => {}
-        }
-    }
+    let ended = handoff.follow(|progress| shown.show(&progress));
+    shown.clear();
+    let report = ended?;
+    output.result(&report, |report| summary(&args.vm, &shown_peer, report));
+    Ok(())
 }
 
 /// What a report says in a few lines.

@@ -4,31 +4,21 @@ use serde::Serialize;
 
 use crate::{
     cli::{PeerAddArgs, PeerCommand},
-    failure::{Exit, Failure},
     home::Home,
+    ops,
     output::{Output, table},
-    peers::{Book, BookFile, Peer, check_address, identity, now},
+    peers::{Book, BookFile, Peer, identity, now},
 };
 
 const DAY_S: u64 = 24 * 60 * 60;
-/// The longest name of a base that is kept.
-const MAX_BASE_BYTES: usize = 128;
-/// More bases than this are not listed for a peer.
-const MAX_BASES: usize = 64;
 
 /// Runs a `howdah peer` command.
 pub(crate) fn run(command: PeerCommand, home: &Home, output: Output) -> anyhow::Result<()> {
     let file = BookFile::of(home);
     match command {
         PeerCommand::Add(args) => {
-            let peer = described(args)?;
-            if peer.key == identity(home)?.key() {
-                let way_out = "take the key that `howdah identity` shows on the other cloudlet";
-                let why = "that is this cloudlet's own key";
-                let what = format!("peer {}", peer.name);
-                return Err(Failure::new(Exit::Usage, what, why, way_out).into());
-            }
-            file.change(home, |book| book.put(peer.clone()))?;
+            let peer = described(args);
+            ops::peer::put(&peer, home)?;
             output.done(&peer, |peer| format!("peer {} may {}", peer.name, peer.rights));
         }
         PeerCommand::Ls => {
@@ -54,21 +44,10 @@ pub(crate) fn show_identity(home: &Home, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn described(args: PeerAddArgs) -> Result<Peer, Failure> {
+fn described(args: PeerAddArgs) -> Peer {
     let PeerAddArgs { name, key, address, may, bases, for_days } = args;
-    if let Some(address) = &address {
-        check_address(address)?;
-    }
-    let odd = |base: &String| base.is_empty() || base.len() > MAX_BASE_BYTES;
-    if let Some(bases) = &bases
-        && (bases.len() > MAX_BASES || bases.iter().any(odd))
-    {
-        let what = format!("peer {name}");
-        let why = format!("--bases takes up to {MAX_BASES} names or ids");
-        return Err(Failure::new(Exit::Usage, what, why, "`howdah base ls` shows them"));
-    }
     let until = for_days.map(|days| now().saturating_add(u64::from(days) * DAY_S));
-    Ok(Peer { address, rights: may, bases, until, ..Peer::new(name, key) })
+    Peer { address, rights: may, bases, until, ..Peer::new(name, key) }
 }
 
 fn list(book: &Book) -> String {

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use crate::{
     cli::SaveArgs,
-    commands::vm::{KEEP_TIMEOUT, await_exit},
     control::{Reply, Request, SaveRequest, client},
     failure::{Exit, Failure},
     home::Home,
+    ops,
     output::{Output, bytes, shares},
     partial::Partial,
 };
@@ -37,8 +37,8 @@ pub(crate) fn run(args: SaveArgs, home: &Home, output: Output) -> anyhow::Result
     };
     written.finish(&file)?;
     if args.stop {
-        client::call(&dir, Request::Stop { force: false }, KEEP_TIMEOUT)?;
-        await_exit(&dir, KEEP_TIMEOUT)?;
+        client::call(&dir, Request::Stop { force: false }, ops::vm::KEEP_TIMEOUT)?;
+        ops::vm::await_exit(&dir, ops::vm::KEEP_TIMEOUT)?;
     }
     output.done(&report, |report| {
         let size = report.get("bytes").and_then(serde_json::Value::as_u64).unwrap_or_default();

@@ -1,38 +1,25 @@
 //! `howdah vm`: what is not run or console.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use guest_images::overlay::Overlay;
-use handoff::ownership::{Record, State};
+use howdah_api::Vm;
 use serde::Serialize;
 
 use crate::{
-    cgroup,
     cli::VmCommand,
     commands::{base, console, logs, run, takeover},
-    control::{Request, Status, client},
+    control::{Request, client},
     disk,
     failure::{Exit, Failure, one_line},
-    home::{Home, VmConfig, VmDir, VmName, read_json},
+    home::{Home, VmDir, VmName},
     lock::Probe,
+    ops,
     output::{Output, bytes, table},
     partial::Partial,
     peers::BookFile,
-    visit,
 };
 
-/// How long a guest may take to stop its vCPUs and drain its devices.
-const PAUSE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a stop may take: it flushes the disk.
-const STOP_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long a process may take to end after it said that it stopped.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long after it said that the guest moved: it writes what it keeps.
-pub(crate) const KEEP_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long the export of a disk may take.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 
@@ -51,21 +38,20 @@ pub(crate) fn run(
         VmCommand::Logs(args) => logs::show(&home.existing(&args.name)?, &args, output),
         VmCommand::Pause(vm) => {
             let dir = home.existing(&vm.name)?;
-            client::call(&dir, Request::Pause, PAUSE_TIMEOUT)?;
+            ops::vm::pause(&dir)?;
             say(output, &vm.name, "paused")
         }
         VmCommand::Resume(vm) => {
             let dir = home.existing(&vm.name)?;
-            client::call(&dir, Request::Resume, PAUSE_TIMEOUT)?;
+            ops::vm::resume(&dir)?;
             say(output, &vm.name, "running")
         }
         VmCommand::Stop { vm, force } => {
-            stop(&home.existing(&vm.name)?, force)?;
+            ops::vm::stop(&home.existing(&vm.name)?, force)?;
             say(output, &vm.name, "stopped")
         }
         VmCommand::Rm(vm) => {
-            remove(&home.existing(&vm.name)?)?;
-            cgroup::remove(home, &vm.name);
+            ops::vm::remove(&home.existing(&vm.name)?, home)?;
             say(output, &vm.name, "removed")
         }
         VmCommand::ExportDisk { vm, file } => {
@@ -90,103 +76,12 @@ pub(crate) fn say(output: Output, vm: &VmName, state: &'static str) -> anyhow::R
     Ok(())
 }
 
-/// All that is known of a VM.
-#[derive(Serialize)]
-struct Seen {
-    name: VmName,
-    /// What the process does, or what the record allows.
-    state: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    process: Option<Status>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    record: Option<RecordSeen>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    config: Option<VmConfig>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    last_report: Option<serde_json::Value>,
-    /// What is kept of a VM that was handed off, for its way back.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    kept_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    problems: Vec<String>,
-}
-
-impl Seen {
-    fn kept(&self) -> Option<String> {
-        self.kept_bytes.map(|kept| format!("keeps {} for its way back", bytes(kept)))
-    }
-}
-
-#[derive(Serialize)]
-struct RecordSeen {
-    vm_id: String,
-    epoch: u64,
-    ownership: String,
-    may_run: bool,
-}
-
-impl From<&Record> for RecordSeen {
-    fn from(record: &Record) -> Self {
-        Self {
-            vm_id: record.vm.to_string(),
-            epoch: record.epoch.0,
-            // A peer's words may be in it.
-            ownership: one_line(&record.to_string()),
-            may_run: record.may_run(),
-        }
-    }
-}
-
-/// Looks at a VM without disturbing it. Damage is shown, not stumbled over.
-fn look(dir: &VmDir) -> Seen {
-    let mut problems = Vec::new();
-    let mut alive = matches!(dir.probe(), Ok(Probe::Held { .. }));
-    let process = match alive.then(|| client::status(dir)) {
-        Some(Ok(status)) => Some(status),
-        // It may have ended since.
-        Some(Err(failure)) if matches!(dir.probe(), Ok(Probe::Held { .. })) => {
-            problems.push(failure.message);
-            None
-        }
-        _ => {
-            alive = false;
-            None
-        }
-    };
-    let mut noted = |failure: Failure| problems.push(failure.message);
-    let record = dir.record().map_err(&mut noted).ok().flatten();
-    let config = record.as_ref().and_then(|_| dir.config().map_err(&mut noted).ok());
-    let state = match (&process, &record) {
-        (Some(status), _) => status.phase.name(),
-        (None, _) if alive => "not answering",
-        (None, None) if problems.is_empty() => "unfinished",
-        (None, None) => "damaged",
-        (None, Some(record)) => match record.state {
-            State::Owner(_) => "stopped",
-            State::HandingOff { .. } => "interrupted",
-            State::Committed { .. } => "in-doubt",
-            State::Released { .. } => "handed-off",
-            State::Receiving { .. } => "interrupted",
-            State::Prepared { .. } => "prepared",
-            State::Declined { .. } => "declined",
-        },
-    };
-    let last_report = read_json(&dir.report()).ok();
-    Seen {
-        name: dir.name().clone(),
-        state: state.to_owned(),
-        process,
-        record: record.as_ref().map(RecordSeen::from),
-        config,
-        last_report,
-        kept_bytes: Some(visit::kept_bytes(dir)).filter(|kept| *kept > 0),
-        problems,
-    }
+fn kept(vm: &Vm) -> Option<String> {
+    vm.kept_bytes.map(|kept| format!("keeps {} for its way back", bytes(kept)))
 }
 
 fn list(home: &Home, output: Output) -> anyhow::Result<()> {
-    let seen: Vec<Seen> =
-        home.vms()?.iter().map(|dir| Seen { last_report: None, ..look(dir) }).collect();
+    let seen = ops::vm::list(home)?;
     let book = BookFile::of(home).read()?;
     output.list(
         &seen,
@@ -197,14 +92,14 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
                 .map(|vm| {
                     let config = vm.config.as_ref();
                     [
-                        vm.name.to_string(),
-                        vm.state.clone(),
+                        vm.name.clone(),
+                        vm.state.name().to_owned(),
                         config.map_or("-".into(), |c| c.vcpus.to_string()),
                         config.map_or("-".into(), |c| format!("{} MiB", c.memory_mib)),
                         match (&vm.record, vm.problems.first()) {
                             (_, Some(problem)) => one_line(problem),
                             (Some(record), None) => {
-                                let kept = vm.kept().map(|kept| format!("; {kept}"));
+                                let kept = kept(vm).map(|kept| format!("; {kept}"));
                                 let owner = book.name_all(&record.ownership);
                                 format!("{owner}{}", kept.unwrap_or_default())
                             }
@@ -224,14 +119,14 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
 }
 
 fn inspect(dir: &VmDir, output: Output) -> anyhow::Result<()> {
-    output.result(&look(dir), |vm| {
-        let mut lines = vec![format!("VM {}: {}", vm.name, vm.state)];
+    output.result(&ops::vm::look(dir), |vm| {
+        let mut lines = vec![format!("VM {}: {}", vm.name, vm.state.name())];
         let mut line = |key: &str, value: String| lines.push(format!("  {key:<10} {value}"));
         if let Some(record) = &vm.record {
             line("id", record.vm_id.clone());
             line("ownership", record.ownership.clone());
         }
-        if let Some(kept) = vm.kept() {
+        if let Some(kept) = kept(vm) {
             line("visit", kept);
         }
         if let Some(config) = &vm.config {
@@ -262,50 +157,6 @@ fn inspect(dir: &VmDir, output: Output) -> anyhow::Result<()> {
         lines.join("\n")
     });
     Ok(())
-}
-
-fn stop(dir: &VmDir, force: bool) -> anyhow::Result<()> {
-    client::call(dir, Request::Stop { force }, STOP_TIMEOUT)?;
-    await_exit(dir, EXIT_TIMEOUT)?;
-    Ok(())
-}
-
-/// Waits until the VM's process is gone: its last answer comes before it ends, and the next command
-/// shall find it gone.
-pub(crate) fn await_exit(dir: &VmDir, limit: Duration) -> Result<(), Failure> {
-    let since = Instant::now();
-    while dir.probe()? != Probe::Free {
-        if since.elapsed() > limit {
-            let what = format!("VM {}", dir.name());
-            let why = format!("it stopped, but its process has not ended after {limit:?}");
-            let way_out = format!("see {}", dir.vm_log().display());
-            return Err(Failure::new(Exit::Failed, what, why, way_out));
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
-fn remove(dir: &VmDir) -> anyhow::Result<()> {
-    let lock = dir.lock()?;
-    let name = dir.name();
-    let undecided = match dir.record()?.map(|record| (record.to_string(), record.state)) {
-        Some((
-            text,
-            State::Committed { .. }
-            | State::Receiving { .. }
-            | State::Prepared { .. }
-            | State::HandingOff { .. },
-        )) => Some(text),
-        _ => None,
-    };
-    if let Some(why) = undecided {
-        let way_out = format!(
-            "`howdah recover {name}` settles it with the peer, `howdah vm takeover {name}` without"
-        );
-        return Err(Failure::new(Exit::Conflict, format!("VM {name}"), why, way_out).into());
-    }
-    Ok(dir.remove(lock)?)
 }
 
 fn export(dir: &VmDir, file: &Path, home: &Home, output: Output) -> anyhow::Result<()> {

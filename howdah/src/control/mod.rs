@@ -26,9 +26,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cli::{EncodeArgs, LinkArgs, Means, PaceArgs, PipelineArgs},
-    failure::Failure,
+    failure::{Exit, Failure},
     peers::Peer,
 };
+
+/// What may be kept of a VM that moved, unless said otherwise.
+pub(crate) const DEFAULT_KEEP_MIB: u64 = 1024;
+/// Threads that compress, at most.
+const MAX_WORKERS: u8 = 16;
 
 /// Version of these messages. Both ends are this binary, but an upgrade may happen between.
 pub(crate) const VERSION: u32 = 2;
@@ -133,6 +138,36 @@ pub(crate) struct HandoffRequest {
     /// How long links are waited for.
     #[serde(default)]
     pub(crate) link: LinkArgs,
+}
+
+impl TryFrom<&howdah_api::HandoffSpec> for HandoffRequest {
+    type Error = Failure;
+
+    /// What is not said is as `howdah handoff` has it.
+    fn try_from(spec: &howdah_api::HandoffSpec) -> Result<Self, Failure> {
+        let wrong = |what: &str, why: &dyn std::fmt::Display| {
+            Failure::new(Exit::Usage, what, why, "correct it or leave it out")
+        };
+        let mut request = Self {
+            audit: spec.audit,
+            keep_mib: spec.keep_mib.unwrap_or(DEFAULT_KEEP_MIB),
+            ..Self::default()
+        };
+        request.pace.throttle = spec.throttle;
+        if let Some(objective) = &spec.objective {
+            request.pace.objective = objective.parse().map_err(|e| wrong("objective", &e))?;
+        }
+        if let Some(mode) = &spec.mode {
+            request.pipeline.mode = mode.parse().map_err(|e| wrong("mode", &e))?;
+        }
+        if let Some(workers) = spec.workers {
+            if !(1..=MAX_WORKERS).contains(&workers) {
+                return Err(wrong("workers", &format_args!("from 1 to {MAX_WORKERS}")));
+            }
+            request.pipeline.workers = Some(workers);
+        }
+        Ok(request)
+    }
 }
 
 /// Both ends of a TLS link to be made. The process of a VM cannot look them up: it sees the files of its
@@ -305,23 +340,6 @@ pub(crate) enum Phase {
     Receiving,
     /// The process is about to end.
     Stopping,
-}
-
-impl Phase {
-    /// The word for people, the same as in JSON.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Starting => "starting",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Saving => "saving",
-            Self::Recording => "recording",
-            Self::HandingOff => "handing-off",
-            Self::InDoubt => "in-doubt",
-            Self::Receiving => "receiving",
-            Self::Stopping => "stopping",
-        }
-    }
 }
 
 /// How a VM's process stands.

@@ -5,12 +5,11 @@ mod build;
 use std::{fs, io::IsTerminal, path::Path, time::Duration};
 
 use guest_images::{
-    Base, BaseId, Part,
+    BaseId, Part,
     base::{MACHINE_FILE, MANIFEST_FILE},
     manifest::Manifest,
     store::{ImportSpec, MemorySpec, Progress, Store, StoreError},
 };
-use handoff::ownership::State;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -18,6 +17,7 @@ use crate::{
     cli::{BaseCommand, BaseImportArgs},
     failure::{Exit, Failure},
     home::Home,
+    ops,
     output::{Output, bytes, table},
     peers::Peer,
 };
@@ -120,35 +120,8 @@ fn import(spec: &ImportSpec, home: &Home, output: Output) -> anyhow::Result<()> 
     Ok(())
 }
 
-#[derive(Serialize)]
-struct BaseLine {
-    id: String,
-    names: Vec<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    disk_bytes: Option<u64>,
-    /// Of a base with memory, that of its VMs.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    memory_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-}
-
-fn memory_bytes(base: &Base) -> Option<u64> {
-    base.manifest().memory.as_ref().map(|memory| memory.ram.bytes)
-}
-
 fn list(home: &Home, output: Output) -> anyhow::Result<()> {
-    let listed = store(home)?.list().map_err(store_failure)?;
-    let lines: Vec<BaseLine> = listed
-        .into_iter()
-        .map(|listed| BaseLine {
-            id: listed.id.to_string(),
-            names: listed.names,
-            disk_bytes: listed.base.as_ref().ok().map(|base| base.disk_bytes()),
-            memory_bytes: listed.base.as_ref().ok().and_then(memory_bytes),
-            error: listed.base.err().map(|e| e.to_string()),
-        })
-        .collect();
+    let lines = ops::base::list(home)?;
     output.list(
         &lines,
         |line| line.names.first().unwrap_or(&line.id).clone(),
@@ -181,33 +154,13 @@ struct Named {
 }
 
 fn verify(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let (id, problems) = with_bar(output, "verifying", |progress| {
-        let store = store(home)?;
-        let id = store.resolve(name).map_err(store_failure)?;
-        Ok((id, store.verify(&id, progress).map_err(store_failure)?))
-    })?;
-    if let Some(first) = problems.first() {
-        let what = format!("base {name} is damaged in {} places, the first", problems.len());
-        return Err(Failure::plain(Exit::Corrupt, what, first).into());
-    }
+    let id = with_bar(output, "verifying", |progress| ops::base::verify(name, home, progress))?;
     output.done(&Named { id: id.to_string() }, |v| format!("base {} is whole", v.id));
     Ok(())
 }
 
 fn remove(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let store = store(home)?;
-    let id = store.resolve(name).map_err(store_failure)?;
-    for dir in home.vms()? {
-        // A VM whose files cannot be read may need the base: then it stays.
-        let gone = |state: &State| matches!(state, State::Released { .. } | State::Declined { .. });
-        let needed = dir.record()?.is_some_and(|record| !gone(&record.state));
-        if needed && dir.config()?.base == id.to_string() {
-            let why = format!("VM {} is made from it", dir.name());
-            let way_out = format!("`howdah vm rm {}` first", dir.name());
-            return Err(Failure::new(Exit::Conflict, format!("base {name}"), why, way_out).into());
-        }
-    }
-    store.remove(&id).map_err(store_failure)?;
+    let id = ops::base::remove(name, home)?;
     output.done(&Named { id: id.to_string() }, |v| format!("removed base {}", v.id));
     Ok(())
 }

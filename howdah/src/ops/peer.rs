@@ -1,0 +1,61 @@
+//! The peers that are known.
+
+use howdah_api as api;
+
+use crate::{
+    failure::{Exit, Failure},
+    home::Home,
+    peers::{BookFile, Peer, Rights, check_address, identity},
+};
+
+/// The longest name of a base that is kept.
+const MAX_BASE_BYTES: usize = 128;
+/// More bases than this are not listed for a peer.
+const MAX_BASES: usize = 64;
+
+impl From<&Peer> for api::Peer {
+    fn from(peer: &Peer) -> Self {
+        let Rights { send, receive } = peer.rights;
+        Self {
+            name: peer.name.to_string(),
+            key: peer.key.to_string(),
+            address: peer.address.clone(),
+            rights: api::Rights { send, receive },
+            bases: peer.bases.clone(),
+            until: peer.until,
+        }
+    }
+}
+
+/// What is said of a peer of this name, checked.
+pub(crate) fn described(name: &str, spec: api::PeerSpec) -> Result<Peer, Failure> {
+    let api::PeerSpec { key, address, rights, bases, until } = spec;
+    let what = || format!("peer {name}");
+    let way_out = "correct it and try again";
+    let usage = |why: &dyn std::fmt::Display| Failure::new(Exit::Usage, what(), why, way_out);
+    let peer = Peer::new(name.parse().map_err(|e| usage(&e))?, key.parse().map_err(|e| usage(&e))?);
+    let rights =
+        rights.map_or(Rights::ALL, |api::Rights { send, receive }| Rights { send, receive });
+    Ok(Peer { address, rights, bases, until, ..peer })
+}
+
+/// Lets a peer in, or changes what is said of one.
+pub(crate) fn put(peer: &Peer, home: &Home) -> Result<(), Failure> {
+    if let Some(address) = &peer.address {
+        check_address(address)?;
+    }
+    let what = || format!("peer {}", peer.name);
+    let odd = |base: &String| base.is_empty() || base.len() > MAX_BASE_BYTES;
+    if let Some(bases) = &peer.bases
+        && (bases.len() > MAX_BASES || bases.iter().any(odd))
+    {
+        let why = format!("--bases takes up to {MAX_BASES} names or ids");
+        return Err(Failure::new(Exit::Usage, what(), why, "`howdah base ls` shows them"));
+    }
+    if peer.key == identity(home)?.key() {
+        let way_out = "take the key that `howdah identity` shows on the other cloudlet";
+        let why = "that is this cloudlet's own key";
+        return Err(Failure::new(Exit::Usage, what(), why, way_out));
+    }
+    BookFile::of(home).change(home, |book| book.put(peer.clone()))
+}

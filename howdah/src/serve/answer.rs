@@ -1,0 +1,162 @@
+//! What handlers are given and what they answer: typed requests in, problems out.
+
+use axum::{
+    Json,
+    extract::{FromRequest, FromRequestParts, Path, Query, Request, rejection::JsonRejection},
+    http::{HeaderValue, StatusCode, header, request::Parts},
+    response::{IntoResponse, Response},
+};
+use howdah_api::{PROBLEM_TYPE, Problem};
+use serde::de::DeserializeOwned;
+
+use crate::{
+    failure::{Exit, Failure, guarded},
+    home::VmName,
+};
+
+/// A request that was not done.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    status: StatusCode,
+    failure: Failure,
+}
+
+/// What a handler answers.
+pub(crate) type Answer<T> = Result<T, Refused>;
+
+impl Refused {
+    /// With a status of its own.
+    pub(crate) fn with(status: StatusCode, failure: Failure) -> Self {
+        Self { status, failure }
+    }
+
+    /// A request that is none.
+    pub(crate) fn usage(what: &str, why: impl std::fmt::Display) -> Self {
+        let way_out = "see /openapi.json for what there is";
+        Failure::new(Exit::Usage, what, why, way_out).into()
+    }
+}
+
+impl From<Failure> for Refused {
+    fn from(failure: Failure) -> Self {
+        Self { status: status_of(failure.exit), failure }
+    }
+}
+
+/// The status of a class of failures. What a client can provoke is not the server's error: a host that
+/// lacks something, a peer that refuses and a handoff in doubt are states that a request conflicts with.
+fn status_of(exit: Exit) -> StatusCode {
+    match exit {
+        Exit::Usage => StatusCode::BAD_REQUEST,
+        Exit::NotFound => StatusCode::NOT_FOUND,
+        Exit::Conflict | Exit::Host | Exit::NotMoved | Exit::InDoubt | Exit::Cancelled => {
+            StatusCode::CONFLICT
+        }
+        Exit::Failed | Exit::Corrupt => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// A failure as a document.
+pub(crate) fn problem(status: StatusCode, failure: &Failure) -> Problem {
+    let kind = serde_json::to_value(failure.exit).ok();
+    Problem {
+        type_uri: "about:blank".into(),
+        title: status.canonical_reason().unwrap_or("Problem").into(),
+        status: status.as_u16(),
+        detail: failure.message.clone(),
+        kind: kind.and_then(|kind| kind.as_str().map(str::to_owned)).unwrap_or_default(),
+        exit: failure.exit as u8,
+        report: failure.report.clone(),
+    }
+}
+
+/// A failure as a document with the status of its class.
+pub(crate) fn problem_of(failure: &Failure) -> Problem {
+    problem(status_of(failure.exit), failure)
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        if self.status.is_server_error() {
+            tracing::error!("{}", self.failure);
+        }
+        let mut response = (self.status, Json(problem(self.status, &self.failure))).into_response();
+        let kind = HeaderValue::from_static(PROBLEM_TYPE);
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+        response
+    }
+}
+
+/// Runs what blocks where it holds nobody up.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Answer<T> {
+    let done = tokio::task::spawn_blocking(|| guarded("request", work).and_then(|done| done));
+    let failed = |e| Failure::new(Exit::Failed, "request", e, "try again");
+    Ok(done.await.map_err(failed)??)
+}
+
+/// A JSON body.
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Refused;
+
+    async fn from_request(request: Request, state: &S) -> Answer<Self> {
+        match Json::<T>::from_request(request, state).await {
+            Ok(Json(body)) => Ok(Self(body)),
+            Err(rejection) => {
+                let status = match &rejection {
+                    JsonRejection::MissingJsonContentType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                    JsonRejection::BytesRejection(rejection) => rejection.status(),
+                    _ => StatusCode::BAD_REQUEST,
+                };
+                let refused = Refused::usage("request body", rejection.body_text());
+                Err(Refused { status, ..refused })
+            }
+        }
+    }
+}
+
+/// The name of a VM or a peer in the path.
+pub(crate) struct Name(pub(crate) VmName);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = Refused;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Answer<Self> {
+        let Path(text) = part(parts, state).await?;
+        Ok(Self(text.parse().map_err(|why: String| Refused::usage("name", why))?))
+    }
+}
+
+/// Any text in the path: what it is the name of is found out where it is looked up.
+pub(crate) struct Part(pub(crate) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Part {
+    type Rejection = Refused;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Answer<Self> {
+        let Path(text) = part(parts, state).await?;
+        Ok(Self(text))
+    }
+}
+
+async fn part<S: Send + Sync>(parts: &mut Parts, state: &S) -> Answer<Path<String>> {
+    let path = Path::<String>::from_request_parts(parts, state).await;
+    path.map_err(|rejection| Refused::usage("path", rejection.body_text()))
+}
+
+/// What is behind the question mark.
+pub(crate) struct Asked<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
+    type Rejection = Refused;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Answer<Self> {
+        match Query::<T>::from_request_parts(parts, state).await {
+            Ok(Query(query)) => Ok(Self(query)),
+            Err(rejection) => Err(Refused::usage("query", rejection.body_text())),
+        }
+    }
+}

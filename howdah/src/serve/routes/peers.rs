@@ -1,0 +1,86 @@
+//! `/v1/peers`.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State, http::StatusCode};
+use howdah_api::{Peer, PeerSpec};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{Problems, vms::VmPath as PeerPath};
+use crate::{
+    failure::{Exit, Failure},
+    home::{Home, VmName},
+    ops,
+    peers::BookFile,
+    serve::{
+        answer::{Answer, Body, Name, blocking},
+        daemon::Daemon,
+    },
+};
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Daemon>> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(inspect, put, remove))
+}
+
+/// List the cloudlets that are known
+#[utoipa::path(get, path = "/v1/peers", tag = "peers", operation_id = "list_peers",
+    responses((status = 200, description = "Every peer, by name.", body = Vec<Peer>), Problems))]
+async fn list(State(daemon): State<Arc<Daemon>>) -> Answer<Json<Vec<Peer>>> {
+    let peers = blocking(move || BookFile::of(&daemon.home).read()).await?;
+    Ok(Json(peers.peers().iter().map(Peer::from).collect()))
+}
+
+/// Look at a peer
+#[utoipa::path(get, path = "/v1/peers/{name}", tag = "peers", operation_id = "inspect_peer", params(PeerPath),
+    responses((status = 200, description = "What is said of it.", body = Peer), Problems))]
+async fn inspect(State(daemon): State<Arc<Daemon>>, Name(name): Name) -> Answer<Json<Peer>> {
+    blocking(move || look(&name, &daemon.home)).await.map(Json)
+}
+
+fn look(name: &VmName, home: &Home) -> Result<Peer, Failure> {
+    let book = BookFile::of(home).read()?;
+    book.by_name(name.as_ref()).map(Peer::from).ok_or_else(|| {
+        let why = "there is none of that name";
+        Failure::new(Exit::NotFound, format!("peer {name}"), why, "`howdah peer ls` lists them")
+    })
+}
+
+/// Let a cloudlet in by its key, or change what is said of one
+#[utoipa::path(put, path = "/v1/peers/{name}", tag = "peers", operation_id = "put_peer", params(PeerPath),
+    request_body = PeerSpec,
+    responses((status = 200, description = "It is known so.", body = Peer), Problems))]
+async fn put(
+    State(daemon): State<Arc<Daemon>>,
+    Name(name): Name,
+    Body(spec): Body<PeerSpec>,
+) -> Answer<Json<Peer>> {
+    let put = blocking(move || {
+        let peer = ops::peer::described(name.as_ref(), spec)?;
+        ops::peer::put(&peer, &daemon.home)?;
+        Ok(Peer::from(&peer))
+    });
+    put.await.map(Json)
+}
+
+/// Forget a cloudlet: its links are refused from now on
+///
+/// Of a peer that is not known nothing is left to be forgotten: that is done, too.
+#[utoipa::path(delete, path = "/v1/peers/{name}", tag = "peers", operation_id = "remove_peer", params(PeerPath),
+    responses(
+        (status = 200, description = "It was known so.", body = Peer),
+        (status = 204, description = "It was not known."), Problems))]
+async fn remove(
+    State(daemon): State<Arc<Daemon>>,
+    Name(name): Name,
+) -> Answer<Result<Json<Peer>, StatusCode>> {
+    let removed = blocking(move || {
+        let removed = BookFile::of(&daemon.home).change(&daemon.home, |book| book.remove(&name));
+        match removed {
+            Ok(peer) => Ok(Some(peer)),
+            Err(failure) if failure.exit == Exit::NotFound => Ok(None),
+            Err(failure) => Err(failure),
+        }
+    })
+    .await?;
+    Ok(removed.as_ref().map(Peer::from).map(Json).ok_or(StatusCode::NO_CONTENT))
+}

@@ -1,0 +1,113 @@
+//! The Unix socket, and serving connections until the daemon is to end.
+
+use std::{
+    fs, io,
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::Semaphore,
+};
+
+use super::daemon::Daemon;
+use crate::{
+    control::channel::with_socket_path,
+    failure::{Exit, Failure},
+};
+
+/// Connections that are open at once.
+const MAX_CONNECTIONS: usize = 256;
+/// How long a client may take to say what it wants.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long requests that are being answered may take when the daemon is to end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Listens at `path`. The caller holds the daemon's lock, so a socket that is there is left over from
+/// one that died.
+pub(super) fn bind(path: &Path, mode: u32) -> Result<tokio::net::UnixListener, Failure> {
+    let failed = |e: io::Error| Failure::file("listen on", path, &e);
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
+    else {
+        let way_out = "name a file in a directory";
+        return Err(Failure::new(Exit::Usage, path.display(), "no socket can be there", way_out));
+    };
+    fs::create_dir_all(dir).map_err(failed)?;
+    // Bound under another name: nobody connects before it has its mode, and it replaces what is there.
+    let draft = format!(".{name}.new");
+    match fs::remove_file(dir.join(&draft)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
+        _ => {}
+    }
+    let listener = with_socket_path(dir, &draft, |p| UnixListener::bind(p)).map_err(failed)?;
+    let made = fs::set_permissions(dir.join(&draft), fs::Permissions::from_mode(mode))
+        .and_then(|()| fs::rename(dir.join(&draft), path))
+        .and_then(|()| listener.set_nonblocking(true));
+    made.map_err(failed)?;
+    tokio::net::UnixListener::from_std(listener).map_err(failed)
+}
+
+/// Something that connections come from.
+pub(super) trait Accept: Send + 'static {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next one.
+    fn next(&mut self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Accept for tokio::net::UnixListener {
+    type Stream = tokio::net::UnixStream;
+
+    async fn next(&mut self) -> io::Result<Self::Stream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+/// Serves what `listener` brings until the daemon is to end, and then what is being answered.
+pub(super) async fn serve(mut listener: impl Accept, router: Router, daemon: Arc<Daemon>) {
+    let open = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    loop {
+        // Whoever comes when all places are taken waits in the listener's backlog.
+        let Ok(place) = Arc::clone(&open).acquire_owned().await else { break };
+        let stream = tokio::select! {
+            stream = listener.next() => stream,
+            () = daemon.stopped() => break,
+        };
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: let some connections end.
+                tracing::warn!("a connection could not be taken: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!("connection: {error}");
+            }
+            drop(place);
+        });
+    }
+    drop(listener);
+    if tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
+        tracing::warn!("some requests were not answered within {DRAIN_TIMEOUT:?}");
+    }
+}
