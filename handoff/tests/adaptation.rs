@@ -85,6 +85,14 @@ struct Case {
     supply_s: Option<f64>,
 }
 
+impl Case {
+    /// Bodies that are made by `now` and wait behind the one with this number.
+    fn waiting(&self, now: f64, body: u64) -> usize {
+        let made = |each: f64| (now / each) as u64;
+        self.supply_s.map_or(2, |each| made(each).saturating_sub(body) as usize)
+    }
+}
+
 struct Outcome {
     seconds: f64,
     adapter: Adapter,
@@ -175,7 +183,7 @@ fn run(case: &Case, choice: ModeChoice) -> Outcome {
             }
             let view = View {
                 body_bytes: BODY as usize,
-                queued_bodies: 2,
+                queued_bodies: case.waiting(now, next),
                 in_flight_bytes: (socket + waiting) as u64,
                 link_bytes_per_s: known,
                 rtt: Duration::ZERO,
@@ -361,4 +369,27 @@ fn what_is_waited_for_anyway_is_made_small() {
     assert!(adaptive.seconds < 1.02 * fast.seconds, "{}", told(&adaptive));
     let part = sent(&adaptive) as f64 / sent(&fast) as f64;
     assert!(part < 0.85, "{part}: {}", told(&adaptive));
+}
+
+/// Bodies come about as fast as slow workers take them: then none goes out as it is only because
+/// the link has nothing to do for a moment.
+#[test]
+fn what_nobody_waits_behind_is_not_sent_as_it_is() {
+    for supply_s in [0.055, 0.065, 0.075, 0.09] {
+        let case = Case {
+            profile: |_| DEBIAN,
+            link: &[(0.0, 10.0 * MBPS)],
+            workers: 2,
+            bodies: 200,
+            slower: 180.0,
+            supply_s: Some(supply_s),
+        };
+        let (best, mode) = best_static(&case, DEBIAN);
+        let adaptive = run(&case, ModeChoice::Auto);
+        let record = adaptive.adapter.record();
+        println!("{supply_s}: {} against {best} in {mode}: {}", adaptive.seconds, told(&adaptive));
+        let raw = record.modes.iter().find(|share| share.mode == Mode::NONE);
+        assert!(raw.is_none_or(|share| share.bytes_in == 0), "{}", told(&adaptive));
+        assert!(adaptive.seconds < 1.05 * best, "{} against {best}", adaptive.seconds);
+    }
 }

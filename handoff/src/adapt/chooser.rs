@@ -131,6 +131,9 @@ impl Chooser {
             {
                 None => None,
                 Some(_) if view.paused => soonest(&usable, view, ahead, workers, link),
+                // None waits behind it: what this one takes holds up nothing else. A plan of two
+                // supposes that there are always more, and would send this one as it is.
+                Some((_, strong)) if view.queued_bodies == 0 => Some(strong.mode),
                 Some((fast, strong)) => self.in_turn(fast, strong, &usable, view, ahead, link),
             };
         pick.unwrap_or(Mode::DEFAULT)
