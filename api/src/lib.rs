@@ -30,8 +30,8 @@ pub use operation::{Kind, Operation, Progress, State};
 pub use peer::{Peer, PeerSpec, Rights};
 pub use problem::{CONTENT_TYPE as PROBLEM_TYPE, Problem};
 pub use vm::{
-    HandoffProgress, HandoffSpec, Limits, Process, Record, Started, Vm, VmConfig, VmRun, VmRunning,
-    VmState,
+    Attachment, HandoffProgress, HandoffSpec, Limits, Process, Record, Started, Vm, VmConfig,
+    VmRun, VmRunning, VmState,
 };
 
 /// Where, in a cloudlet's home directory, its daemon listens.

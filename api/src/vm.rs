@@ -165,6 +165,9 @@ pub struct VmConfig {
     /// Which CPU the guest is shown when it boots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<String>,
+    /// The network that it is in, if the cloudlet manages that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Attachment>,
     /// What it may take of its host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
@@ -174,6 +177,21 @@ pub struct VmConfig {
     /// Whether memory is kept that the guest reports free.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_free_pages: bool,
+}
+
+/// A VM's place in a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Attachment {
+    /// The network's name.
+    pub network: String,
+    /// Its addresses, as in `10.77.0.0/24`.
+    pub subnet: String,
+    /// The guest's address, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// Ports of the host that lead to the guest, as in `8080:80/tcp`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<String>,
 }
 
 /// What a VM may take of its host. Zero lifts a limit; what is not said stays as it was.

@@ -2,6 +2,7 @@
 
 mod limits;
 mod link;
+mod network;
 mod peer;
 mod pipeline;
 mod report;
@@ -16,6 +17,7 @@ use clap::{
 };
 pub(crate) use limits::{Cpu, Limits};
 pub(crate) use link::{LinkArgs, WaitArgs};
+pub(crate) use network::{AttachArgs, NetworkAddArgs, NetworkCommand};
 pub(crate) use peer::{PeerAddArgs, PeerCommand};
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
 pub(crate) use report::ReportArgs;
@@ -30,6 +32,7 @@ use crate::{
     home::VmName,
     jail::RunAs,
     mac::Mac,
+    net::NetworkName,
 };
 
 /// Where bases and VMs are kept unless said otherwise.
@@ -80,6 +83,9 @@ pub(crate) enum Command {
     /// Manage the cloudlets that are known: who may hand VMs off to here, and receive VMs from here
     #[command(subcommand)]
     Peer(PeerCommand),
+    /// Manage the networks of this cloudlet's guests
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Show this cloudlet's key, which its peers pin
     ///
     /// The key pair is made when it is first needed, in HOME/identity. Whoever has that file is this
@@ -278,7 +284,7 @@ pub(crate) enum VmCommand {
     /// address and kernel command line. One that was stopped boots: its disk has moved on.
     /// A VM that was handed off is not started; the message says where it went. In the foreground
     /// the serial console is on stdout and Ctrl-C stops the VM.
-    Run(VmRunArgs),
+    Run(Box<VmRunArgs>),
     /// List VMs
     #[command(visible_alias = "list")]
     Ls,
@@ -331,7 +337,7 @@ pub(crate) struct VmArg {
     pub(crate) name: VmName,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct VmRunArgs {
     /// Name of the VM
     pub(crate) name: VmName,
@@ -347,6 +353,8 @@ pub(crate) struct VmRunArgs {
     /// TAP device of this host for the guest's network
     #[arg(long, value_name = "DEVICE")]
     pub(crate) tap: Option<String>,
+    #[command(flatten)]
+    pub(crate) attach: AttachArgs,
     /// MAC address of the guest [default: made from its name]
     #[arg(long)]
     pub(crate) mac: Option<Mac>,
@@ -389,6 +397,13 @@ pub(crate) struct VmLogsArgs {
     pub(crate) console: bool,
 }
 
+impl VmRunArgs {
+    /// Whether a network device is asked for.
+    pub(crate) fn has_network(&self) -> bool {
+        self.tap.is_some() || self.attach.network.is_some()
+    }
+}
+
 /// How the process of a VM is confined.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct JailArgs {
@@ -425,6 +440,9 @@ pub(crate) struct ReceiveArgs {
     /// TAP device of this host for the received guest's network
     #[arg(long, value_name = "DEVICE")]
     pub(crate) tap: Option<String>,
+    /// Network of this cloudlet that received guests are in
+    #[arg(long, value_name = "NAME", conflicts_with = "tap")]
+    pub(crate) network: Option<NetworkName>,
     /// End when one VM was received or refused
     #[arg(long)]
     pub(crate) once: bool,
@@ -598,6 +616,9 @@ pub(crate) struct ReceiveProcessArgs {
     /// TAP device
     #[arg(long)]
     pub(crate) tap: Option<String>,
+    /// Network
+    #[arg(long, conflicts_with = "tap")]
+    pub(crate) network: Option<NetworkName>,
     /// Free disk space to keep
     #[arg(long)]
     pub(crate) min_free_mib: u64,

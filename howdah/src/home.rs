@@ -31,6 +31,7 @@ use crate::{
     cli::{Cpu, Limits},
     failure::{Exit, Failure},
     lock::{Lock, Probe},
+    net::Attachment,
     visit,
 };
 
@@ -109,6 +110,9 @@ pub(crate) struct VmConfig {
     /// Which CPU the guest is shown when it boots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) cpu: Option<Cpu>,
+    /// The network that it is in, if the cloudlet manages that: then `tap` is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) network: Option<Attachment>,
     /// What it may take of its host.
     #[serde(default, skip_serializing_if = "Limits::is_none")]
     pub(crate) limits: Limits,
@@ -138,6 +142,7 @@ impl VmConfig {
             mac: None,
             append: String::new(),
             cpu: None,
+            network: None,
             limits: Limits::default(),
             from_memory: false,
             keep_free_pages: false,
@@ -182,6 +187,11 @@ impl Home {
     /// Where the peers are that it knows.
     pub(crate) fn peers(&self) -> PathBuf {
         self.root.join("peers.json")
+    }
+
+    /// Where the networks are that it manages.
+    pub(crate) fn networks(&self) -> PathBuf {
+        self.root.join("networks.json")
     }
 
     /// Where receiving processes log; creates its directory.

@@ -34,6 +34,7 @@ mod jail;
 mod lock;
 mod logging;
 mod mac;
+mod net;
 mod offer;
 mod ops;
 mod output;
@@ -69,6 +70,7 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
     match cli.command {
         Command::Base(command) => commands::base::run(command, &home, output),
         Command::Vm(command) => commands::vm::run(command, &home, output, cli.verbose),
+        Command::Network(command) => commands::network::run(command, &home, output),
         Command::Peer(command) => commands::peer::run(command, &home, output),
         Command::Identity => commands::peer::show_identity(&home, output),
         Command::Handoff(args) => commands::handoff::run(args, &home, output),

@@ -6,6 +6,7 @@ use vmm::MachineProfile;
 use crate::{
     cli::{Cpu, Limits},
     home::VmConfig,
+    net::Attachment,
 };
 
 /// The longest text that a user may append to a kernel command line.
@@ -29,6 +30,9 @@ pub(crate) struct Setup {
     /// Which CPU it is shown when it boots anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) cpu: Option<Cpu>,
+    /// The network that it is in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) network: Option<Attachment>,
     /// What it may take of its host.
     #[serde(default, skip_serializing_if = "Limits::is_none")]
     pub(crate) limits: Limits,
@@ -37,7 +41,7 @@ pub(crate) struct Setup {
 impl Setup {
     /// As the VM's configuration has it.
     pub(crate) fn of(config: &VmConfig) -> Self {
-        Self { cpu: config.cpu, limits: config.limits }
+        Self { cpu: config.cpu, network: config.network.clone(), limits: config.limits }
     }
 }
 
@@ -167,7 +171,7 @@ mod tests {
     #[test]
     fn what_was_said_of_it_makes_another_version() {
         let limits = Limits { disk_iops: Some(7), ..Limits::default() };
-        let setup = Setup { cpu: "v3".parse().ok(), limits };
+        let setup = Setup { cpu: "v3".parse().ok(), network: None, limits };
         for (setup, version) in [(Setup::default(), 1), (setup, 2)] {
             let offer = MachineOffer { setup, ..offer() };
             let bytes = offer.encode().unwrap();

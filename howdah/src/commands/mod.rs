@@ -6,6 +6,7 @@ pub(crate) mod generate;
 pub(crate) mod handoff;
 pub(crate) mod interrupt;
 pub(crate) mod logs;
+pub(crate) mod network;
 pub(crate) mod overlay;
 pub(crate) mod peer;
 pub(crate) mod recover;

@@ -80,6 +80,7 @@ pub(crate) fn run_here(args: &RestoreArgs, home: &Home, front: Front) -> anyhow:
     let ended = vmproc::run_with(&dir, home, front, &args.jail, move |console, events| {
         let host_args = HostArgs {
             tap: bringing.tap.clone(),
+            place: None,
             held_tap: tap,
             cgroup,
             min_free_mib: bringing.min_free_mib,

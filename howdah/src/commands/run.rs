@@ -8,11 +8,12 @@ use serde::Serialize;
 use vmm::{CpuTemplate, MachineProfile};
 
 use crate::{
-    cli::{Cpu, Limits, VmRunArgs},
+    cli::{AttachArgs, Cpu, Limits, VmRunArgs},
     commands::{base, vm::say},
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir, VmName},
     mac::Mac,
+    net::{Attachment, Networks, Place},
     offer::check_append,
     output::Output,
     spawn,
@@ -84,15 +85,16 @@ fn create_or_check(dir: &VmDir, args: &VmRunArgs, home: &Home) -> Result<(), Fai
         Some(base) => Some(base::store(home)?.get(base).map_err(base::store_failure)?),
         None => None,
     };
-    let new = base.as_ref().filter(|_| !existed).map(|base| new_machine(args, base)).transpose()?;
+    let new =
+        base.as_ref().filter(|_| !existed).map(|base| new_machine(args, base, home)).transpose()?;
     // Before anything is written, after all that can be said without it.
     vmproc::check_host()?;
     dir.create()?;
     let lock = dir.lock()?;
     match (dir.record()?, base) {
-        (Some(record), base) => start_again(dir, args, &record, base.as_ref()),
+        (Some(record), base) => start_again(dir, args, &record, base.as_ref(), home),
         (None, Some(base)) => {
-            let config = new.map_or_else(|| new_machine(args, &base), Ok)?;
+            let config = new.map_or_else(|| new_machine(args, &base, home), Ok)?;
             create(dir, &config, base)
         }
         (None, None) => {
@@ -122,12 +124,13 @@ fn create(dir: &VmDir, config: &VmConfig, base: Base) -> Result<(), Failure> {
 }
 
 /// The machine that the flags and the base make.
-fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
+fn new_machine(args: &VmRunArgs, base: &Base, home: &Home) -> Result<VmConfig, Failure> {
     let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));
     let config = VmConfig {
         memory_mib: args.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
         vcpus: args.vcpus.unwrap_or(1),
-        mac: args.tap.as_ref().map(|_| mac.to_string()),
+        mac: args.has_network().then(|| mac.to_string()),
+        network: network(args, home, args.cold || base.memory_file().is_none())?,
         tap: args.tap.clone(),
         append: args.append.clone().unwrap_or_default(),
         keep_free_pages: args.keep_free_pages,
@@ -162,11 +165,13 @@ fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
         let has = its_mac.map_or("no network device".into(), |mac| format!("MAC address {mac}"));
         return Err(contradicts("--mac", &has, true));
     }
-    match (&args.tap, profile.mac) {
-        (Some(_), None) => return Err(contradicts("--tap", "no network device", true)),
-        (None, Some(_)) => {
+    match (args.has_network(), profile.mac) {
+        (true, None) => {
+            return Err(contradicts("--tap and --network", "no network device", true));
+        }
+        (false, Some(_)) => {
             let why = "its memory is that of a guest with a network device";
-            let way_out = "name a TAP device with --tap, or boot without one with --cold";
+            let way_out = "name a TAP device with --tap or a network with --network, or boot without one with --cold";
             return Err(Failure::new(Exit::Usage, format!("base {}", base.id()), why, way_out));
         }
         _ => {}
@@ -175,6 +180,39 @@ fn new_machine(args: &VmRunArgs, base: &Base) -> Result<VmConfig, Failure> {
         return Err(contradicts("--append", "a kernel that has started already", true));
     }
     Ok(VmConfig { memory_mib, vcpus: profile.vcpus, mac: its_mac, from_memory: true, ..config })
+}
+
+/// The place that the flags give a VM in a network. Only one that boots can be told its address.
+fn network(args: &VmRunArgs, home: &Home, boots: bool) -> Result<Option<Attachment>, Failure> {
+    let AttachArgs { network: Some(name), address, publish } = &args.attach else {
+        return match &args.attach {
+            AttachArgs { address: None, publish: None, .. } => Ok(None),
+            _ => {
+                let why = "addresses and ports are a network's";
+                let way_out = "name the network with --network";
+                Err(Failure::new(Exit::Usage, "--address and --publish", why, way_out))
+            }
+        };
+    };
+    let network = Networks::read(home)?.get(name)?.clone();
+    let place = Place::find(home, &args.name, network)?;
+    place.give(*address, boots, publish.clone().unwrap_or_default()).map(Some)
+}
+
+/// The same for a VM that is here: what is not said stays, as long as the network does.
+fn network_again(
+    args: &VmRunArgs,
+    home: &Home,
+    old: &VmConfig,
+) -> Result<Option<Attachment>, Failure> {
+    let mut args = args.clone();
+    if let Some(old) = &old.network
+        && args.attach.network.as_ref() == Some(&old.network)
+    {
+        args.attach.address = args.attach.address.or(old.address);
+        args.attach.publish = args.attach.publish.or_else(|| Some(old.publish.clone()));
+    }
+    network(&args, home, !old.from_memory || args.cold)
 }
 
 /// A guest that goes on from memory has seen its CPU already.
@@ -203,6 +241,7 @@ fn start_again(
     args: &VmRunArgs,
     record: &Record,
     base: Option<&Base>,
+    home: &Home,
 ) -> Result<(), Failure> {
     let what = format!("VM {}", args.name);
     if matches!(record.state, State::Released { .. } | State::Declined { .. }) {
@@ -230,15 +269,16 @@ fn start_again(
         if args.append.as_ref().is_some_and(|text| !text.is_empty()) {
             return Err(contradicts("--append", "a kernel that has started already", true));
         }
-        if args.tap.is_some() && old.mac.is_none() {
-            return Err(contradicts("--tap", "no network device", true));
+        if args.has_network() && old.mac.is_none() {
+            return Err(contradicts("--tap and --network", "no network device", true));
         }
     }
     let mut new = old.clone();
     new.from_memory &= !args.cold;
     new.keep_free_pages = args.keep_free_pages;
-    if let Some(tap) = &args.tap {
-        new.tap = Some(tap.clone());
+    if args.has_network() {
+        new.tap.clone_from(&args.tap);
+        new.network = network_again(args, home, &old)?;
         let mac = args.mac.unwrap_or_else(|| Mac::of(args.name.as_ref()));
         new.mac.get_or_insert_with(|| mac.to_string());
     }

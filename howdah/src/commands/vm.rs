@@ -31,7 +31,7 @@ pub(crate) fn run(
     verbose: u8,
 ) -> anyhow::Result<()> {
     match command {
-        VmCommand::Run(args) => run::run(args, home, output, verbose),
+        VmCommand::Run(args) => run::run(*args, home, output, verbose),
         VmCommand::Ls => list(home, output),
         VmCommand::Inspect(vm) => inspect(&home.existing(&vm.name)?, output),
         VmCommand::Console(vm) => console::attach(&home.existing(&vm.name)?, output),

@@ -18,6 +18,7 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(60);
 /// A handoff that a VM's process was asked for.
 #[derive(Debug)]
 pub(crate) struct Handoff {
+    home: Home,
     dir: VmDir,
     channel: Channel,
     /// The peer, as people know it.
@@ -46,7 +47,7 @@ pub(crate) fn begin(
     let channel = client::ask(dir, Request::Handoff(Box::new(request)), None)?;
     // A process that does not take it in time is found out by the first reply.
     let _ = channel.set_timeout(Some(SILENCE));
-    Ok(Handoff { dir: dir.clone(), channel, peer: endpoint.shown(&book) })
+    Ok(Handoff { home: home.clone(), dir: dir.clone(), channel, peer: endpoint.shown(&book) })
 }
 
 impl Handoff {
@@ -62,6 +63,8 @@ impl Handoff {
                     if let Err(e) = ops::vm::await_exit(&self.dir, ops::vm::KEEP_TIMEOUT) {
                         tracing::warn!("{e}");
                     }
+                    // Its ports are the peer's to publish now.
+                    ops::vm::refresh_network(&self.home);
                     return Ok(report);
                 }
                 Reply::Failed(failure) => return Err(failure),

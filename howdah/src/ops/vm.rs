@@ -13,6 +13,7 @@ use crate::{
     failure::{Exit, Failure, one_line},
     home::{Home, VmConfig, VmDir, read_json},
     lock::Probe,
+    net::{self, Attachment},
     visit,
 };
 
@@ -82,6 +83,7 @@ impl From<VmConfig> for api::VmConfig {
             mac,
             append,
             cpu,
+            network,
             limits,
             from_memory,
             keep_free_pages,
@@ -95,9 +97,22 @@ impl From<VmConfig> for api::VmConfig {
             mac,
             append,
             cpu: cpu.map(String::from),
+            network: network.map(Into::into),
             limits: (!limits.is_none()).then(|| limits.into()),
             from_memory,
             keep_free_pages,
+        }
+    }
+}
+
+impl From<Attachment> for api::Attachment {
+    fn from(attachment: Attachment) -> Self {
+        let Attachment { network, subnet, address, publish } = attachment;
+        Self {
+            network: network.to_string(),
+            subnet: subnet.to_string(),
+            address: address.map(|address| address.to_string()),
+            publish: publish.iter().map(ToString::to_string).collect(),
         }
     }
 }
@@ -238,5 +253,13 @@ pub(crate) fn remove(dir: &VmDir, home: &Home) -> Result<(), Failure> {
     }
     dir.remove(lock)?;
     cgroup::remove(home, name);
+    refresh_network(home);
     Ok(())
+}
+
+/// Brings published ports to what VMs are now. What was done is done: a host that cannot is told of.
+pub(super) fn refresh_network(home: &Home) {
+    if let Err(failure) = net::refresh(home) {
+        tracing::warn!("{failure}");
+    }
 }

@@ -35,6 +35,7 @@ use crate::{
     home::{Home, VmDir},
     jail::{self, Kind},
     lock::Lock,
+    net::{Networks, Place},
     peers::{Endpoint, Peer},
     spawn::{self, Ready},
     steps, visit,
@@ -59,7 +60,13 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
     if locked.is_err() {
         dir.create()?;
     }
-    let held_tap = HeldTap::open(args.tap.as_deref());
+    let (held_tap, place) = match &args.network {
+        None => (HeldTap::open(args.tap.as_deref()), None),
+        Some(name) => {
+            let network = Networks::read(home)?.get(name)?.clone();
+            (HeldTap::attach(home, &args.name, name), Some(Place::find(home, &args.name, network)?))
+        }
+    };
     let cgroup = Cgroup::enter(home, &args.name);
     let (room, ordinary) = (Room::open(home)?, Ordinary::open());
     jail::enter(&args.jail, &dir, home)?;
@@ -77,7 +84,8 @@ pub(crate) fn run(args: &ReceiveProcessArgs, home: &Home) -> anyhow::Result<()> 
     spawn::log_to(&dir.vm_log())?;
     let fresh = dir.record()?.is_none();
     let (tap, min_free_mib) = (args.tap.clone(), args.min_free_mib);
-    let host_args = HostArgs { tap, held_tap, cgroup, min_free_mib, peer: known, room, live: true };
+    let host_args =
+        HostArgs { tap, place, held_tap, cgroup, min_free_mib, peer: known, room, live: true };
     match receive(args, host_args, expendable, home, &dir, incoming, peer) {
         Ok(_) => Ok(()),
         Err(error) => {

@@ -21,6 +21,7 @@ use crate::{
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir, VmName},
     mac::Mac,
+    net::Place,
     offer::{MachineOffer, Setup},
     peers::Peer,
     visit::{Unusable, Visit},
@@ -36,6 +37,7 @@ pub(crate) struct Host {
     home: Home,
     dir: VmDir,
     tap: Option<String>,
+    place: Option<Place>,
     held_tap: HeldTap,
     cgroup: Option<Result<Cgroup, NoCgroup>>,
     min_free_bytes: u64,
@@ -53,6 +55,8 @@ pub(crate) struct Host {
 pub(crate) struct HostArgs {
     /// The name of the TAP device for its network.
     pub(crate) tap: Option<String>,
+    /// Its place in a network that this cloudlet manages, instead.
+    pub(crate) place: Option<Place>,
     /// The device.
     pub(crate) held_tap: HeldTap,
     /// The group that the VM's process is in.
@@ -86,6 +90,7 @@ impl Host {
             home: home.clone(),
             dir: dir.clone(),
             tap: args.tap,
+            place: args.place,
             held_tap: args.held_tap,
             cgroup: Some(args.cgroup),
             min_free_bytes: args.min_free_mib.saturating_mul(1 << 20),
@@ -149,11 +154,15 @@ impl Host {
 
     fn config(&self, offer: &Offer, machine: &MachineOffer) -> Result<VmConfig, Refusal> {
         let profile = &machine.profile;
-        if profile.mac.is_some() && self.tap.is_none() {
-            let why =
-                "it has a network device, and no TAP device was named for it there with --tap";
+        let has_network = profile.mac.is_some();
+        if has_network && self.tap.is_none() && self.place.is_none() {
+            let why = "it has a network device, and neither TAP device nor network was named for it \
+                       there with --tap or --network";
             return Err(Refusal::Machine(why.into()));
         }
+        let place = self.place.as_ref().filter(|_| has_network);
+        let network = place.map(|place| place.take_in(machine.setup.network.as_ref()));
+        let network = network.transpose().map_err(Refusal::Machine)?;
         Ok(VmConfig {
             memory_mib: profile.memory_bytes >> 20,
             vcpus: profile.vcpus,
@@ -161,6 +170,7 @@ impl Host {
             mac: profile.mac.map(|mac| Mac(mac).to_string()),
             append: machine.append.clone(),
             cpu: machine.setup.cpu,
+            network,
             limits: machine.setup.limits,
             ..VmConfig::of(&offer.base)
         })
@@ -193,7 +203,8 @@ impl TargetHost for Host {
                 (vm, disk, None)
             }
         };
-        self.prepared = Some(Prepared { disk, append: machine.append, setup: machine.setup });
+        let setup = Setup::of(&config);
+        self.prepared = Some(Prepared { disk, append: machine.append, setup });
         let also = also_held(&self.home, offer, self.peer.as_ref());
         let bases = Bases::new(base, also).map_err(|e| other(&e))?;
         let vm = Watched::new(vm, self.dir.path().to_owned(), self.min_free_bytes, reserved);

@@ -40,6 +40,7 @@ use crate::{
     failure::{Exit, Failure, one_line},
     home::{Home, VmDir, VmName},
     lock::{Lock, Probe},
+    net,
     output::Output,
     peers::{Peer, Right},
     spawn, vmproc,
@@ -262,7 +263,13 @@ impl Listener {
     fn new_handoff(&self, name: &VmName, peer: String, handed: Handed) -> Event {
         let vm = name.to_string();
         match self.spawn(name, &handed) {
-            Ok(details) => Event::Received { vm, peer, details },
+            Ok(details) => {
+                // Its process cannot: it is confined.
+                if let Err(failure) = net::refresh(&self.home) {
+                    tracing::warn!("ports of VM {vm}: {failure}");
+                }
+                Event::Received { vm, peer, details }
+            }
             Err(failure) => {
                 self.tidy(name);
                 Event::NotReceived { vm, peer, why: failure.message }
@@ -302,6 +309,9 @@ impl Listener {
         words.extend(["receive-process".into(), name.to_string().into()]);
         if let Some(tap) = &self.args.tap {
             words.extend(["--tap".into(), tap.into()]);
+        }
+        if let Some(network) = &self.args.network {
+            words.extend(["--network".into(), network.to_string().into()]);
         }
         words.extend(["--min-free-mib".into(), self.args.min_free_mib.to_string().into()]);
         words.extend(self.args.jail.words());

@@ -25,6 +25,7 @@ use crate::{
     failure::{Exit, Failure, guarded},
     home::{Home, VmDir},
     jail::{self, Kind},
+    net,
     output::Output,
     spawn::{self, Ready},
     visit,
@@ -101,7 +102,13 @@ pub(crate) fn host_failure(error: &HostError) -> Failure {
 pub(crate) fn run(dir: &VmDir, home: &Home, front: Front, jail: &JailArgs) -> anyhow::Result<End> {
     // A configuration that cannot be read is told of when the machine is made of it.
     let config = dir.config().ok();
-    let tap = HeldTap::open(config.as_ref().and_then(|config| config.tap.as_deref()));
+    let tap = match &config {
+        Some(config) => HeldTap::of(home, dir.name(), config),
+        None => HeldTap::open(None),
+    };
+    if config.as_ref().is_some_and(|config| config.network.is_some()) {
+        net::refresh(home)?;
+    }
     let limits = config.map(|config| config.limits).unwrap_or_default();
     if limits.need_cgroup() {
         cgroup::limit(Cgroup::enter(home, dir.name()), &limits, dir.name())?;

@@ -17,7 +17,7 @@ use handoff::{
     trace::record::{RecordOptions, Recorded, record},
     vm::VmError,
 };
-use vmm::{AnyVm, Running, Vm, VmConfig as Build, VmEvent, VmSource};
+use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
     Event,
@@ -34,6 +34,7 @@ use crate::{
     failure::{Exit, Failure},
     home::{Home, VmConfig, VmDir},
     jail,
+    net::Attachment,
     offer::{MachineOffer, Setup},
 };
 
@@ -162,15 +163,18 @@ pub(crate) fn build(
     console: &Arc<Console>,
     events: &Sender<Event>,
 ) -> Result<Build, Failure> {
+    // The user's own words come last, and count.
+    let words = config.network.as_ref().map(Attachment::cmdline).unwrap_or_default();
+    let words = [words.as_str(), config.append.as_str()].join(" ");
     Ok(Build {
         memory_bytes: config.memory_mib << 20,
         vcpus: config.vcpus,
         kernel: base.kernel_path(),
         initramfs: base.initramfs_path(),
-        cmdline: cmdline(base, &config.append),
+        cmdline: cmdline(base, words.trim()),
         base_memory: base_memory(base)?,
         disk: Some(Arc::clone(disk)),
-        net: tap.network(config.mac.as_deref())?,
+        net: network(config, tap)?,
         cpu: config.cpu.unwrap_or_default().0,
         rates: config.limits.rates(),
         keep_free_pages: config.keep_free_pages,
@@ -178,6 +182,13 @@ pub(crate) fn build(
         events: forward(events)?,
         threads: jail::thread_hook(),
     })
+}
+
+/// The guest's network device, with its address, as far as it is known.
+fn network(config: &VmConfig, tap: &HeldTap) -> Result<Option<NetConfig>, Failure> {
+    let known = config.network.as_ref().and_then(|attachment| attachment.address);
+    let net = tap.network(config.mac.as_deref())?;
+    Ok(net.map(|net| NetConfig { addresses: known.into_iter().collect(), ..net }))
 }
 
 /// The VMM's events, as this process's.

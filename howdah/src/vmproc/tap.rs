@@ -4,11 +4,14 @@ use vmm::{NetConfig, Tap, TapError};
 
 use crate::{
     failure::{Exit, Failure},
+    home::{Home, VmConfig, VmName},
     mac::Mac,
+    net::{self, NetworkName, Networks},
 };
 
 const WHAT: &str = "network of the VM";
-const WAY_OUT: &str = "name one with --tap (`ip tuntap add NAME mode tap` makes one)";
+const WAY_OUT: &str =
+    "name one with --tap (`ip tuntap add NAME mode tap` makes one), or a network with --network";
 
 /// What came of opening a TAP device. A failure matters only to a VM that has a network device.
 #[derive(Debug)]
@@ -19,6 +22,7 @@ enum NoTap {
     Unnamed,
     Missing(String),
     Failed(TapError),
+    Unattached(Failure),
 }
 
 impl HeldTap {
@@ -30,6 +34,21 @@ impl HeldTap {
             return Self(Err(NoTap::Missing(name.to_owned())));
         }
         Self(Tap::open(name).map_err(NoTap::Failed))
+    }
+
+    /// Makes a VM's own device, in a network of the cloudlet.
+    pub(crate) fn attach(home: &Home, vm: &VmName, network: &NetworkName) -> Self {
+        let network = Networks::read(home).and_then(|all| all.get(network).cloned());
+        let tap = network.and_then(|network| net::attach(home, vm, &network));
+        Self(tap.map_err(NoTap::Unattached))
+    }
+
+    /// What a VM's configuration says.
+    pub(crate) fn of(home: &Home, vm: &VmName, config: &VmConfig) -> Self {
+        match &config.network {
+            Some(attachment) => Self::attach(home, vm, &attachment.network),
+            None => Self::open(config.tap.as_deref()),
+        }
     }
 
     /// The network of a guest with this address, if it has one.
@@ -47,6 +66,7 @@ impl HeldTap {
                 let why = format!("this host has no network device {name}");
                 Err(Failure::new(Exit::Host, WHAT, why, WAY_OUT))
             }
+            Err(NoTap::Unattached(failure)) => Err(failure.clone()),
             Err(NoTap::Failed(e)) => Err(Failure::plain(Exit::Host, WHAT, e)),
         }
     }
