@@ -242,6 +242,18 @@ pub struct VmRun {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$")]
     pub tap: Option<String>,
+    /// Network of the cloudlet that the guest is in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-z0-9]{1,12}$")]
+    pub network: Option<String>,
+    /// The guest's address in the network; a free one, unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(format = Ipv4)]
+    pub address: Option<String>,
+    /// Ports of the host that lead to the guest, `HOST:GUEST` or `HOST:GUEST/udp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_items = 64)]
+    pub publish: Option<Vec<String>>,
     /// MAC address of the guest; made from its name unless said otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^[0-9a-f][26ae](:[0-9a-f]{2}){5}$")]

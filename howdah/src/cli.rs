@@ -21,7 +21,7 @@ pub(crate) use network::{AttachArgs, NetworkAddArgs, NetworkCommand};
 pub(crate) use peer::{PeerAddArgs, PeerCommand};
 pub(crate) use pipeline::{CompressArgs, PipelineArgs};
 pub(crate) use report::ReportArgs;
-pub(crate) use serve::ServeArgs;
+pub(crate) use serve::{ConfigCommand, ServeArgs, Settings};
 pub(crate) use trace::{PlayArgs, RecordArgs, TakeArgs, TraceCommand};
 
 use handoff::{engine::CommitMode, order::Sequence, policy::Objective, stage::DeltaMode};
@@ -95,7 +95,10 @@ pub(crate) enum Command {
     ///
     /// VMs are processes of their own: they outlive the daemon, which finds them again. Commands go
     /// through it where it runs.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
+    /// Look at the daemon's settings
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Wait for VMs that peers hand off to this cloudlet
     Receive(ReceiveArgs),
     /// Hand a running VM off to a peer

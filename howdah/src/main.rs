@@ -23,7 +23,9 @@ use crate::{
 
 mod cgroup;
 mod cli;
+mod cloudlet;
 mod commands;
+mod config;
 mod console;
 mod control;
 mod disk;
@@ -74,7 +76,8 @@ fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         Command::Peer(command) => commands::peer::run(command, &home, output),
         Command::Identity => commands::peer::show_identity(&home, output),
         Command::Handoff(args) => commands::handoff::run(args, &home, output),
-        Command::Serve(args) => serve::run(args, &home, output, cli.verbose),
+        Command::Serve(args) => serve::run(&args, &home, output, cli.verbose),
+        Command::Config(command) => config::run(command, &home, output),
         Command::Receive(args) => receive::listen(args, &home, output, cli.verbose),
         Command::Save(args) => commands::save::run(args, &home, output),
         Command::Restore(args) => commands::restore::run(&args, &home, output, cli.verbose),

@@ -10,6 +10,7 @@ use std::{
     },
     path::Path,
     process::{Child, Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -59,7 +60,10 @@ pub(crate) fn await_ready(
         let _ = stdout.take(MAX_READY_BYTES).read_to_string(&mut said);
     }
     match serde_json::from_str(&said) {
-        Ok(Ready::Running(details)) => Ok(details),
+        Ok(Ready::Running(details)) => {
+            children().push(child);
+            Ok(details)
+        }
         Ok(Ready::Failed(failure)) => {
             let _ = child.wait();
             Err(failure)
@@ -76,6 +80,18 @@ pub(crate) fn await_ready(
             Err(Failure::new(Exit::Failed, "VM", why, way_out))
         }
     }
+}
+
+/// Processes that were started and go on by themselves. A short-lived command never asks for them again;
+/// a daemon must, lest their remains stay in the kernel's table.
+fn children() -> MutexGuard<'static, Vec<Child>> {
+    static CHILDREN: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+    CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets go of those that have ended.
+pub(crate) fn reap() {
+    children().retain_mut(|child| matches!(child.try_wait(), Ok(None)));
 }
 
 /// Leaves the session of the command that started this process, so that neither its terminal nor

@@ -1,9 +1,13 @@
 //! `howdah handoff`: asks a VM's process to send it, and shows how it goes.
 
+use howdah_api::HandoffSpec;
+
 use super::{interrupt::Interrupts, shown::Shown};
 use crate::{
     cli::HandoffArgs,
+    cloudlet::{Cloudlet, follow},
     control::{HandoffRequest, Request},
+    failure::Failure,
     home::Home,
     ops,
     output::{Output, bytes, shares},
@@ -27,12 +31,33 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
         link: args.link,
         ..HandoffRequest::default()
     };
-    let handoff = ops::handoff::begin(&dir, &peer, args.plain, request, home)?;
-    let shown_peer = handoff.peer.clone();
     let mut shown = Shown::new(output);
     let question = Some("Give up this handoff? The guest goes on here.");
-    interrupts.watch(&dir, Request::CancelHandoff, output, question, shown.quiet());
-    let ended = handoff.follow(|progress| shown.show(&progress));
+    let watch = |shown: &Shown| {
+        interrupts.watch(&dir, Request::CancelHandoff, output, question, shown.quiet());
+    };
+    let cloudlet = Cloudlet::of(home);
+    let spec = HandoffSpec { peer, plain: args.plain, ..HandoffSpec::from(&request) };
+    // What only this command can say (means that are left out for measuring) it says to the VM itself.
+    let sayable = HandoffRequest::try_from(&spec).is_ok_and(|said| said == request);
+    let (shown_peer, ended) = match cloudlet.daemon().filter(|_| sayable) {
+        Some(daemon) => {
+            let begun = daemon.handoff(args.vm.as_ref(), &spec).map_err(Failure::from)?;
+            watch(&shown);
+            let peer = begun.peer.clone().unwrap_or(spec.peer);
+            let ended = follow(daemon, begun, |operation| {
+                if let Some(progress) = operation.handoff.clone() {
+                    shown.show(&progress.into());
+                }
+            });
+            (peer, ended)
+        }
+        None => {
+            let handoff = ops::handoff::begin(&dir, &spec.peer, args.plain, request, home)?;
+            watch(&shown);
+            (handoff.peer.clone(), handoff.follow(|progress| shown.show(&progress)))
+        }
+    };
     shown.clear();
     let report = ended?;
     output.result(&report, |report| summary(&args.vm, &shown_peer, report));

@@ -14,6 +14,7 @@ use crate::{
     commands::{overlay, run::say_running, vm::say},
     failure::{Exit, Failure},
     home::{Home, VmDir},
+    ops,
     output::Output,
     receive::{Host, HostArgs, Room},
     spawn,
@@ -46,7 +47,7 @@ pub(crate) fn run(
     let log = dir.vm_log();
     let child = spawn::start(process_arguments(home, verbose, args)?, Stdio::null(), &log)?;
     let started = spawn::await_ready(child, &log).inspect_err(|_| dir.remove_if_empty())?;
-    say_running(output, &args.name, started);
+    say_running(output, &ops::run::running(&args.name, started));
     Ok(())
 }
 

@@ -8,13 +8,13 @@ use serde::Serialize;
 
 use crate::{
     cli::VmCommand,
+    cloudlet::Cloudlet,
     commands::{base, console, logs, run, takeover},
     control::{Request, client},
     disk,
     failure::{Exit, Failure, one_line},
     home::{Home, VmDir, VmName},
     lock::Probe,
-    ops,
     output::{Output, bytes, table},
     partial::Partial,
     peers::BookFile,
@@ -33,25 +33,23 @@ pub(crate) fn run(
     match command {
         VmCommand::Run(args) => run::run(*args, home, output, verbose),
         VmCommand::Ls => list(home, output),
-        VmCommand::Inspect(vm) => inspect(&home.existing(&vm.name)?, output),
+        VmCommand::Inspect(vm) => inspect(&vm.name, home, output),
         VmCommand::Console(vm) => console::attach(&home.existing(&vm.name)?, output),
         VmCommand::Logs(args) => logs::show(&home.existing(&args.name)?, &args, output),
         VmCommand::Pause(vm) => {
-            let dir = home.existing(&vm.name)?;
-            ops::vm::pause(&dir)?;
+            Cloudlet::of(home).pause(&vm.name)?;
             say(output, &vm.name, "paused")
         }
         VmCommand::Resume(vm) => {
-            let dir = home.existing(&vm.name)?;
-            ops::vm::resume(&dir)?;
+            Cloudlet::of(home).resume(&vm.name)?;
             say(output, &vm.name, "running")
         }
         VmCommand::Stop { vm, force } => {
-            ops::vm::stop(&home.existing(&vm.name)?, force)?;
+            Cloudlet::of(home).stop(&vm.name, force)?;
             say(output, &vm.name, "stopped")
         }
         VmCommand::Rm(vm) => {
-            ops::vm::remove(&home.existing(&vm.name)?, home)?;
+            Cloudlet::of(home).remove(&vm.name)?;
             say(output, &vm.name, "removed")
         }
         VmCommand::ExportDisk { vm, file } => {
@@ -81,7 +79,7 @@ fn kept(vm: &Vm) -> Option<String> {
 }
 
 fn list(home: &Home, output: Output) -> anyhow::Result<()> {
-    let seen = ops::vm::list(home)?;
+    let seen = Cloudlet::of(home).vms()?;
     let book = BookFile::of(home).read()?;
     output.list(
         &seen,
@@ -118,8 +116,9 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn inspect(dir: &VmDir, output: Output) -> anyhow::Result<()> {
-    output.result(&ops::vm::look(dir), |vm| {
+fn inspect(name: &VmName, home: &Home, output: Output) -> anyhow::Result<()> {
+    let (vm, dir) = (Cloudlet::of(home).vm(name)?, home.vm(name));
+    output.result(&vm, |vm| {
         let mut lines = vec![format!("VM {}: {}", vm.name, vm.state.name())];
         let mut line = |key: &str, value: String| lines.push(format!("  {key:<10} {value}"));
         if let Some(record) = &vm.record {

@@ -140,6 +140,22 @@ pub(crate) struct HandoffRequest {
     pub(crate) link: LinkArgs,
 }
 
+impl From<&HandoffRequest> for howdah_api::HandoffSpec {
+    /// As far as it can be said; whoever cares compares what [`HandoffRequest::try_from`] makes of it.
+    fn from(request: &HandoffRequest) -> Self {
+        Self {
+            peer: request.peer.clone(),
+            plain: false,
+            audit: request.audit,
+            objective: Some(request.pace.objective.to_string()),
+            throttle: request.pace.throttle,
+            keep_mib: Some(request.keep_mib),
+            mode: Some(request.pipeline.mode.to_string()),
+            workers: request.pipeline.workers,
+        }
+    }
+}
+
 impl TryFrom<&howdah_api::HandoffSpec> for HandoffRequest {
     type Error = Failure;
 

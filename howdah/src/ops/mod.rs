@@ -13,4 +13,5 @@ pub(crate) mod base;
 pub(crate) mod handoff;
 pub(crate) mod host;
 pub(crate) mod peer;
+pub(crate) mod run;
 pub(crate) mod vm;

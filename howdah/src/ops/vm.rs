@@ -65,6 +65,29 @@ impl From<control::Progress> for api::HandoffProgress {
     }
 }
 
+impl From<api::HandoffProgress> for control::Progress {
+    fn from(progress: api::HandoffProgress) -> Self {
+        let api::HandoffProgress {
+            peer,
+            stage,
+            round,
+            sent_bytes,
+            remaining_bytes,
+            rate_bytes_per_s,
+            predicted_downtime_ms,
+        } = progress;
+        Self {
+            peer,
+            stage,
+            round,
+            sent_bytes,
+            remaining_bytes,
+            rate_bytes_per_s,
+            predicted_downtime_ms,
+        }
+    }
+}
+
 impl From<Status> for api::Process {
     fn from(status: Status) -> Self {
         let Status { pid, phase, ownership, epoch, progress } = status;

@@ -8,9 +8,9 @@ use serde::Serialize;
 use crate::output::Output;
 
 /// Something a listener did.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
-pub(super) enum Event {
+pub(crate) enum Event {
     /// It listens.
     Listening {
         /// Where; the port is real even if any was asked for.
@@ -55,7 +55,7 @@ pub(super) enum Event {
 
 impl Event {
     /// Tells it.
-    pub(super) fn tell(&self, output: Output) {
+    pub(crate) fn tell(&self, output: Output) {
         let line = if output.is_json() {
             serde_json::to_string(self).unwrap_or_default()
         } else {

@@ -16,7 +16,6 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::Sender;
 use guest_images::BaseId;
 use handoff::{
     Clock, Refusal,
@@ -54,7 +53,7 @@ const TAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What every link is handled with.
 struct Listener {
     home: Home,
-    output: Output,
+    tell: Tell,
     verbose: u8,
     args: ReceiveArgs,
     door: Door,
@@ -64,6 +63,9 @@ struct Listener {
     busy: AtomicUsize,
 }
 
+/// Who is told what a listener does.
+pub(crate) type Tell = Arc<dyn Fn(&Event) + Send + Sync>;
+
 /// Listens until killed, or with `--once` until one handoff came to an end here.
 pub(crate) fn listen(
     args: ReceiveArgs,
@@ -71,6 +73,33 @@ pub(crate) fn listen(
     output: Output,
     verbose: u8,
 ) -> anyhow::Result<()> {
+    let once = args.once;
+    let (done, ended) = crossbeam_channel::unbounded();
+    let tell = move |event: &Event| {
+        event.tell(output);
+        let _ = done.send(event.clone());
+    };
+    start(args, home, output, verbose, Arc::new(tell))?;
+    loop {
+        match ended.recv() {
+            Ok(Event::Received { .. }) if once => return Ok(()),
+            Ok(Event::NotReceived { vm, why, .. }) if once => {
+                return Err(Failure::line(Exit::NotMoved, &format!("VM {vm}: {why}")).into());
+            }
+            Ok(_) => {}
+            Err(_) => anyhow::bail!("the listener ended"),
+        }
+    }
+}
+
+/// Listens on threads of this process until it ends; where.
+pub(crate) fn start(
+    args: ReceiveArgs,
+    home: &Home,
+    output: Output,
+    verbose: u8,
+    tell: Tell,
+) -> anyhow::Result<SocketAddr> {
     let door = Door::new(home, args.plain)?;
     let listener = bind(args.listen)?;
     vmproc::check_host()?;
@@ -89,12 +118,11 @@ pub(crate) fn listen(
         );
     }
     vmproc::decline_lost_copies(home)?;
-    let address = listener.local_addr().map_or(args.listen, |address| address).to_string();
-    Event::Listening { address, key: door.key() }.tell(output);
-    let once = args.once;
+    let address = listener.local_addr().map_or(args.listen, |address| address);
+    tell(&Event::Listening { address: address.to_string(), key: door.key() });
     let shared = Arc::new(Listener {
         home: home.clone(),
-        output,
+        tell,
         verbose,
         args,
         door,
@@ -103,22 +131,12 @@ pub(crate) fn listen(
         clock: MonotonicClock::default(),
         busy: AtomicUsize::new(0),
     });
-    let (done, ended) = crossbeam_channel::bounded(MAX_LINKS);
-    std::thread::spawn(move || accept_links(&listener, &shared, &done));
-    loop {
-        match ended.recv() {
-            Ok(Event::Received { .. }) if once => return Ok(()),
-            Ok(Event::NotReceived { vm, why, .. }) if once => {
-                return Err(Failure::line(Exit::NotMoved, &format!("VM {vm}: {why}")).into());
-            }
-            Ok(_) => {}
-            Err(_) => anyhow::bail!("the listener ended"),
-        }
-    }
+    std::thread::spawn(move || accept_links(&listener, &shared));
+    Ok(address)
 }
 
 /// Takes links as they come, each on a thread of its own.
-fn accept_links(listener: &TcpListener, shared: &Arc<Listener>, done: &Sender<Event>) {
+fn accept_links(listener: &TcpListener, shared: &Arc<Listener>) {
     loop {
         let link = listener.accept();
         let handled = link.and_then(|(stream, address)| {
@@ -129,11 +147,10 @@ fn accept_links(listener: &TcpListener, shared: &Arc<Listener>, done: &Sender<Ev
                     return Ok(());
                 }
             };
-            let (working, done) = (Arc::clone(shared), done.clone());
+            let working = Arc::clone(shared);
             let work = move || {
                 if let Some(event) = working.link(stream, address, place) {
-                    event.tell(working.output);
-                    let _ = done.send(event);
+                    (working.tell)(&event);
                 }
             };
             std::thread::Builder::new().name("link".into()).spawn(work).map(drop)
@@ -198,7 +215,7 @@ impl Listener {
             }
             // The process that is started has the word from here on.
             drop(incoming);
-            Event::Receiving { vm: name.to_string(), peer: caller.to_string() }.tell(self.output);
+            (self.tell)(&Event::Receiving { vm: name.to_string(), peer: caller.to_string() });
             return Some(self.new_handoff(&name, caller.to_string(), handed));
         }
         match self.known_handoff(&self.home.vm(&name), &caller, incoming, &handed) {
@@ -214,7 +231,7 @@ impl Listener {
     fn refused(&self, address: SocketAddr, why: &dyn std::fmt::Display) {
         let why = one_line(&why.to_string());
         if let Some(why) = self.refusals.line(address.ip(), &why, self.clock.now()) {
-            Event::Dropped { peer: address.to_string(), why }.tell(self.output);
+            (self.tell)(&Event::Dropped { peer: address.to_string(), why });
         }
     }
 

@@ -22,6 +22,7 @@ mod room;
 mod watched;
 
 pub(crate) use child::run as run_child;
+pub(crate) use events::Event;
 pub(crate) use host::{Host, HostArgs};
-pub(crate) use listener::listen;
+pub(crate) use listener::{listen, start};
 pub(crate) use room::Room;

@@ -30,6 +30,11 @@ impl Refused {
         Self { status, failure }
     }
 
+    /// The same, with another status.
+    pub(crate) fn and_status(self, status: StatusCode) -> Self {
+        Self { status, ..self }
+    }
+
     /// A request that is none.
     pub(crate) fn usage(what: &str, why: impl std::fmt::Display) -> Self {
         let way_out = "see /openapi.json for what there is";

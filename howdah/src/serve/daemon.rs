@@ -8,7 +8,7 @@ use std::{
 use howdah_api::{Event, Receiving};
 use tokio::sync::{Notify, broadcast, watch};
 
-use super::operations::Operations;
+use super::{keys::Keys, operations::Operations};
 use crate::{cli::JailArgs, home::Home};
 
 /// Events that a slow client may be behind by; then it is told that it lost some.
@@ -26,6 +26,8 @@ pub(crate) struct Daemon {
     pub(crate) jail: JailArgs,
     /// What takes long.
     pub(crate) operations: Operations,
+    /// What was answered to POSTs with a key.
+    pub(super) keys: Keys,
     /// The listener for peers, once it listens.
     pub(crate) receiving: OnceLock<Receiving>,
     /// When the daemon started.
@@ -45,6 +47,7 @@ impl Daemon {
             verbose,
             jail,
             operations: Operations::new(events.clone()),
+            keys: Keys::default(),
             receiving: OnceLock::new(),
             started: Instant::now(),
             events,

@@ -10,24 +10,29 @@
 //! directories. Only here code is async; what is done is done by blocking verbs ([`crate::ops`]), on threads
 //! where they hold nobody up.
 
+mod adopt;
 mod answer;
 mod daemon;
+mod keys;
 mod operations;
 mod routes;
 mod socket;
 mod watch;
 
-use std::{os::unix::ffi::OsStrExt, path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
 use howdah_api::SOCKET;
-use tokio::signal::unix::{SignalKind, signal};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
-    cli::ServeArgs,
+    cli::{ServeArgs, Settings},
+    config,
     failure::{Exit, Failure},
     home::Home,
     lock::Lock,
     output::Output,
+    receive, spawn,
 };
 use daemon::Daemon;
 
@@ -39,7 +44,13 @@ const WORKERS: usize = 2;
 const MAX_BLOCKING: usize = 128;
 
 /// Runs the daemon until it is told to end.
-pub(crate) fn run(args: ServeArgs, home: &Home, output: Output, verbose: u8) -> anyhow::Result<()> {
+pub(crate) fn run(
+    args: &ServeArgs,
+    home: &Home,
+    output: Output,
+    verbose: u8,
+) -> anyhow::Result<()> {
+    let (settings, _) = config::resolve(args, home)?;
     home.create()?;
     let _lock = alone(home)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -47,7 +58,7 @@ pub(crate) fn run(args: ServeArgs, home: &Home, output: Output, verbose: u8) -> 
         .max_blocking_threads(MAX_BLOCKING)
         .enable_all()
         .build()?;
-    let served = runtime.block_on(serve(args, home, output, verbose));
+    let served = runtime.block_on(serve(&settings, home, output, verbose));
     // What still blocks is left alone: VMs do not depend on it.
     runtime.shutdown_background();
     served
@@ -64,16 +75,44 @@ fn alone(home: &Home) -> Result<Lock, Failure> {
     })
 }
 
-async fn serve(args: ServeArgs, home: &Home, output: Output, verbose: u8) -> anyhow::Result<()> {
-    let path = args.socket.clone().unwrap_or_else(|| home.root().join(SOCKET));
-    let daemon = Daemon::new(home.clone(), verbose, args.jail.clone());
-    let listener = socket::bind(&path, args.socket_mode)?;
+async fn serve(
+    settings: &Settings,
+    home: &Home,
+    output: Output,
+    verbose: u8,
+) -> anyhow::Result<()> {
+    let path = settings.api_socket.clone().unwrap_or_else(|| home.root().join(SOCKET));
+    let daemon = Daemon::new(home.clone(), verbose, settings.jail());
+    let group = settings.api_socket_group.as_deref();
+    let listener = socket::bind(&path, settings.api_socket_mode, group)?;
     end_at_signals(&daemon)?;
     tokio::spawn(watch::run(Arc::clone(&daemon)));
+    tokio::spawn(adopt::run(Arc::clone(&daemon)));
+    tokio::spawn(reap(signal(SignalKind::child())?));
+    receive(settings, &daemon, output)?;
     let router = routes::router(Arc::clone(&daemon));
-    say_ready(&path, output);
+    output.note(&format!("howdah: serving at {}", path.display()));
+    notify(NotifyState::Ready);
     socket::serve(listener, router, daemon).await;
-    remove(&path);
+    // A tidy directory says more.
+    let _ = std::fs::remove_file(&path);
+    Ok(())
+}
+
+/// Listens for peers, if that is wanted; what happens is told to those who follow, and logged.
+fn receive(settings: &Settings, daemon: &Arc<Daemon>, output: Output) -> anyhow::Result<()> {
+    let Some(args) = settings.receive() else { return Ok(()) };
+    let plain = args.plain;
+    let shared = Arc::clone(daemon);
+    let tell = move |event: &receive::Event| {
+        event.tell(output);
+        let what = serde_json::to_value(event).unwrap_or_default();
+        shared.tell(howdah_api::Event::Receive { what });
+        shared.vms_changed();
+    };
+    let address = receive::start(args, &daemon.home, output, daemon.verbose, Arc::new(tell))?;
+    // Once: there is one listener.
+    let _ = daemon.receiving.set(howdah_api::Receiving { address: address.to_string(), plain });
     Ok(())
 }
 
@@ -84,20 +123,23 @@ fn end_at_signals(daemon: &Arc<Daemon>) -> std::io::Result<()> {
         let daemon = Arc::clone(daemon);
         tokio::spawn(async move {
             signals.recv().await;
-            let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+            notify(NotifyState::Stopping);
             daemon.stop();
         });
     }
     Ok(())
 }
 
-fn say_ready(path: &PathBuf, output: Output) {
-    output.note(&format!("howdah: serving at {}", path.display()));
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+/// Lets go of processes of VMs that have ended.
+async fn reap(mut ended: Signal) {
+    while ended.recv().await.is_some() {
+        let _ = tokio::task::spawn_blocking(spawn::reap).await;
+    }
 }
 
-/// Removes the socket: a tidy directory says more.
-fn remove(path: &PathBuf) {
-    debug_assert!(!path.as_os_str().as_bytes().is_empty());
-    let _ = std::fs::remove_file(path);
+/// Tells whoever started the daemon, if that is systemd.
+fn notify(state: NotifyState) {
+    if let Err(error) = sd_notify::notify(false, &[state]) {
+        tracing::warn!("systemd is not told: {error}");
+    }
 }

@@ -35,7 +35,11 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Listens at `path`. The caller holds the daemon's lock, so a socket that is there is left over from
 /// one that died.
-pub(super) fn bind(path: &Path, mode: u32) -> Result<tokio::net::UnixListener, Failure> {
+pub(super) fn bind(
+    path: &Path,
+    mode: u32,
+    group: Option<&str>,
+) -> Result<tokio::net::UnixListener, Failure> {
     let failed = |e: io::Error| Failure::file("listen on", path, &e);
     let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
     else {
@@ -50,11 +54,23 @@ pub(super) fn bind(path: &Path, mode: u32) -> Result<tokio::net::UnixListener, F
         _ => {}
     }
     let listener = with_socket_path(dir, &draft, |p| UnixListener::bind(p)).map_err(failed)?;
+    if let Some(group) = group {
+        give_to(&dir.join(&draft), group)?;
+    }
     let made = fs::set_permissions(dir.join(&draft), fs::Permissions::from_mode(mode))
         .and_then(|()| fs::rename(dir.join(&draft), path))
         .and_then(|()| listener.set_nonblocking(true));
     made.map_err(failed)?;
     tokio::net::UnixListener::from_std(listener).map_err(failed)
+}
+
+fn give_to(path: &Path, group: &str) -> Result<(), Failure> {
+    let found = nix::unistd::Group::from_name(group).ok().flatten().ok_or_else(|| {
+        let way_out = "make it (`groupadd`), or name another in api.socket_group";
+        Failure::new(Exit::NotFound, format!("group {group}"), "there is none", way_out)
+    })?;
+    nix::unistd::chown(path, None, Some(found.gid))
+        .map_err(|e| Failure::file("give to the group", path, &e.into()))
 }
 
 /// Something that connections come from.

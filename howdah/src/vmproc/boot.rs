@@ -64,14 +64,19 @@ pub(crate) struct Started {
     started_ms: u128,
 }
 
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kernel => "its kernel",
+            Self::BaseMemory => "its base's memory",
+            Self::File => "the file",
+        })
+    }
+}
+
 impl fmt::Display for Started {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let from = match self.from {
-            Origin::Kernel => "its kernel",
-            Origin::BaseMemory => "its base's memory",
-            Origin::File => "the file",
-        };
-        write!(f, "started in {} ms from {from}", self.started_ms)
+        write!(f, "started in {} ms from {}", self.started_ms, self.from)
     }
 }
 

@@ -14,7 +14,7 @@ pub(crate) mod snapshot;
 mod tap;
 
 pub(crate) use boot::{
-    Brought, Front, Origin, Started, check_host, finish, run, run_with, warn_of_slow_host,
+    Brought, Front, Origin, check_host, finish, run, run_with, warn_of_slow_host,
 };
 pub(crate) use kvm::cmdline;
 pub(crate) use process::{Coming, End, Event, Links, Process};

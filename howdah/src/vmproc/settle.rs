@@ -139,7 +139,7 @@ pub(crate) fn decline_lost_copies(home: &Home) -> Result<(), Failure> {
 }
 
 fn decline_lost_copy(dir: &VmDir) -> Result<(), Failure> {
-    let is_volatile = || Ok(dir.record()?.is_some_and(|record| record.is_volatile()));
+    let is_volatile = || Ok::<_, Failure>(dir.record()?.is_some_and(|record| record.is_volatile()));
     if !is_volatile()? || matches!(dir.probe()?, Probe::Held { .. }) {
         return Ok(());
     }

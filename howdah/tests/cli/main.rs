@@ -12,5 +12,6 @@ mod jail;
 mod peers;
 mod recover;
 mod saved;
+mod serve;
 mod stage;
 mod traces;

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::{
     cli::{BaseCommand, BaseImportArgs},
+    cloudlet::{Cloudlet, follow},
     failure::{Exit, Failure},
     home::Home,
     ops,
@@ -121,7 +122,7 @@ fn import(spec: &ImportSpec, home: &Home, output: Output) -> anyhow::Result<()> 
 }
 
 fn list(home: &Home, output: Output) -> anyhow::Result<()> {
-    let lines = ops::base::list(home)?;
+    let lines = Cloudlet::of(home).bases()?;
     output.list(
         &lines,
         |line| line.names.first().unwrap_or(&line.id).clone(),
@@ -154,14 +155,24 @@ struct Named {
 }
 
 fn verify(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let id = with_bar(output, "verifying", |progress| ops::base::verify(name, home, progress))?;
-    output.done(&Named { id: id.to_string() }, |v| format!("base {} is whole", v.id));
+    let id = with_bar(output, "verifying", |progress| {
+        let cloudlet = Cloudlet::of(home);
+        let Some(daemon) = cloudlet.daemon() else {
+            return Ok(ops::base::verify(name, home, progress)?.to_string());
+        };
+        let verified = follow(daemon, daemon.verify_base(name)?, |operation| {
+            let howdah_api::Progress { done_bytes, total_bytes, .. } = operation.progress;
+            progress(Progress { part: Part::Disk, done_bytes, total_bytes });
+        })?;
+        Ok(verified["id"].as_str().unwrap_or_default().to_owned())
+    })?;
+    output.done(&Named { id }, |v| format!("base {} is whole", v.id));
     Ok(())
 }
 
 fn remove(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let id = ops::base::remove(name, home)?;
-    output.done(&Named { id: id.to_string() }, |v| format!("removed base {}", v.id));
+    let id = Cloudlet::of(home).remove_base(name)?;
+    output.done(&Named { id }, |v| format!("removed base {}", v.id));
     Ok(())
 }
 

@@ -14,23 +14,26 @@ use axum::{
     Json, Router,
     extract::DefaultBodyLimit,
     http::{Method, StatusCode, Uri},
+    middleware,
     response::{IntoResponse, Response},
     routing::get,
 };
 use howdah_api::{PROBLEM_TYPE, Problem};
 use utoipa::{
-    IntoResponses, OpenApi, PartialSchema, ToSchema,
+    IntoResponses, OpenApi, ToSchema,
     openapi::{
-        ContentBuilder, Ref, RefOr, Response as Documented, ResponseBuilder, ResponsesBuilder,
+        ContentBuilder, ObjectBuilder, Ref, RefOr, Required, Response as Documented,
+        ResponseBuilder, ResponsesBuilder, Type,
+        path::{Parameter, ParameterBuilder, ParameterIn},
     },
 };
 use utoipa_axum::router::OpenApiRouter;
 
-use super::{answer::Refused, daemon::Daemon};
+use super::{answer::Refused, daemon::Daemon, keys};
 use crate::failure::{Exit, Failure};
 
 /// No request is longer.
-const MAX_BODY_BYTES: usize = 256 << 10;
+pub(super) const MAX_BODY_BYTES: usize = 256 << 10;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -51,19 +54,40 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .merge(page::routes())
         .fallback(nothing_there)
         .method_not_allowed_fallback(not_that_way)
+        .layer(middleware::from_fn_with_state(Arc::clone(&daemon), keys::once))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(daemon)
 }
 
 fn parts() -> (Router<Arc<Daemon>>, utoipa::openapi::OpenApi) {
-    OpenApiRouter::with_openapi(Document::openapi())
+    let (router, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .merge(vms::routes())
         .merge(bases::routes())
         .merge(peers::routes())
         .merge(operations::routes())
         .merge(events::routes())
         .merge(host::routes())
-        .split_for_parts()
+        .split_for_parts();
+    for path in document.paths.paths.values_mut() {
+        if let Some(post) = &mut path.post {
+            post.parameters.get_or_insert_default().push(key_parameter());
+        }
+    }
+    (router, document)
+}
+
+/// What every POST may bring along.
+fn key_parameter() -> Parameter {
+    let text = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[!-~]{1,255}$"));
+    ParameterBuilder::new()
+        .name(keys::HEADER)
+        .parameter_in(ParameterIn::Header)
+        .required(Required::False)
+        .description(Some(
+            "The same request with the same key is done once: sent again, it is answered as before.",
+        ))
+        .schema(Some(text))
+        .build()
 }
 
 async fn nothing_there(uri: Uri) -> Response {
@@ -97,7 +121,6 @@ impl IntoResponses for Problems {
                 ResponseBuilder::new().description(why).content(PROBLEM_TYPE, content).build();
             all.response(status, response)
         });
-        let _ = Problem::schema();
         documented.build().responses
     }
 }

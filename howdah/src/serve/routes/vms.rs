@@ -7,13 +7,14 @@ use axum::{
     extract::State,
     http::{HeaderName, StatusCode, header},
 };
-use howdah_api::{HandoffSpec, Kind, Operation, Vm};
+use howdah_api::{HandoffSpec, Kind, Operation, Vm, VmRun, VmRunning};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::Problems;
 use crate::{
+    cli::VmRunArgs,
     control::HandoffRequest,
     failure::{Exit, Failure},
     home::{Home, VmName},
@@ -27,7 +28,7 @@ use crate::{
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Daemon>> {
     OpenApiRouter::new()
-        .routes(routes!(list))
+        .routes(routes!(list, run))
         .routes(routes!(inspect, remove))
         .routes(routes!(pause))
         .routes(routes!(resume))
@@ -60,6 +61,26 @@ async fn inspect(State(daemon): State<Arc<Daemon>>, Name(name): Name) -> Answer<
 
 fn seen(home: &Home, name: &VmName) -> Result<Vm, Failure> {
     Ok(ops::vm::look(&home.existing(name)?))
+}
+
+/// Create a VM and run it, or run one that is there again
+#[utoipa::path(post, path = "/v1/vms", tag = "vms", operation_id = "run_vm", request_body = VmRun,
+    responses((status = 201, description = "Its guest runs.", body = VmRunning,
+        headers(("Location" = String, description = "The VM."))), Problems))]
+async fn run(
+    State(daemon): State<Arc<Daemon>>,
+    Body(asked): Body<VmRun>,
+) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<VmRunning>)> {
+    let shared = Arc::clone(&daemon);
+    let running = blocking(move || {
+        let args = VmRunArgs::asked(asked, &shared.jail)?;
+        ops::run::prepare(&args, &shared.home)?;
+        ops::run::launch(&args, &shared.home, shared.verbose)
+    })
+    .await?;
+    daemon.vms_changed();
+    let place = format!("/v1/vms/{}", running.vm);
+    Ok((StatusCode::CREATED, [(header::LOCATION, place)], Json(running)))
 }
 
 /// Remove a stopped VM with its disk

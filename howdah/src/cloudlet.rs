@@ -1,0 +1,179 @@
+//! Who does what a command asks: the cloudlet's daemon where one runs, or else the command itself.
+//!
+//! Both do it by the same verbs (`crate::ops`), and the answers are of the same types (`howdah_api`), so that
+//! what is printed does not tell one from the other.
+
+use howdah_api::{
+    Base, Client, ClientError, Operation, Problem, SOCKET, State, Vm, VmRun, VmRunning,
+};
+
+use crate::{
+    cli::VmRunArgs,
+    failure::{Exit, Failure},
+    home::{Home, VmName},
+    ops,
+};
+
+/// If it is set, commands do by themselves what they are asked.
+const DIRECT: &str = "HOWDAH_DIRECT";
+/// How long one look at an operation waits.
+const WAIT_S: u32 = 30;
+
+/// A cloudlet, by whoever answers for it.
+#[derive(Debug)]
+pub(crate) struct Cloudlet<'a> {
+    home: &'a Home,
+    daemon: Option<Client>,
+}
+
+impl<'a> Cloudlet<'a> {
+    /// The daemon of this home, if one answers.
+    pub(crate) fn of(home: &'a Home) -> Self {
+        let client = Client::new(home.root().join(SOCKET));
+        let wanted = std::env::var_os(DIRECT).is_none_or(|value| value.is_empty());
+        let daemon = (wanted && client.answers()).then_some(client);
+        Self { home, daemon }
+    }
+
+    /// The daemon, if there is one.
+    pub(crate) fn daemon(&self) -> Option<&Client> {
+        self.daemon.as_ref()
+    }
+
+    /// Every VM.
+    pub(crate) fn vms(&self) -> Result<Vec<Vm>, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.vms()?),
+            None => ops::vm::list(self.home),
+        }
+    }
+
+    /// One VM.
+    pub(crate) fn vm(&self, name: &VmName) -> Result<Vm, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.vm(name.as_ref())?),
+            None => Ok(ops::vm::look(&self.home.existing(name)?)),
+        }
+    }
+
+    /// Runs a VM in the background; `ready` is called when nothing is wrong with what was asked.
+    pub(crate) fn run(
+        &self,
+        args: &VmRunArgs,
+        verbose: u8,
+        ready: impl FnOnce(),
+    ) -> Result<VmRunning, Failure> {
+        match &self.daemon {
+            Some(daemon) => {
+                let running = daemon.run(&VmRun::from(args))?;
+                ready();
+                Ok(running)
+            }
+            None => {
+                ops::run::prepare(args, self.home)?;
+                ready();
+                ops::run::launch(args, self.home, verbose)
+            }
+        }
+    }
+
+    /// Stops the vCPUs of a VM.
+    pub(crate) fn pause(&self, name: &VmName) -> Result<(), Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.pause(name.as_ref()).map(drop)?),
+            None => ops::vm::pause(&self.home.existing(name)?),
+        }
+    }
+
+    /// Lets a VM go on.
+    pub(crate) fn resume(&self, name: &VmName) -> Result<(), Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.resume(name.as_ref()).map(drop)?),
+            None => ops::vm::resume(&self.home.existing(name)?),
+        }
+    }
+
+    /// Flushes a VM's disk and ends it.
+    pub(crate) fn stop(&self, name: &VmName, force: bool) -> Result<(), Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.stop(name.as_ref(), force).map(drop)?),
+            None => ops::vm::stop(&self.home.existing(name)?, force),
+        }
+    }
+
+    /// Removes a VM, which must be there.
+    pub(crate) fn remove(&self, name: &VmName) -> Result<(), Failure> {
+        // The API is content with a VM that is gone already; who typed its name is not.
+        let dir = self.home.existing(name)?;
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.remove(name.as_ref())?),
+            None => ops::vm::remove(&dir, self.home),
+        }
+    }
+
+    /// Every base.
+    pub(crate) fn bases(&self) -> Result<Vec<Base>, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.bases()?),
+            None => ops::base::list(self.home),
+        }
+    }
+
+    /// Removes a base; its id.
+    pub(crate) fn remove_base(&self, name: &str) -> Result<String, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.remove_base(name)?.id),
+            None => Ok(ops::base::remove(name, self.home)?.to_string()),
+        }
+    }
+}
+
+/// Follows an operation to its end; what came of it.
+pub(crate) fn follow(
+    daemon: &Client,
+    begun: Operation,
+    mut show: impl FnMut(&Operation),
+) -> Result<serde_json::Value, Failure> {
+    let id = begun.id.clone();
+    let ended = daemon.events().ok().and_then(|events| {
+        events.into_iter().find_map(|event| match event {
+            howdah_api::Event::Operation { operation } if operation.id == id => {
+                show(&operation);
+                operation.state.is_over().then_some(*operation)
+            }
+            _ => None,
+        })
+    });
+    let mut operation = ended.unwrap_or(begun);
+    while !operation.state.is_over() {
+        // The daemon was restarted, or does not tell: it is asked.
+        operation = daemon.wait(&id, WAIT_S)?;
+    }
+    match (operation.state, operation.error) {
+        (State::Done, _) => Ok(operation.result.unwrap_or_default()),
+        (_, Some(problem)) => Err(problem.into()),
+        (state, None) => {
+            let why = format!("it is {}", state.name());
+            Err(Failure::plain(Exit::Failed, format!("operation {id}"), why))
+        }
+    }
+}
+
+impl From<Problem> for Failure {
+    fn from(problem: Problem) -> Self {
+        let exit = serde_json::from_value(problem.kind.clone().into()).unwrap_or(Exit::Failed);
+        Self { report: problem.report, ..Self::line(exit, &problem.detail) }
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Problem(problem) => (*problem).into(),
+            error => {
+                let way_out = format!("look at the daemon, or set {DIRECT}=1 to do without it");
+                Self::new(Exit::Failed, "daemon", error, way_out)
+            }
+        }
+    }
+}
