@@ -36,8 +36,10 @@ impl Rules {
             return text;
         }
         let _ = writeln!(text, "table ip {table} {{");
+        // Priorities as numbers: before translation of destinations, and of sources. Their names are not
+        // known in every hook.
         for hook in ["prerouting", "output"] {
-            let _ = writeln!(text, "  chain {hook} {{\n    type nat hook {hook} priority dstnat;");
+            let _ = writeln!(text, "  chain {hook} {{\n    type nat hook {hook} priority -100;");
             for (Published { host, guest, protocol }, address) in &self.published {
                 let _ = writeln!(
                     text,
@@ -46,10 +48,8 @@ impl Rules {
             }
             let _ = writeln!(text, "  }}");
         }
-        let _ = writeln!(
-            text,
-            "  chain postrouting {{\n    type nat hook postrouting priority srcnat;"
-        );
+        let _ =
+            writeln!(text, "  chain postrouting {{\n    type nat hook postrouting priority 100;");
         for network in &self.networks {
             let (subnet, bridge) = (network.subnet, network.name.bridge());
             // A guest that speaks to its own host's published port, or to another guest's.

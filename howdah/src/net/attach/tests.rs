@@ -86,9 +86,11 @@ fn a_published_port_leads_to_the_guest() {
         let published = vec![(port, std::net::Ipv4Addr::new(10, 77, 0, 5))];
         nft::load(&home, &Rules { networks: vec![network()], published })
     });
-    if let Err(failure) = loaded {
-        eprintln!("skipped: {failure}");
-        return;
+    match loaded {
+        Err(failure) if failure.message.contains("there is no `nft`") => {
+            return eprintln!("skipped: {failure}");
+        }
+        loaded => loaded.unwrap(),
     }
     // The guest answers through its gateway.
     guest.run(guests_route);
