@@ -246,9 +246,12 @@ impl StepHook {
         Self(Some(Arc::new(hook)))
     }
 
-    /// A step was done, if this is one.
+    /// A step was done, if this is one. It is logged, within the handoff's span: who measures sees on
+    /// both sides when what was done.
     pub(crate) fn reached(&self, step: impl Into<Option<Step>>) {
-        if let (Some(hook), Some(step)) = (&self.0, step.into()) {
+        let Some(step) = step.into() else { return };
+        tracing::debug!(%step, "reached");
+        if let Some(hook) = &self.0 {
             hook(step);
         }
     }

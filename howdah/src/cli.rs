@@ -1,5 +1,7 @@
 //! What can be typed: the grammar of the command line, and one line for what cannot.
 
+#[cfg(test)]
+mod documented;
 mod limits;
 mod link;
 mod network;
@@ -31,6 +33,7 @@ use crate::{
     failure::{Exit, Failure},
     home::VmName,
     jail::RunAs,
+    logging,
     mac::Mac,
     net::NetworkName,
 };
@@ -68,8 +71,26 @@ pub(crate) struct Cli {
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
 
+    /// Shape of logs
+    #[arg(long, global = true, env = logging::VARIABLE, default_value_t, value_enum, value_name = "FORMAT")]
+    pub(crate) log_format: logging::Format,
+
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Command {
+    /// Whether a VM may come to run in this process, which is then confined.
+    pub(crate) fn is_confined(&self) -> bool {
+        matches!(
+            self,
+            Self::Vm(VmCommand::Run(_))
+                | Self::Restore(_)
+                | Self::RestoreProcess(_)
+                | Self::VmProcess(_)
+                | Self::ReceiveProcess(_)
+        )
+    }
 }
 
 #[derive(Debug, Subcommand)]

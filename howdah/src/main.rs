@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         Err(error) => return wrong_usage(&error),
     };
     let output = Output::new(cli.json).quietly(cli.quiet);
-    logging::start(cli.verbose);
+    logging::start(cli.verbose, cli.log_format, cli.command.is_confined());
     match run(cli, output) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -15,7 +15,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::failure::{Exit, Failure};
+use crate::{
+    failure::{Exit, Failure},
+    logging,
+};
 
 /// No such message is longer.
 const MAX_READY_BYTES: u64 = 64 << 10;
@@ -36,6 +39,7 @@ pub(crate) fn start(arguments: Vec<OsString>, stdin: Stdio, log: &Path) -> Resul
     Command::new("/proc/self/exe")
         .arg0("howdah")
         .args(arguments)
+        .env(logging::VARIABLE, logging::chosen().to_string())
         .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(log_file)

@@ -46,6 +46,11 @@ pub fn receive<L: Transport, H: TargetHost>(
     options: &ReceiveOptions,
     clock: &dyn Clock,
 ) -> Result<Received<H::Vm>, ReceiveError> {
+    let question = first.hello.handoff;
+    // The id that the source made, and logs too.
+    let span = tracing::error_span!("handoff", trace = %question.handoff, side = "target");
+    let _entered = span.enter();
+    tracing::info!(peer = options.peer, epoch = %question.epoch, "begun");
     options.steps.reached(Step::HelloGot);
     // Whoever wrote of a copy in its memory is gone: this process has the journal now.
     decline_lost_copy(journal)?;

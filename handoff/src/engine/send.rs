@@ -56,7 +56,11 @@ pub fn send<C: Connect + Send>(
     cancel: &AtomicBool,
 ) -> Result<SendOutcome, SendError> {
     let record = journal.record().ok_or(SendError::NoRecord)?;
-    let begin = Event::Begin { handoff: HandoffId::random(), peer: options.peer.clone() };
+    let id = HandoffId::random();
+    // What the target logs too. An error's level, so that it is there whatever else is logged.
+    let span = tracing::error_span!("handoff", trace = %id, side = "source");
+    let _entered = span.enter();
+    let begin = Event::Begin { handoff: id, peer: options.peer.clone() };
     let before = clock.now();
     if let Some(record) = source::step(record, begin)?.write {
         journal.write(record)?;
@@ -65,6 +69,7 @@ pub fn send<C: Connect + Send>(
     let durable_took = clock.now().saturating_sub(before);
     let record = journal.record().ok_or(SendError::NoRecord)?;
     let handoff = source::question(record)?.ok_or(SendError::NoRecord)?;
+    tracing::info!(vm = options.vm_name, peer = options.peer, epoch = %handoff.epoch, "begun");
 
     let mut guest = HeldGuest::new(vm);
     let (status, worker) = (LinkStatus::default(), WorkerStats::default());
@@ -110,7 +115,8 @@ pub fn send<C: Connect + Send>(
             misses: 0,
             aborted: false,
         };
-        scope.spawn(move || courier.run());
+        let within = span.clone();
+        scope.spawn(move || within.in_scope(|| courier.run()));
         let applied = (clock.now(), 0);
         let notices = notices_rx;
         let serial = options.pipeline.serial;

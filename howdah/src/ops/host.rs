@@ -3,7 +3,11 @@
 use std::fs;
 
 use howdah_api as api;
-use nix::sys::{statvfs::statvfs, sysinfo::sysinfo, utsname::uname};
+use howdah_status::Usage;
+use nix::{
+    sys::{statvfs::statvfs, sysinfo::sysinfo, utsname::uname},
+    unistd::{SysconfVar, sysconf},
+};
 use vmm::host::HostCheck;
 
 use crate::home::Home;
@@ -37,6 +41,13 @@ fn available() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
+}
+
+/// What the process of a VM uses of the host, if it lives.
+pub(crate) fn usage(vm: &str, pid: u32) -> Option<Usage> {
+    let unit = |variable| sysconf(variable).ok().flatten().and_then(|n| u64::try_from(n).ok());
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Usage::parse(vm, &stat, unit(SysconfVar::PAGE_SIZE)?, unit(SysconfVar::CLK_TCK)?)
 }
 
 /// The host's name and its kernel's release.

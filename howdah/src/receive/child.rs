@@ -243,6 +243,7 @@ fn work(
         let _ = incoming.refuse(Refusal::Other(failure.message.clone()));
         return Err(failure);
     }
+    let handoff = incoming.hello.id().to_string();
     let received = engine::receive(
         incoming,
         &mut host,
@@ -261,6 +262,7 @@ fn work(
         tracing::warn!("{failure}");
     }
     let _ = details.try_send(serde_json::json!({
+        "handoff": handoff,
         "epoch": received.record.epoch.0,
         "released": received.released,
         "bytes_received": received.bytes_received,

@@ -58,8 +58,7 @@ impl Daemon {
 
     /// Tells whoever follows.
     pub(crate) fn tell(&self, event: Event) {
-        // Nobody may be following.
-        let _ = self.events.send(event);
+        self.operations.pass_on(event);
     }
 
     /// Looks at the VMs soon: something was done with one.

@@ -12,6 +12,7 @@ use std::{
 
 use handoff::ownership::VmId;
 use howdah_api::{Event, HandoffProgress, Kind, Operation, Progress, State};
+use howdah_status::Tally;
 use serde_json::Value;
 use tokio::sync::broadcast;
 
@@ -44,6 +45,7 @@ pub(crate) struct Operations {
     /// Newest last.
     entries: Arc<Mutex<VecDeque<Entry>>>,
     events: broadcast::Sender<Event>,
+    tally: Arc<Mutex<Tally>>,
 }
 
 struct Entry {
@@ -92,7 +94,7 @@ impl Work {
 
 impl Operations {
     pub(super) fn new(events: broadcast::Sender<Event>) -> Self {
-        Self { entries: Arc::default(), events }
+        Self { entries: Arc::default(), events, tally: Arc::default() }
     }
 
     fn entries(&self) -> MutexGuard<'_, VecDeque<Entry>> {
@@ -203,8 +205,19 @@ impl Operations {
     }
 
     fn tell(&self, operation: Operation) {
+        self.pass_on(Event::Operation { operation: Box::new(operation) });
+    }
+
+    /// Counts an event, and tells whoever follows.
+    pub(super) fn pass_on(&self, event: Event) {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner).see(&event);
         // Nobody may be following.
-        let _ = self.events.send(Event::Operation { operation: Box::new(operation) });
+        let _ = self.events.send(event);
+    }
+
+    /// What has happened since the daemon started.
+    pub(super) fn tally(&self) -> Tally {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Every operation that is known, the latest first.

@@ -28,7 +28,8 @@ async fn host(State(daemon): State<Arc<Daemon>>) -> Answer<Json<Host>> {
     blocking(move || look(&daemon)).await.map(Json)
 }
 
-fn look(daemon: &Daemon) -> Result<Host, Failure> {
+/// The host as it is now.
+pub(super) fn look(daemon: &Daemon) -> Result<Host, Failure> {
     let (memory_bytes, memory_available_bytes) = ops::host::memory();
     let (hostname, kernel) = ops::host::names();
     Ok(Host {
