@@ -4,7 +4,7 @@ RELEASE := target/release
 IMAGES  := target/images
 LAB     := $(RELEASE)/lab
 
-.PHONY: help demo test handoff-test fault-test fault-some handoff-perf paper traces unit soak fuzz bench lint deny setup build kernel images perf-images \
+.PHONY: help demo test handoff-test fault-test fault-some handoff-perf paper traces unit soak fuzz bench lint deny setup build kernel images deb perf-images \
 	paper-images app-test clean
 
 help: ## list the verbs
@@ -69,6 +69,9 @@ setup: ## install the Debian packages that the lab and the images need, or say w
 
 build: setup ## the binaries, optimised
 	cargo build --release --workspace
+
+deb: build ## an installable Debian package in target/deb, tried in a root directory of its own
+	scripts/deb --check "$$(scripts/deb)"
 
 images: setup build ## kernels from Debian and the minimal guest image
 	kernel/fetch
