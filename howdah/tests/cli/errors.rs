@@ -6,10 +6,10 @@ use std::{fs, net::TcpListener};
 use crate::common::Cloudlet;
 use handoff::ownership::{HandoffId, Journal, Record, State, VmId};
 
-const OWNER: fn(Record) -> Record = |record| record;
+pub(crate) const OWNER: fn(Record) -> Record = |record| record;
 
 /// A VM that was created here and is not running, with the record that `change` makes.
-fn stopped(cloudlet: &Cloudlet, name: &str, change: impl Fn(Record) -> Record) {
+pub(crate) fn stopped(cloudlet: &Cloudlet, name: &str, change: impl Fn(Record) -> Record) {
     let id = cloudlet.line("base ls --json").json()[0]["id"].as_str().unwrap().to_owned();
     let config = format!(
         r#"{{"version":1,"base":"{id}","memory_mib":64,"vcpus":1,"tap":null,"mac":null,"append":""}}"#
@@ -19,12 +19,12 @@ fn stopped(cloudlet: &Cloudlet, name: &str, change: impl Fn(Record) -> Record) {
     Journal::open(path).unwrap().write(change(Record::created(VmId([1; 16])))).unwrap();
 }
 
-fn released(peer: &str) -> impl Fn(Record) -> Record {
+pub(crate) fn released(peer: &str) -> impl Fn(Record) -> Record {
     let state = State::Released { handoff: HandoffId([2; 16]), peer: peer.into() };
     move |record| Record { state: state.clone(), ..record }
 }
 
-fn committed(peer: &str) -> impl Fn(Record) -> Record {
+pub(crate) fn committed(peer: &str) -> impl Fn(Record) -> Record {
     let root = handoff::StateRoot([3; 32]);
     let state = State::Committed { handoff: HandoffId([2; 16]), peer: peer.into(), root };
     move |record| Record { state: state.clone(), ..record }

@@ -1,6 +1,12 @@
 //! What operators expect of any tool: a doctor, quiet, logs, completions, a manual.
 
-use std::{fs, process::Command, time::Duration};
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    process::Command,
+    time::Duration,
+};
 
 use crate::common::Cloudlet;
 
@@ -70,4 +76,47 @@ fn shells_and_readers_are_served() {
     assert!(page.contains("howdah\\-vm\\-run") && page.contains("SYNOPSIS"), "{page}");
     cloudlet.file("file", b"");
     cloudlet.line("man file").fails(1, &["file"]);
+}
+
+/// What the daemon answers to a GET over its socket: head and body.
+fn get(cloudlet: &Cloudlet, path: &str) -> (String, String) {
+    let socket = cloudlet.home().join("api.sock");
+    let mut stream = (0..200)
+        .find_map(|_| {
+            std::thread::sleep(Duration::from_millis(50));
+            UnixStream::connect(&socket).ok()
+        })
+        .expect("no daemon came");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: howdah\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.to_owned(), body.to_owned())
+}
+
+#[test]
+fn a_daemon_shows_itself_to_people_and_to_prometheus() {
+    let cloudlet = Cloudlet::new();
+    cloudlet.base("tiny").ok();
+    crate::errors::stopped(&cloudlet, "web", crate::errors::OWNER);
+    let mut daemon = cloudlet.command().args(["--quiet", "serve"]).spawn().unwrap();
+    let (head, page) = get(&cloudlet, "/");
+    let (kind, metrics) = get(&cloudlet, "/metrics");
+    let id = nix::unistd::Pid::from_raw(daemon.id() as i32);
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(daemon.wait().unwrap().success());
+
+    assert!(head.starts_with("HTTP/1.1 200") && head.contains("default-src 'none'"), "{head}");
+    assert!(page.contains("<!DOCTYPE html>") && page.contains(">web</th>"), "{page}");
+    assert!(page.contains("tiny") && page.contains("stopped"), "{page}");
+    assert!(kind.contains("text/plain; version=0.0.4"), "{kind}");
+    for line in [
+        "howdah_vms{state=\"stopped\"} 1",
+        "howdah_bases 1",
+        "howdah_vm_up{vm=\"web\"} 0",
+        "howdah_operations_ended_total{kind=\"handoff\",state=\"done\"} 0",
+    ] {
+        assert!(metrics.contains(line), "no {line} in\n{metrics}");
+    }
 }

@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "the helpers of a test fail it")]
 
 mod bases;
+mod book;
 mod common;
 mod crashes;
 mod edges;
+mod error_table;
 mod errors;
 mod guests;
 mod habits;

@@ -1,0 +1,215 @@
+//! The table of errors in `docs/reference/errors.md` is what the program says: every line of it that
+//! needs neither KVM nor a peer is provoked here, and what is provoked is in it.
+
+use std::{fs, net::TcpListener, path::Path};
+
+use crate::{
+    common::{Cloudlet, Ran, key_of},
+    errors::{OWNER, committed, released, stopped},
+};
+
+/// In the table, this stands for what differs from case to case.
+const ANYTHING: &str = "…";
+/// The heading of the rows that are not provoked here.
+const ELSEWHERE: &str = "## Not without KVM, or a peer";
+
+/// A row: what is printed, without the leading `howdah: `, and the exit code.
+#[derive(Debug, PartialEq, Eq)]
+struct Row {
+    pattern: String,
+    code: i32,
+    provoked_here: bool,
+}
+
+fn rows(page: &str) -> Vec<Row> {
+    let mut here = true;
+    let mut rows = Vec::new();
+    for line in page.lines() {
+        here &= line != ELSEWHERE;
+        // Code spans of two back quotes, as messages have single ones.
+        let Some(rest) = line.strip_prefix("| `` ") else { continue };
+        let (pattern, rest) = rest.split_once(" `` |").unwrap_or_else(|| panic!("{line}"));
+        let code = rest
+            .split('|')
+            .next()
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap_or_else(|e| panic!("{e}: {line}"));
+        rows.push(Row { pattern: pattern.replace("\\|", "|"), code, provoked_here: here });
+    }
+    rows
+}
+
+/// Whether `text` is `pattern`, with anything in the place of [`ANYTHING`].
+fn fits(text: &str, pattern: &str) -> bool {
+    let Some((first, rest)) = pattern.split_once(ANYTHING) else { return text == pattern };
+    let Some(text) = text.strip_prefix(first) else { return false };
+    text.char_indices().map(|(at, _)| at).chain([text.len()]).any(|at| fits(&text[at..], rest))
+}
+
+#[test]
+fn patterns_fit_what_they_should() {
+    assert!(fits("VM a: it is not running; x", "VM …: it is not running; …"));
+    assert!(fits("VM a", "VM …") && fits("VM ", "VM …"));
+    assert!(!fits("VM a: gone", "VM …: it is …") && !fits("a VM", "VM …"));
+}
+
+#[test]
+fn the_table_is_what_the_program_says() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference/errors.md");
+    let rows = rows(&fs::read_to_string(page).unwrap());
+    let (mut provoked, mut unknown) = (vec![false; rows.len()], Vec::new());
+    for (words, ran) in provoke() {
+        let code = ran.code.unwrap_or(-1);
+        assert_eq!(ran.stderr.lines().count(), 1, "{words}: {ran:?}");
+        let said =
+            ran.stderr.trim_end().strip_prefix("howdah: ").unwrap_or_else(|| panic!("{ran:?}"));
+        let fit: Vec<usize> = (0..rows.len())
+            .filter(|at| rows[*at].code == code && fits(said, &rows[*at].pattern))
+            .collect();
+        if fit.is_empty() {
+            unknown.push(format!("{code}: {said}    <- howdah {words}"));
+        }
+        fit.into_iter().for_each(|at| provoked[at] = true);
+    }
+    assert!(unknown.is_empty(), "no row has this:\n{}", unknown.join("\n"));
+    let left: Vec<_> = rows
+        .iter()
+        .zip(provoked)
+        .filter(|(row, provoked)| row.provoked_here && !provoked)
+        .collect();
+    assert!(left.is_empty(), "nothing says this any more: {left:#?}");
+}
+
+/// Every mistake that can be made here, and what was said.
+fn provoke() -> Vec<(String, Ran)> {
+    let mut seen = Vec::new();
+    let mut all = |cloudlet: &Cloudlet, lines: &[&str]| {
+        for line in lines {
+            // Remarks (of a slow host, for instance) are not what the table is about.
+            seen.push(((*line).to_owned(), cloudlet.line(&format!("--quiet {line}"))));
+        }
+    };
+    let cloudlet = Cloudlet::new();
+    cloudlet.base("tiny").ok();
+    words(&cloudlet, &mut all);
+    bases(&cloudlet, &mut all);
+    vms(&cloudlet, &mut all);
+    peers(&cloudlet, &mut all);
+    files(&cloudlet, &mut all);
+    seen
+}
+
+type All<'a> = dyn FnMut(&Cloudlet, &[&str]) + 'a;
+
+fn words(cloudlet: &Cloudlet, all: &mut All) {
+    all(
+        cloudlet,
+        &[
+            "fly",
+            "vm ls --jsn",
+            "vm run",
+            "vm run a --memory-mib 0",
+            "vm stop ../../etc",
+            "vm run a --mac 01:02:03:04:05:06",
+            "handoff a b:1 --delta best",
+            "receive --listen nowhere",
+        ],
+    );
+}
+
+fn bases(cloudlet: &Cloudlet, all: &mut All) {
+    cloudlet.file("ram", &[7; 4096]);
+    cloudlet.file("machine", b"not a machine");
+    cloudlet.file("odd.raw", b"no whole sector");
+    cloudlet.file("text", b"no kernel");
+    stopped(cloudlet, "uses", OWNER);
+    all(
+        cloudlet,
+        &[
+            "base verify nowhere",
+            "base import x --disk missing.raw --kernel kernel",
+            "base import x --disk odd.raw --kernel text",
+            "base import x --disk disk.raw --kernel kernel --memory ram --machine machine",
+            "base rm tiny",
+            "base build nowhere",
+            "vm run a --base nowhere",
+        ],
+    );
+    let other = Cloudlet::new();
+    other.base_with_memory("warm", None).ok();
+    all(&other, &["vm run a --base warm --memory-mib 512", "vm run a --base warm --tap t0"]);
+}
+
+fn vms(cloudlet: &Cloudlet, all: &mut All) {
+    for (name, record) in [("a", None), ("gone", Some(released("b:7070")))] {
+        match record {
+            None => stopped(cloudlet, name, OWNER),
+            Some(record) => stopped(cloudlet, name, record),
+        }
+    }
+    stopped(cloudlet, "doubt", committed("127.0.0.1:1"));
+    stopped(cloudlet, "damaged", OWNER);
+    let path = cloudlet.home().join("vms/damaged/ownership");
+    let mut record = fs::read(&path).unwrap();
+    record.truncate(record.len() - 1);
+    fs::write(&path, &record).unwrap();
+    stopped(cloudlet, "odd", OWNER);
+    cloudlet.file("home/vms/odd/config.json", b"{}");
+    all(
+        cloudlet,
+        &[
+            "vm inspect nobody",
+            "vm logs nobody",
+            "vm pause a",
+            "vm stop gone",
+            "vm run new",
+            "vm rm doubt",
+            "vm takeover gone --reason x",
+            "vm takeover a --reason x",
+            "vm rm damaged",
+            "vm export-disk odd out.raw",
+            "recover doubt",
+        ],
+    );
+}
+
+fn peers(cloudlet: &Cloudlet, all: &mut All) {
+    let own = key_of(cloudlet);
+    let other = key_of(&Cloudlet::new());
+    cloudlet.line(&format!("peer add deaf {other} --may send")).ok();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    all(
+        cloudlet,
+        &[
+            "handoff a nowhere",
+            "handoff a --plain nowhere",
+            "handoff a 127.0.0.1:70707",
+            "handoff a deaf",
+            "peer rm nowhere",
+            "peer add x howdah:short",
+            &format!("peer add me {own}"),
+            &format!("receive --listen {address}"),
+            "receive --listen 192.0.2.1:7070",
+        ],
+    );
+}
+
+fn files(cloudlet: &Cloudlet, all: &mut All) {
+    cloudlet.file("file", b"");
+    cloudlet.file("not-a-report", b"{}");
+    all(
+        cloudlet,
+        &[
+            "--home file/sub base ls",
+            "restore missing --name r",
+            "overlay inspect text",
+            "trace show text",
+            "report not-a-report",
+            "man file",
+            "doctor --home /proc/nowhere",
+        ],
+    );
+}
