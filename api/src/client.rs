@@ -27,6 +27,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(900);
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    key: Option<String>,
 }
 
 /// Why a call came to nothing.
@@ -66,7 +67,12 @@ pub enum ClientError {
 impl Client {
     /// A client of the daemon that listens at `socket`.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self { socket: socket.into(), key: None }
+    }
+
+    /// The same client, for one POST that may have to be sent again: with the same key it is done once.
+    pub fn with_key(&self, key: impl Into<String>) -> Self {
+        Self { key: Some(key.into()), ..self.clone() }
     }
 
     /// Where the daemon listens.
@@ -109,6 +115,9 @@ impl Client {
         let broken = |why: String| ClientError::Broken { socket: self.socket.clone(), why };
         let mut request =
             Request::builder().method(method).uri(path).header(header::HOST, "howdah");
+        if let Some(key) = &self.key {
+            request = request.header("idempotency-key", key);
+        }
         let body = match body {
             Some(body) => {
                 request = request.header(header::CONTENT_TYPE, "application/json");

@@ -10,6 +10,8 @@ use crate::{
 
 /// The longest name of a base that is kept.
 const MAX_BASE_BYTES: usize = 128;
+/// The end of the year 9999: later has no date.
+const MAX_UNTIL: u64 = 253_402_300_799;
 /// More bases than this are not listed for a peer.
 const MAX_BASES: usize = 64;
 
@@ -34,6 +36,9 @@ pub(crate) fn described(name: &str, spec: api::PeerSpec) -> Result<Peer, Failure
     let way_out = "correct it and try again";
     let usage = |why: &dyn std::fmt::Display| Failure::new(Exit::Usage, what(), why, way_out);
     let peer = Peer::new(name.parse().map_err(|e| usage(&e))?, key.parse().map_err(|e| usage(&e))?);
+    if until.is_some_and(|until| until > MAX_UNTIL) {
+        return Err(usage(&"`until` is later than the year 9999"));
+    }
     let rights =
         rights.map_or(Rights::ALL, |api::Rights { send, receive }| Rights { send, receive });
     Ok(Peer { address, rights, bases, until, ..peer })

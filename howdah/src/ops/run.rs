@@ -80,7 +80,10 @@ impl VmRunArgs {
     /// confined by, unless it says otherwise.
     pub(crate) fn asked(run: VmRun, jail: &JailArgs) -> Result<Self, Failure> {
         let run_as = match &run.run_as {
-            Some(user) => Some(parsed("run_as", user)?),
+            // Whether there is such a user, and that it is not root, the host knows.
+            Some(user) => {
+                Some(parsed("run_as", user).map_err(|e| Failure { exit: Exit::Host, ..e })?)
+            }
             None => jail.run_as.clone(),
         };
         if run.memory_mib.is_some_and(|memory| !MEMORY_MIB.contains(&memory)) {

@@ -8,6 +8,7 @@ use axum::{
 };
 use howdah_api::{PROBLEM_TYPE, Problem};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::{
     failure::{Exit, Failure, guarded},
@@ -108,8 +109,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = Refused;
 
     async fn from_request(request: Request, state: &S) -> Answer<Self> {
-        match Json::<T>::from_request(request, state).await {
-            Ok(Json(body)) => Ok(Self(body)),
+        match Json::<Value>::from_request(request, state).await {
+            Ok(Json(mut body)) => {
+                whole(&mut body);
+                let body = serde_json::from_value(body);
+                body.map(Self).map_err(|why| Refused::usage("request body", why))
+            }
             Err(rejection) => {
                 let status = match &rejection {
                     JsonRejection::MissingJsonContentType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -120,6 +125,22 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
                 Err(Refused { status, ..refused })
             }
         }
+    }
+}
+
+/// Makes integers of numbers like `2.0`, which are integers to JSON Schema and not to serde.
+fn whole(value: &mut Value) {
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let float = number.as_f64().filter(|n| n.fract() == 0.0 && n.abs() <= EXACT);
+            if let Some(float) = float {
+                *value = (float as i64).into();
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(whole),
+        Value::Object(fields) => fields.values_mut().for_each(whole),
+        _ => {}
     }
 }
 
@@ -163,5 +184,17 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
             Ok(Query(query)) => Ok(Self(query)),
             Err(rejection) => Err(Refused::usage("query", rejection.body_text())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_may_be_written_as_json_schema_has_them() {
+        let mut value = serde_json::json!({"a": [2.0, 2.5, 1e300, -3.0, "2.0"]});
+        whole(&mut value);
+        assert_eq!(value, serde_json::json!({"a": [2, 2.5, 1e300, -3, "2.0"]}));
     }
 }

@@ -72,23 +72,21 @@ impl Keys {
     fn begin(&self, key: &str, what: (String, Bytes)) -> Verdict {
         let mut all = self.all();
         all.retain(|_, asked| asked.answer.is_none() || asked.at.elapsed() < KEPT_FOR);
-        let refuse = |status, why: &str| {
+        let refuse = |why: &str| {
             let way_out = "wait, or take a new key for a new request";
             let failure = Failure::new(Exit::Conflict, "Idempotency-Key", why, way_out);
-            Verdict::Refuse(Refused::with(status, failure))
+            Verdict::Refuse(failure.into())
         };
         match all.get(key) {
-            Some(asked) if asked.what != what => {
-                refuse(StatusCode::UNPROCESSABLE_ENTITY, "another request was sent with that key")
-            }
+            Some(asked) if asked.what != what => refuse("another request was sent with that key"),
             Some(Asked { answer: Some(answer), .. }) => Verdict::Repeat(answer.clone()),
-            Some(_) => refuse(StatusCode::CONFLICT, "that request is being done"),
+            Some(_) => refuse("that request is being done"),
             None => {
                 if all.len() >= MAX_ANSWERS {
                     let answered = all.iter().filter(|(_, asked)| asked.answer.is_some());
                     let oldest = answered.min_by_key(|(_, asked)| asked.at);
                     let Some(oldest) = oldest.map(|(key, _)| key.clone()) else {
-                        return refuse(StatusCode::CONFLICT, "too many requests are being done");
+                        return refuse("too many requests are being done");
                     };
                     all.remove(&oldest);
                 }

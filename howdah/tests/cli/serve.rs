@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
-use howdah_api::{Client, ClientError, Event, PeerSpec, SOCKET, State, VmRun, VmState};
+use howdah_api::{
+    Client, ClientError, Event, HandoffSpec, Kind, PeerSpec, SOCKET, State, VmRun, VmState,
+};
 
 use crate::{
     common::{Cloudlet, key_of},
@@ -148,6 +150,12 @@ fn peers_and_operations_by_api() {
     assert_eq!(told, Some(ended.clone()));
     assert_eq!(daemon.client.cancel(&begun.id).unwrap(), ended, "what is over stays as it is");
     assert_eq!(problem(daemon.client.operation("00")).status, 404);
+
+    let keyed = daemon.client.with_key("one");
+    let id = |client: &Client| client.verify_base("edge").unwrap().id;
+    assert_eq!(id(&keyed), id(&keyed), "it is done once");
+    assert_ne!(id(&keyed), id(&daemon.client.with_key("two")));
+    assert_eq!(problem(keyed.pause("edge")).status, 409, "another request");
 }
 
 #[test]
@@ -220,4 +228,38 @@ fn a_vm_outlives_its_daemon_and_goes_on_to_another_cloudlet() {
     assert_eq!(there.stop().code(), Some(0));
     std::thread::sleep(Duration::from_millis(100));
     assert!(twin.0.line("vm ls").ok().stdout.contains("running"), "it outlives the listener");
+}
+
+/// A handoff is its VM's process's: a daemon that starts finds it, and can give it up.
+#[test]
+fn a_handoff_outlives_its_daemon() {
+    let Some(site) = Site::new() else { return };
+    site.warm();
+    let daemon = Daemon::start(&site.0, &[]);
+    site.0.line("vm run a --base warm --detach").ok();
+    // Somebody who takes links and never says a word.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let peer = silent.local_addr().unwrap().to_string();
+    let spec = HandoffSpec { peer: peer.clone(), plain: true, ..HandoffSpec::default() };
+    let begun = daemon.client.handoff("a", &spec).unwrap();
+    assert_eq!((begun.kind, begun.state), (Kind::Handoff, State::Running));
+    let second = daemon.client.handoff("a", &spec).unwrap();
+    let second = daemon.client.wait(&second.id, 30).unwrap();
+    assert_eq!(second.error.unwrap().kind, "conflict", "it is being handed off");
+    wait_for("it is handed off", || {
+        (daemon.client.vm("a").unwrap().state == VmState::HandingOff).then_some(())
+    });
+    daemon.kill();
+
+    let daemon = Daemon::start(&site.0, &[]);
+    let found = wait_for("it is found", || daemon.client.operations().unwrap().pop());
+    assert_eq!(
+        (found.kind, found.state, found.subject.as_str()),
+        (Kind::Handoff, State::Running, "a")
+    );
+    assert_ne!(found.id, begun.id);
+    daemon.client.cancel(&found.id).unwrap();
+    let ended = daemon.client.wait(&found.id, 30).unwrap();
+    assert_eq!(ended.state, State::Cancelled);
+    assert_eq!(daemon.client.vm("a").unwrap().state, VmState::Running);
 }
