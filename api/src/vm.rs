@@ -252,7 +252,7 @@ pub struct VmRun {
     pub address: Option<String>,
     /// Ports of the host that lead to the guest, `HOST:GUEST` or `HOST:GUEST/udp`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(max_items = 64)]
+    #[schema(max_items = 64, value_type = Option<Vec<PublishedPorts>>)]
     pub publish: Option<Vec<String>>,
     /// MAC address of the guest; made from its name unless said otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -283,6 +283,11 @@ pub struct VmRun {
     #[schema(min_length = 1, max_length = 64)]
     pub run_as: Option<String>,
 }
+
+/// A port of the host and one of the guest.
+#[derive(Debug, ToSchema)]
+#[schema(pattern = "^[1-9][0-9]{0,3}:[1-9][0-9]{0,3}(/(tcp|udp))?$", value_type = String)]
+pub(crate) struct PublishedPorts(#[allow(dead_code)] String);
 
 /// How a guest came to run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

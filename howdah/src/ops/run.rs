@@ -96,7 +96,8 @@ impl VmRunArgs {
             return Err(wrong("tap", "it is no name of a network device"));
         }
         if run.tap.is_some() && run.network.is_some() {
-            return Err(wrong("network", "the guest has a TAP device already"));
+            let why = "the guest has a TAP device already";
+            return Err(Failure::new(Exit::Conflict, "network", why, "leave one of them out"));
         }
         let published = |ports: &Vec<String>| {
             ports.iter().map(|port| parsed("publish", port)).collect::<Result<_, _>>()

@@ -39,7 +39,15 @@ impl Refused {
     /// A request that is none.
     pub(crate) fn usage(what: &str, why: impl std::fmt::Display) -> Self {
         let way_out = "see /openapi.json for what there is";
-        Failure::new(Exit::Usage, what, why, way_out).into()
+        Self::form(Failure::new(Exit::Usage, what, why, way_out))
+    }
+
+    /// What was found when a request was read: one that is not as the document has it is none.
+    pub(crate) fn form(failure: Failure) -> Self {
+        match failure.exit {
+            Exit::Usage => Self { status: StatusCode::BAD_REQUEST, failure },
+            _ => failure.into(),
+        }
     }
 }
 
@@ -53,7 +61,8 @@ impl From<Failure> for Refused {
 /// lacks something, a peer that refuses and a handoff in doubt are states that a request conflicts with.
 fn status_of(exit: Exit) -> StatusCode {
     match exit {
-        Exit::Usage => StatusCode::BAD_REQUEST,
+        // What is asked for has the right form, and contradicts itself or what is there.
+        Exit::Usage => StatusCode::UNPROCESSABLE_ENTITY,
         Exit::NotFound => StatusCode::NOT_FOUND,
         Exit::Conflict | Exit::Host | Exit::NotMoved | Exit::InDoubt | Exit::Cancelled => {
             StatusCode::CONFLICT

@@ -134,7 +134,7 @@ fn peers_and_operations_by_api() {
     assert!(cloudlet.line("peer ls").ok().stdout.contains("10.0.0.2:7070"));
     let own = PeerSpec { key: key_of(&cloudlet), ..spec.clone() };
     let own = problem(daemon.client.put_peer("me", &own));
-    assert_eq!((own.status, own.exit, own.kind.as_str()), (400, 2, "usage"));
+    assert_eq!((own.status, own.exit, own.kind.as_str()), (422, 2, "usage"));
     assert_eq!(problem(daemon.client.put_peer("c", &spec)).status, 409);
     daemon.client.remove_peer("b").unwrap();
 

@@ -112,6 +112,7 @@ impl IntoResponses for Problems {
             ("400", "The request is none: the problem says what is wrong with it."),
             ("404", "There is no such thing."),
             ("409", "Not in this state: of the VM, the peer, or the host."),
+            ("422", "The request contradicts itself, or what is there."),
             ("default", "Anything else that went wrong."),
         ];
         let schema = Ref::from_schema_name(Problem::name());

@@ -13,7 +13,7 @@ use crate::{
     ops,
     peers::BookFile,
     serve::{
-        answer::{Answer, Body, Name, blocking},
+        answer::{Answer, Body, Name, Refused, blocking},
         daemon::Daemon,
     },
 };
@@ -54,8 +54,8 @@ async fn put(
     Name(name): Name,
     Body(spec): Body<PeerSpec>,
 ) -> Answer<Json<Peer>> {
+    let peer = ops::peer::described(name.as_ref(), spec).map_err(Refused::form)?;
     let put = blocking(move || {
-        let peer = ops::peer::described(name.as_ref(), spec)?;
         ops::peer::put(&peer, &daemon.home)?;
         Ok(Peer::from(&peer))
     });

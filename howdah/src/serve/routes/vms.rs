@@ -20,7 +20,7 @@ use crate::{
     home::{Home, VmName},
     ops,
     serve::{
-        answer::{Answer, Asked, Body, Name, blocking},
+        answer::{Answer, Asked, Body, Name, Refused, blocking},
         daemon::Daemon,
         operations::About,
     },
@@ -72,8 +72,8 @@ async fn run(
     Body(asked): Body<VmRun>,
 ) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<VmRunning>)> {
     let shared = Arc::clone(&daemon);
+    let args = VmRunArgs::asked(asked, &shared.jail).map_err(Refused::form)?;
     let running = blocking(move || {
-        let args = VmRunArgs::asked(asked, &shared.jail)?;
         ops::run::prepare(&args, &shared.home)?;
         ops::run::launch(&args, &shared.home, shared.verbose)
     })
@@ -174,14 +174,19 @@ async fn hand_off(
     Body(spec): Body<HandoffSpec>,
 ) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<Operation>)> {
     let shared = Arc::clone(&daemon);
-    let operation = blocking(move || begin(&shared, &name, &spec)).await?;
+    let request = HandoffRequest::try_from(&spec).map_err(Refused::form)?;
+    let operation = blocking(move || begin(&shared, &name, &spec, request)).await?;
     daemon.vms_changed();
     Ok(accepted(operation))
 }
 
-fn begin(daemon: &Arc<Daemon>, name: &VmName, spec: &HandoffSpec) -> Result<Operation, Failure> {
+fn begin(
+    daemon: &Arc<Daemon>,
+    name: &VmName,
+    spec: &HandoffSpec,
+    request: HandoffRequest,
+) -> Result<Operation, Failure> {
     let dir = daemon.home.existing(name)?;
-    let request = HandoffRequest::try_from(spec)?;
     let handoff = ops::handoff::begin(&dir, &spec.peer, spec.plain, request, &daemon.home)?;
     let about =
         About { kind: Kind::Handoff, subject: name.to_string(), peer: Some(handoff.peer.clone()) };
