@@ -9,6 +9,11 @@ use super::estimate::Estimate;
 
 /// What a stronger mode must bring: of data that does not shrink all take as long.
 const WORTH: f64 = 0.999;
+/// How much sooner all must be over for a part of it to go out as it is, if it would shrink: others
+/// use the link too, and what is left of a plan that was made too early is many bytes.
+const RAW_WORTH: f64 = 1.1;
+/// What is left of a body that goes out nearly as it is.
+const RAW_RATIO: f64 = 0.7;
 
 /// One mode, or two in turn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,12 +52,15 @@ pub(super) fn in_turn(one: &Estimate, other: &Estimate, workers: f64, link: f64)
 
 /// The best of `modes`; none if there are none.
 pub(super) fn best(modes: &[Estimate], workers: f64, link: f64) -> Option<Plan> {
-    let mut best: Option<Plan> = None;
+    let mut best: Option<(f64, Plan)> = None;
     for (at, one) in modes.iter().enumerate() {
         for (by, other) in modes.iter().enumerate().skip(at) {
             let s_per_byte = in_turn(one, other, workers, link);
+            let wasteful = one.ratio.max(other.ratio) > RAW_RATIO
+                && one.ratio.min(other.ratio) < RAW_RATIO / 2.0;
+            let counts = s_per_byte * if wasteful { RAW_WORTH } else { 1.0 };
             // Modes come from fast to strong: one that brings next to nothing is not worth its CPU.
-            if best.is_some_and(|best| s_per_byte >= best.s_per_byte * WORTH) {
+            if best.is_some_and(|(least, _)| counts >= least * WORTH) {
                 continue;
             }
             let (one_alone, other_alone) = (alone(one, workers, link), alone(other, workers, link));
@@ -62,8 +70,8 @@ pub(super) fn best(modes: &[Estimate], workers: f64, link: f64) -> Option<Plan> 
                 false if one_alone <= other_alone => (at, at),
                 false => (by, by),
             };
-            best = Some(Plan { fast, strong, s_per_byte });
+            best = Some((counts, Plan { fast, strong, s_per_byte }));
         }
     }
-    best
+    best.map(|(_, plan)| plan)
 }
