@@ -7,7 +7,7 @@
 //!                           └── hwt… TAP of VM b's process      guest 10.77.0.9
 //! ```
 //!
-//! [`book`] keeps which networks there are, [`attach`] makes bridges and TAP interfaces by [`netlink`],
+//! [`book`] keeps which networks there are, [`mod@attach`] makes bridges and TAP interfaces by [`netlink`],
 //! [`ports`] and [`nft`] hold published ports and addresses beyond. Goals: a guest keeps its addresses
 //! and finds its gateway under the same ones wherever it goes; what a VM's process made goes with it.
 //! Non-goals: IPv6 of the bridge's own, a DHCP server, networks across hosts.
