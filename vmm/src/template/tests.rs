@@ -25,7 +25,7 @@ fn everything() -> Vec<Entry> {
     ];
     table.push(entry(KVM_FEATURES, 0, [all, 0, 0, 0]));
     table.push(entry(AMD_FEATURES, 0, [0, 0, all, all]));
-    table.push(entry(AMD_SIZES, 0, [0x3030_34, all, 0, 0]));
+    table.push(entry(AMD_SIZES, 0, [0x0030_3034, all, 0, 0]));
     table
 }
 
