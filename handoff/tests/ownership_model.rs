@@ -536,7 +536,14 @@ impl Model {
                     let receive = target::Event::Receive { offered: *q, peer: String::new() };
                     self.target_steps(&receiving, receive, out);
                 }
-                return;
+                match world.target {
+                    // The source began anew: what comes in or is held is given up for that, whatever
+                    // else is on its way to it. The offer itself is taken when it arrives again.
+                    TargetProcess::Receiving(_) | TargetProcess::Holding(_) => {
+                        target::Event::Newer(*q)
+                    }
+                    _ => return,
+                }
             }
             Message::Prepare(q) => match world.target {
                 TargetProcess::Receiving(held) if held == *q => {
@@ -744,6 +751,42 @@ fn takeover() {
     let states = explore(Rules { handoffs: 1, takeover: true, stops: UNLIMITED });
     println!("with takeover: {states} states");
     assert!(states > 1000, "{states} states: the model is too small to mean anything");
+}
+
+/// What ends a handoff that is under way at the target is a newer offer, of the same VM; and an owner
+/// is none.
+#[test]
+fn a_newer_offer_ends_what_is_not_decided() {
+    let question = |vm, handoff, epoch| Question {
+        vm,
+        handoff: HandoffId([handoff; 16]),
+        epoch: Epoch(epoch),
+    };
+    let (held, newer) = (question(VM, 1, 2), question(VM, 2, 4));
+    let (handoff, peer) = (held.handoff, String::from("a"));
+    let after = |state: State, offered| {
+        let record = Record { vm: VM, epoch: held.epoch, state };
+        let step = target::step(Some(&record), target::Event::Newer(offered)).unwrap();
+        step.write.map(|record| {
+            assert_eq!(step.guest, Guest::Drop);
+            target::admit(Some(&record), offered).unwrap();
+            record.state
+        })
+    };
+    let receiving = State::Receiving { handoff, peer: peer.clone() };
+    let prepared = State::Prepared { handoff, peer: peer.clone(), root: ROOT };
+    for undecided in [receiving.clone(), prepared] {
+        let declined = after(undecided, newer).unwrap();
+        let reason = "the source began anew".to_owned();
+        assert_eq!(declined, State::Declined { handoff, reason });
+    }
+    for older in [held, question(VM, 3, 2), question(VM, 3, 1), question(VmId([2; 16]), 2, 4)] {
+        assert_eq!(after(receiving.clone(), older), None, "{older:?}");
+    }
+    let owner = State::Owner(Tenure::Unconfirmed { handoff, peer: peer.clone() });
+    for decided in [owner, State::Owner(Tenure::Settled), State::Released { handoff, peer }] {
+        assert_eq!(after(decided.clone(), newer), None, "{decided:?}");
+    }
 }
 
 /// The model finds what it looks for: a target that ran before its record said so is seen.

@@ -79,6 +79,7 @@ pub(super) struct Arriving<'a, Vm> {
     /// When Prepared was said, or when the guest began to run.
     since: Duration,
     settled: Option<Settled>,
+    superseded: bool,
 }
 
 impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
@@ -120,6 +121,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             prepare_us: 0,
             since: clock.now(),
             settled: None,
+            superseded: false,
         }
     }
 
@@ -404,6 +406,20 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             tracing::warn!(error = e, "the ownership record could not be written");
         }
         self.settle(Settled::Failed(ReceiveError::Aborted(why)));
+    }
+
+    /// The source has said elsewhere that it begins anew. What is owned already, and what this is not
+    /// newer than, stays as it is.
+    pub(super) fn newer_offer(&mut self, offered: Question) {
+        if !self.is_settled() {
+            self.take_note(Event::Newer(offered), "superseded");
+            self.superseded = self.is_settled();
+        }
+    }
+
+    /// Whether it was given up for a newer offer: on the links of this one nobody listens any more.
+    pub(super) fn is_superseded(&self) -> bool {
+        self.superseded
     }
 
     /// Carries out an event that starts nothing; what it makes of a prepared copy is final.

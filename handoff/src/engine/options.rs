@@ -2,11 +2,13 @@
 
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
+use crossbeam_channel::{Receiver, never};
+
 use super::{Backoff, PipelineOptions};
 use crate::{
     Refusal,
     order::Sequence,
-    ownership::{JournalError, OwnershipError, Record},
+    ownership::{JournalError, OwnershipError, Question, Record},
     policy::CutOverPolicy,
     report::Report,
     root::StateTable,
@@ -300,6 +302,9 @@ pub struct ReceiveOptions {
     pub contents_bytes: usize,
     /// Threads that decode segments, from 1 to [`MAX_DECODERS`]. One more applies what they decoded.
     pub workers: usize,
+    /// Brings later offers of the VM by the same source: this one is given up for them, unless it is
+    /// decided already. Whose they are is for whoever sends them to know.
+    pub newer: Receiver<Question>,
     /// Called at each step.
     pub steps: StepHook,
 }
@@ -323,6 +328,7 @@ impl ReceiveOptions {
             window_bytes,
             contents_bytes: CONTENTS_BYTES,
             workers: default_decoders(),
+            newer: never(),
             steps: StepHook::default(),
         }
     }

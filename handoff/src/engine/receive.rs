@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Select, TryRecvError, bounded, unbounded};
+use crossbeam_channel::{
+    Receiver, RecvTimeoutError, Select, TryRecvError, bounded, never, select, unbounded,
+};
 
 use super::{
     Incoming, ReceiveError, ReceiveOptions, Received,
@@ -111,8 +113,9 @@ fn serve_links<L: Transport, Vm: TargetVm>(
             Served::Broke(why) => why,
         };
         tracing::warn!(why, "link lost");
-        link = match next_link(arriving, relinks, clock) {
+        link = match next_link(arriving, relinks, options, clock) {
             Some(link) => link,
+            None if arriving.is_settled() => return,
             None => return arriving.give_up(why),
         };
     }
@@ -218,21 +221,33 @@ fn agree<Vm>(offer: &Offer, prepared: &mut Prepared<Vm>) -> Option<Agreed> {
     agreed.answers(offer).then_some(agreed)
 }
 
-/// Waits for the source to come back, for as long as it makes sense in the present state.
+/// Waits for the source to come back, for as long as it makes sense in the present state, and until it
+/// begins anew.
 fn next_link<L: Transport, Vm: TargetVm>(
     arriving: &mut Arriving<'_, Vm>,
     relinks: &Receiver<Incoming<L>>,
+    options: &ReceiveOptions,
     clock: &dyn Clock,
 ) -> Option<Incoming<L>> {
     let deadline = arriving.relink_deadline(clock.now());
-    loop {
+    let mut newer = options.newer.clone();
+    while !arriving.is_settled() {
         let left = deadline.saturating_sub(clock.now());
-        let link = relinks.recv_timeout(left).ok()?;
-        match check_relink(link, arriving) {
-            Some(link) => return Some(link),
-            None => continue,
+        select! {
+            recv(relinks) -> link => {
+                if let Some(link) = check_relink(link.ok()?, arriving) {
+                    return Some(link);
+                }
+            }
+            recv(newer) -> offered => match offered {
+                Ok(offered) => arriving.newer_offer(offered),
+                // Nobody is left who could bring one.
+                Err(_) => newer = never(),
+            },
+            default(left) => return None,
         }
     }
+    None
 }
 
 /// A link that is not of this handoff is refused.
@@ -309,8 +324,8 @@ fn serve<L: Transport, Vm: TargetVm>(
             read_link(reader, &to, clock, stop, &counts.received, (queued, most), pong)
         });
         let mut talk = Talk { tx, heard, queued, counts, steps: &options.steps, clock };
-        let served = talk.converse(arriving, relinks);
-        if matches!(served, Served::Settled) {
+        let served = talk.converse(arriving, relinks, options);
+        if matches!(served, Served::Settled) && !arriving.is_superseded() {
             talk.linger();
         }
         stop.store(true, Relaxed);
@@ -336,6 +351,7 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
         &mut self,
         arriving: &mut Arriving<'_, Vm>,
         relinks: &Receiver<Incoming<L>>,
+        options: &ReceiveOptions,
     ) -> Served<L> {
         let mut scratch = Vec::new();
         let mut received = 0;
@@ -363,6 +379,7 @@ impl<Tx: std::io::Write> Talk<'_, Tx> {
                 return ended(newer, String::new());
             }
             let now = self.clock.now();
+            options.newer.try_iter().for_each(|offered| arriving.newer_offer(offered));
             arriving.check_time(now);
             // Part of a long frame on a slow link is a sign of life too.
             let bytes = self.counts.received.load(Relaxed);

@@ -55,6 +55,9 @@ pub enum Event {
     Silence,
     /// The source answered a question about the handoff this record waits on.
     Answer(Verdict),
+    /// The source of this handoff offers the VM anew. That it is the same source is for the driver to
+    /// know; what the offer means, [`supersedes`] says.
+    Newer(Question),
     /// The process starts again: RAM is lost.
     Restart,
     /// After a restart, the peer could not be asked within the bound.
@@ -94,6 +97,24 @@ pub fn admit(record: Option<&Record>, offered: Question) -> Result<(), String> {
             Err(format!("the offer of epoch {} is out of date: {record}", offered.epoch))
         }
     }
+}
+
+/// Whether an offer of the same source ends the handoff that is under way here as `held`.
+///
+/// The source wrote the epoch that it offers before it said so, and a source that offers an epoch beyond
+/// that of `held` has a record that moved on past `held`: it left `HandingOff` of that by aborting it, or
+/// `Committed` by taking that back. Either is durable, so no process of it will ever say Commit of
+/// `held` again, whatever it forgot to say: the offer tells the same as Aborted, or as an answer of
+/// [`Verdict::Superseded`].
+///
+/// Should it be wrong (the source is broken, lies, or took the VM over while its Commit was on its way)
+/// nothing is lost either, and nothing runs twice. What the target does is to decline, durably, which it
+/// may at any time before it owns the epoch: a Commit that comes behind that is answered with Declined,
+/// and the source, which keeps its paused guest until it is answered, runs it. A Commit that came before has
+/// made the target the owner, and of an owner's record this is no event: one thread writes both. So
+/// what the rule guards is not the guest but the transfer, which only its own source may end.
+pub fn supersedes(held: Question, offered: Question) -> bool {
+    held.vm == offered.vm && offered.epoch > held.epoch
 }
 
 /// Whether the offer came after what is recorded: another VM, or a higher epoch.
@@ -233,6 +254,7 @@ fn undecided(record: &Record, asked: Question, event: Event) -> Result<Step<Say>
         Event::Answer(Verdict::Superseded { epoch }) => {
             give_up(&format!("the VM has moved on to epoch {epoch}"))
         }
+        Event::Newer(offered) if supersedes(asked, offered) => give_up("the source began anew"),
         Event::Answer(Verdict::Committed) => Ok(commit(Some(record), asked, false)),
         // The copy was in memory only.
         Event::Restart => give_up("the receiver stopped before it was told to run the guest"),

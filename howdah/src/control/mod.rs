@@ -19,8 +19,10 @@ pub(crate) mod server;
 use handoff::{
     engine::CommitMode,
     order::Sequence,
+    ownership::Question,
     policy::Objective,
     stage::{DeltaMode, StageOptions},
+    tls::PeerKey,
 };
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +86,15 @@ pub(crate) enum Request {
     Expects {
         /// The handoff, in hex.
         handoff: String,
+    },
+    /// A handoff of this VM is offered anew: what this process receives is given up for it, if it is older,
+    /// of the same source, and not decided. Done means that the reception has been told.
+    Newer {
+        /// What is offered.
+        offered: Question,
+        /// Who offers it; nobody in particular without TLS.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        caller: Option<PeerKey>,
     },
     /// A link of the handoff that this process receives; its socket comes along. From then on nobody
     /// else uses the link.
@@ -428,6 +439,11 @@ mod tests {
         Peer { bases: Some(vec!["web".into()]), ..Peer::new("a".parse().unwrap(), key) }
     }
 
+    fn question() -> Question {
+        use handoff::ownership::{Epoch, HandoffId, VmId};
+        Question { vm: VmId([1; 16]), handoff: HandoffId([2; 16]), epoch: Epoch(u64::MAX) }
+    }
+
     #[test]
     fn secrets_are_not_logged() {
         let tls = HandoffTls { peer: peer(), identity: "SECRET".into() };
@@ -442,6 +458,7 @@ mod tests {
         let requests = [
             Request::Status,
             Request::Stop { force: true },
+            Request::Newer { offered: question(), caller: Some(peer().key) },
             Request::Handoff(Box::new(HandoffRequest {
                 peer: "b:1".into(),
                 tls: Some(HandoffTls { peer: peer(), identity: "PEM".into() }),

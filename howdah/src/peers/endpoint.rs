@@ -46,6 +46,12 @@ impl Endpoint {
         })
     }
 
+    /// Whether it is who calls, known by that key. Without TLS nobody knows who it was, and who calls may
+    /// be anybody.
+    pub(crate) fn is(&self, caller: Option<PeerKey>) -> bool {
+        self.key.is_none() || self.key == caller
+    }
+
     /// For people: by its name, if it is known.
     pub(crate) fn shown(&self, book: &Book) -> String {
         match self.key.map(|key| (key, book.by_key(key))) {
@@ -143,6 +149,15 @@ mod tests {
             assert_eq!(endpoint.to_string().parse(), Ok(endpoint));
         }
         assert!("howdah:abc@b:1".parse::<Endpoint>().is_err());
+    }
+
+    #[test]
+    fn a_caller_is_known_by_its_key_where_there_is_one() {
+        let [key, other] = [0; 2].map(|_| Identity::generate().unwrap().key());
+        let at = |key| Endpoint { key, address: "b:1".into() };
+        assert!(at(Some(key)).is(Some(key)));
+        assert!(!at(Some(key)).is(Some(other)) && !at(Some(key)).is(None));
+        assert!(at(None).is(None) && at(None).is(Some(key)));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use handoff::{
     Refusal,
     engine::{self, Incoming, Limits, ReceiveError, ReceiveOptions, accept},
-    ownership::{HandoffId, Record, State},
+    ownership::{Question, Record, State, target},
     tcp::MonotonicClock,
     tls::{Guarded, PeerKey, Session, TlsLink},
 };
@@ -205,12 +205,14 @@ fn receive(
     let shown = Arc::clone(&console);
     let (relink, relinks) = bounded(MAX_WAITING_LINKS);
     let timeout = args.wait.limits().silence;
-    let links = take_links(incoming.hello.id(), peer.key, timeout, relink);
+    let (tell_newer, newer) = bounded(MAX_WAITING_LINKS);
+    let links = take_links(incoming.hello.handoff, peer.clone(), timeout, relink, tell_newer);
     let host = Host::new(host_args, home, dir, console, events.clone());
     let mut options = ReceiveOptions::new(peer.to_string());
     options.limits = args.wait.limits();
     options.workers = args.workers.map_or(options.workers, usize::from);
     options.steps = steps::from_env()?;
+    options.newer = newer;
     let (tell, details) = bounded(1);
     std::thread::spawn(move || {
         let work = || {
@@ -272,17 +274,25 @@ fn work(
     host.machine(received.vm, journal, Some(received.contents))
 }
 
-/// Gives later links of this handoff to the reception.
+/// Gives later links of this handoff to the reception, and tells it when its source begins anew.
 fn take_links(
-    handoff: HandoffId,
-    key: Option<PeerKey>,
+    ours: Question,
+    source: Endpoint,
     timeout: Duration,
     relink: Sender<Incoming<Link>>,
+    newer: Sender<Question>,
 ) -> Links {
+    let handoff = ours.handoff;
     Box::new(move |Asked { request, fd, answer }| {
         let taken = match (request, fd) {
             (Request::Expects { handoff: asked }, _) if asked == handoff.to_string() => {
                 return answer.last(Reply::Done);
+            }
+            (Request::Newer { offered, caller }, _) => {
+                return answer.last(match tell_newer(ours, &source, &newer, offered, caller) {
+                    Ok(()) => Reply::Done,
+                    Err(why) => Failure::line(Exit::Conflict, why).into(),
+                });
             }
             (Request::AdoptLink(adopted), Some(fd)) => adopt(&adopted, fd, timeout),
             (Request::AdoptLink(_), None) => Err(anyhow::anyhow!("no link came along")),
@@ -290,7 +300,7 @@ fn take_links(
         };
         let taken = taken.and_then(|(incoming, peer)| {
             anyhow::ensure!(incoming.hello.id() == handoff, "another handoff is under way");
-            anyhow::ensure!(peer.key == key, "the handoff is another cloudlet's");
+            anyhow::ensure!(peer.key == source.key, "the handoff is another cloudlet's");
             relink
                 .try_send(incoming)
                 .map_err(|_| anyhow::anyhow!("links come faster than they are used"))
@@ -300,6 +310,24 @@ fn take_links(
             Err(e) => answer.last(Failure::line(Exit::Conflict, &format!("link: {e:#}"))),
         }
     })
+}
+
+/// Tells the reception of a newer offer of its source. What becomes of it then is decided by the
+/// thread that writes its record.
+fn tell_newer(
+    ours: Question,
+    source: &Endpoint,
+    newer: &Sender<Question>,
+    offered: Question,
+    caller: Option<PeerKey>,
+) -> Result<(), &'static str> {
+    if !target::supersedes(ours, offered) {
+        return Err("what is received is no older");
+    }
+    if !source.is(caller) {
+        return Err("what is received is another cloudlet's");
+    }
+    newer.try_send(offered).map_err(|_| "newer offers come faster than they are looked at")
 }
 
 /// Removes what a reception left that came to nothing. What the record says is ours stays.
@@ -316,5 +344,40 @@ fn clean_up(dir: &VmDir, lock: Lock, fresh: bool) {
     };
     if let Err(failure) = removed {
         tracing::warn!("{failure}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use handoff::{
+        ownership::{Epoch, HandoffId, VmId},
+        tls::Identity,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_newer_offer_is_told_of_if_it_is_the_sources() {
+        let [key, stranger] = [0; 2].map(|_| Identity::generate().unwrap().key());
+        let of = |epoch| Question {
+            vm: VmId([1; 16]),
+            handoff: HandoffId([epoch as u8; 16]),
+            epoch: Epoch(epoch),
+        };
+        let at = |key| Endpoint { key, address: "127.0.0.1:9".into() };
+        let (to, told) = bounded(1);
+        let tell = |key, offered, caller| tell_newer(of(4), &at(key), &to, offered, caller);
+        tell(Some(key), of(4), Some(key)).unwrap_err();
+        tell(Some(key), of(2), Some(key)).unwrap_err();
+        let another = Question { vm: VmId([2; 16]), ..of(6) };
+        tell(Some(key), another, Some(key)).unwrap_err();
+        tell(Some(key), of(6), Some(stranger)).unwrap_err();
+        tell(Some(key), of(6), None).unwrap_err();
+        assert!(told.is_empty());
+        tell(Some(key), of(6), Some(key)).unwrap();
+        tell(Some(key), of(8), Some(key)).unwrap_err();
+        assert_eq!(told.recv(), Ok(of(6)));
+        tell(None, of(8), None).unwrap();
+        assert_eq!(told.recv(), Ok(of(8)));
     }
 }

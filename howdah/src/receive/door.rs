@@ -77,15 +77,14 @@ impl Caller {
         self.peer.as_ref()
     }
 
+    /// Its key; none of one that is nobody in particular.
+    pub(super) fn key(&self) -> Option<PeerKey> {
+        self.peer.as_ref().map(|peer| peer.key)
+    }
+
     /// Whether it is the other side of a handoff with the peer of a record.
     pub(super) fn is(&self, recorded: &str) -> bool {
-        match recorded.parse::<Endpoint>() {
-            // A record that was made without TLS does not know who it was.
-            Ok(endpoint) => {
-                endpoint.key.is_none() || endpoint.key == self.peer.as_ref().map(|peer| peer.key)
-            }
-            Err(_) => false,
-        }
+        recorded.parse::<Endpoint>().is_ok_and(|endpoint| endpoint.is(self.key()))
     }
 }
 

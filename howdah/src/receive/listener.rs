@@ -29,6 +29,7 @@ use super::{
     door::{Caller, Door, Greeted, Handed},
     events::Event,
     link::Peek,
+    newer,
     quota::{self, Place, Quota},
     refusals::Refusals,
 };
@@ -213,6 +214,7 @@ impl Listener {
                     }
                 };
             }
+            newer::make_way(&self.home.vm(&name), incoming.hello.handoff, caller.key());
             // The process that is started has the word from here on.
             drop(incoming);
             (self.tell)(&Event::Receiving { vm: name.to_string(), peer: caller.to_string() });

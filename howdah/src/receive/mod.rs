@@ -15,6 +15,7 @@ mod events;
 mod host;
 mod link;
 mod listener;
+mod newer;
 mod oom;
 mod quota;
 mod refusals;

@@ -231,12 +231,14 @@ impl Process {
                 Ok(to) => self.export(&to, answer),
                 Err(failure) => answer.last(failure),
             },
-            Request::Expects { .. } | Request::AdoptLink(_) => match &self.state {
-                State::Coming(Coming { links: Some(links), .. }) => {
-                    links(Asked { request, answer, fd });
+            Request::Expects { .. } | Request::Newer { .. } | Request::AdoptLink(_) => {
+                match &self.state {
+                    State::Coming(Coming { links: Some(links), .. }) => {
+                        links(Asked { request, answer, fd });
+                    }
+                    _ => answer.last(self.conflict("it is not being received")),
                 }
-                _ => answer.last(self.conflict("it is not being received")),
-            },
+            }
             // The server serves it without asking here.
             Request::Console => answer.last(Reply::Done),
         }

@@ -169,6 +169,30 @@ fn a_second_handoff_of_one_vm() {
     assert_eq!(other.state("a"), None);
 }
 
+/// What a source gave up without being able to say so does not stand in the way of its next try, nor in
+/// the way of that to run.
+#[test]
+fn a_handoff_that_begins_anew() {
+    let Some(half) = Half::way() else { return };
+    let Half { here, there, receiver, gate, handoff } = half;
+    let before = there.process("a");
+    here.0.line("handoff a --cancel").ok();
+    assert_eq!(handoff.end().code, Some(9), "cancelled");
+    // What it said at its end is lost with the link.
+    drop(gate);
+    here.counts_on("a");
+    assert_eq!(there.state("a").as_deref(), Some("receiving"));
+    here.0.line(&format!("handoff a {} --plain", receiver.address)).ok();
+    await_gone(before);
+    let said = receiver.await_event("not-received");
+    assert!(said["why"].as_str().unwrap().contains("began anew"), "{said}");
+    receiver.await_event("received");
+    there.counts_on("a");
+    assert_eq!(there.state("a").as_deref(), Some("running"));
+    assert_eq!(here.state("a").as_deref(), Some("handed-off"));
+}
+
+/// The same name is not enough.
 #[test]
 fn two_vms_of_one_name() {
     let Some(half) = Half::way() else { return };
