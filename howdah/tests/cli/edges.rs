@@ -192,7 +192,7 @@ fn a_handoff_that_begins_anew() {
     assert_eq!(here.state("a").as_deref(), Some("handed-off"));
 }
 
-/// The same name is not enough.
+/// Of the same name is not the same.
 #[test]
 fn two_vms_of_one_name() {
     let Some(half) = Half::way() else { return };
