@@ -145,8 +145,10 @@ fn a_peer_may_do_what_is_said_and_no_more() {
     add("");
     let why = refused(&listener, &peer, key, offered());
     assert!(why.contains("base"), "{why}");
+    // By another name: the process that refused the last one may still be on its way out, and would
+    // be given the link of what looks like the same handoff.
     let old =
-        Hello { versions: Versions { min: 1, max: 1 }, ..hello("web", offer(BaseId([7; 32]))) };
+        Hello { versions: Versions { min: 1, max: 1 }, ..hello("old", offer(BaseId([7; 32]))) };
     let why = refused(&listener, &peer, key, frame(old));
     assert!(why.contains("protocol 1"), "{why}");
     cloudlet.line("peer rm a").ok();
