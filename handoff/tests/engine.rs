@@ -278,7 +278,11 @@ fn in_doubt_until_the_peer_can_be_asked() {
     // Down: Welcome, acks, pongs, then Prepared; which byte is the last of Prepared varies with
     // the acks, so cut at many places and look at what became of it.
     let mut in_doubt = 0;
-    for cut in (40..400).step_by(40) {
+    for cut in (0..5).flat_map(|more| (40 + more..400).step_by(40)) {
+        // On a busy host there are other acks, and all nine may fall elsewhere.
+        if cut % 40 == 1 && in_doubt > 0 {
+            break;
+        }
         let fault = Fault { cut_down: Some(cut), ..Fault::default() };
         let mut pair = pair(&[fault], HostFaults::default(), 0);
         pair.connect.reachable_after = false;
