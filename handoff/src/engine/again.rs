@@ -2,8 +2,9 @@
 //!
 //! A round goes on for seconds, and some of what it is to send the guest writes meanwhile. Sent now it
 //! would be sent again. So the round looks at the dirty log now and then, and leaves such chunks to the
-//! next one. One of which the target has no version yet is left out once only: what comes after is then
-//! a delta against it, and the pause is no longer than it must be.
+//! next one. One of which the target has no version yet is left out once only, where versions pay: what
+//! comes after is then a delta against it, and the pause is no longer than it must be. Where deltas cost
+//! about as much as the chunks, it waits for the pause.
 
 use std::time::Duration;
 
@@ -48,11 +49,32 @@ impl Again {
         }
     }
 
-    /// Takes out of a round what is dirty again; says how many chunks that were.
-    pub(super) fn leave_out(&mut self, order: &mut RoundOrder, dirty: &ChunkSet) -> u64 {
+    /// Those of `set` that were left out, and of which the target has no version yet: known to be hot,
+    /// they go last in their round.
+    pub(super) fn waiting(&self, set: &ChunkSet) -> ChunkSet {
+        let mut waiting = ChunkSet::new(set.geometry());
+        for id in self.deferred.iter().filter(|id| set.contains(*id) && !self.sent.contains(*id)) {
+            waiting.insert(id);
+        }
+        waiting
+    }
+
+    /// How many of `set` the target has no version of.
+    pub(super) fn unsent(&self, set: &ChunkSet) -> u64 {
+        set.iter().filter(|id| !self.sent.contains(*id)).count() as u64
+    }
+
+    /// Takes out of a round what is dirty again; says how many chunks that were. `versions_pay` unless
+    /// a version of a chunk makes the next one no cheaper.
+    pub(super) fn leave_out(
+        &mut self,
+        order: &mut RoundOrder,
+        dirty: &ChunkSet,
+        versions_pay: bool,
+    ) -> u64 {
         let mut out = ChunkSet::new(dirty.geometry());
         for id in dirty.iter().filter(|id| order.holds(*id)) {
-            if self.sent.contains(id) || !self.deferred.contains(id) {
+            if !versions_pay || self.sent.contains(id) || !self.deferred.contains(id) {
                 self.deferred.insert(id);
                 out.insert(id);
             }
@@ -81,7 +103,7 @@ mod tests {
         let mut again = Again::new(GEOMETRY);
         let mut round = |dirty: &[u64]| -> Vec<u64> {
             let mut order = RoundOrder::ascending(set(&[1, 2, 3]));
-            again.leave_out(&mut order, &set(dirty));
+            again.leave_out(&mut order, &set(dirty), true);
             let ids: Vec<ChunkId> = order.collect();
             again.sends(&ids);
             ids.iter().map(|id| id.index).collect()
@@ -89,6 +111,20 @@ mod tests {
         assert_eq!(round(&[2, 9]), [1, 3]);
         assert_eq!(round(&[2, 3]), [1, 2], "2 has waited; of 3 the target has a version");
         assert_eq!(round(&[2, 3]), [1]);
+    }
+
+    #[test]
+    fn where_versions_do_not_pay_it_waits_for_the_pause() {
+        let mut again = Again::new(GEOMETRY);
+        for _ in 0..3 {
+            let mut order = RoundOrder::ascending(set(&[1, 2, 3]));
+            again.leave_out(&mut order, &set(&[2]), false);
+            let ids: Vec<ChunkId> = order.collect();
+            assert_eq!(ids.iter().map(|id| id.index).collect::<Vec<_>>(), [1, 3]);
+            again.sends(&ids);
+        }
+        assert_eq!(again.waiting(&set(&[1, 2, 9])), set(&[2]));
+        assert_eq!(again.unsent(&set(&[1, 2, 9])), 2);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
+use guest_images::CHUNK_SIZE;
+
 use super::{
     SendOptions,
     cutover::CutoverTimes,
@@ -355,13 +357,36 @@ impl<'a> Meter<'a> {
         }
     }
 
+    /// What compression left of each byte so far; 0 before the first body.
+    pub(super) fn codec_ratio(&self) -> f64 {
+        let compressed = self.worker.compress.get();
+        match compressed.bytes_in {
+            0 => 0.0,
+            bytes_in => compressed.bytes_out as f64 / bytes_in as f64,
+        }
+    }
+
+    /// Bytes on the link for each of `dirty` chunks, `unsent` of which the target has no version of:
+    /// those go in full.
+    fn bytes_per_chunk(&self, dirty: u64, unsent: u64) -> f64 {
+        let again = self.pace.bytes_per_dirty_chunk();
+        let full = self.codec_ratio() * CHUNK_SIZE as f64;
+        if full <= again {
+            return again;
+        }
+        let share = unsent.min(dirty) as f64 / dirty.max(1) as f64;
+        again + (full - again) * share
+    }
+
     /// For what share of the time the guest may run in the next round; none if the policy says to
-    /// pause it now, with `dirty` chunks left, or the last round had to be broken off for that.
-    pub(super) fn next_round(&mut self, dirty: u64, broken_off: bool) -> Option<f64> {
+    /// pause it now, with `dirty` chunks left, `unsent` of them never sent, or the last round had to be
+    /// broken off for that.
+    pub(super) fn next_round(&mut self, dirty: u64, unsent: u64, broken_off: bool) -> Option<f64> {
         if let Some(round) = self.rounds.last_mut() {
             round.dirty_after = dirty;
         }
-        let measured = self.measurements(dirty);
+        let link_bytes_per_chunk = self.bytes_per_chunk(dirty, unsent);
+        let measured = Measurements { link_bytes_per_chunk, ..self.measurements(dirty) };
         let policy = &self.options.policy;
         let mut decision = match policy.throttle && !self.can_throttle {
             true => CutOverPolicy { throttle: false, ..policy.clone() }.decide(&measured),

@@ -12,6 +12,7 @@ use crate::{
         Guest, Journal, Question,
         source::{self, Event},
     },
+    policy::Objective,
     report::{Outcome, Report},
     stage::{Buffers, ClassifyError, Outbound, SegmentKind},
     step::{Side, Step},
@@ -21,6 +22,10 @@ use crate::{
 
 /// After so many groups of a round's chunks it is asked what the guest called free meanwhile.
 const HINTS_EVERY_GROUPS: u64 = 4;
+
+/// A version of a chunk that is dirty again pays if the delta takes at most this share of the chunk's
+/// own bytes: then it saves the pause at least as much as it costs in all.
+const DELTA_PAYS: f64 = 0.5;
 
 /// The guest, and what must be undone if the handoff fails.
 pub(super) struct HeldGuest<'a> {
@@ -214,7 +219,9 @@ impl Run<'_> {
             true => self.outbound.begin(self.round),
             false => self.outbound.begin_small(self.round),
         }
-        let mut order = RoundOrder::hot_last(set, &self.hot, self.options.order);
+        let mut hot = self.again.waiting(&set);
+        hot.union(&self.hot);
+        let mut order = RoundOrder::hot_last(set, &hot, self.options.order);
         let mut groups = 0u64;
         let broken_off = loop {
             if groups.is_multiple_of(HINTS_EVERY_GROUPS) {
@@ -250,10 +257,21 @@ impl Run<'_> {
         }
         let dirty = self.guest.vm.peek_dirty().map_err(failed("looking at changed memory"))?;
         self.pipe.meter.dirtied(dirty.len());
-        let left_out = self.again.leave_out(order, &dirty);
+        let left_out = self.again.leave_out(order, &dirty, self.versions_pay());
         self.pipe.meter.left_out(left_out);
         self.again.looked(began, self.pipe.clock.now());
         Ok(self.pipe.meter.must_break_off(order.remaining() + dirty.len()))
+    }
+
+    /// Whether a version of a hot chunk is worth its bytes: it makes the pause shorter by what the
+    /// delta against it is smaller, and everything longer by what that delta takes.
+    fn versions_pay(&self) -> bool {
+        let most = match self.options.policy.objective {
+            Objective::Downtime(_) => 1.0,
+            Objective::Total | Objective::Deadline(_) => DELTA_PAYS,
+        };
+        let share = self.outbound.repeats().cost_share(self.pipe.meter.codec_ratio());
+        share.is_none_or(|share| share <= most)
     }
 
     /// What the guest called free meanwhile need not be sent. A paused guest calls nothing free.
@@ -287,6 +305,13 @@ impl Run<'_> {
     pub(super) fn await_link(&mut self) -> Result<bool, KeptReason> {
         let (guest, share) = (&mut self.guest, self.pipe.meter.run_share());
         self.pipe.await_link(&mut |broken| guest.link_is(broken, share))
+    }
+
+    /// For what share of the time the guest may run in the next round, with `dirty` left to send; none
+    /// if it is to be paused now.
+    pub(super) fn next_round(&mut self, dirty: &ChunkSet, broken_off: bool) -> Option<f64> {
+        let unsent = self.again.unsent(dirty);
+        self.pipe.meter.next_round(dirty.len(), unsent, broken_off)
     }
 
     pub(super) fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {

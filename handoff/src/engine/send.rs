@@ -303,7 +303,7 @@ impl<'r, 'a> Negotiated<'r, 'a> {
             set = run.harvest_round()?;
             let broken_off = rest.is_some();
             rest.iter().for_each(|rest| set.union(rest));
-            let Some(share) = run.pipe.meter.next_round(set.len(), broken_off) else {
+            let Some(share) = run.next_round(&set, broken_off) else {
                 // What is still queued would be waited for with the guest paused; and so would a link.
                 run.drain(Duration::ZERO)?;
                 if !run.await_link()? {

@@ -26,6 +26,7 @@ pub mod outbound;
 pub mod pack;
 mod pack_codec;
 mod pack_run;
+pub mod repeats;
 pub mod resolve;
 pub mod seal;
 pub mod stats;
@@ -43,6 +44,7 @@ pub use mode::{Codec, Mode, UnknownMode};
 pub use options::{StageOptions, UnknownSwitch};
 pub use outbound::Outbound;
 pub use pack::{Batch, BatchBuilder, BatchError, BatchFull, BatchLimits, RawBatch, Step, What};
+pub use repeats::Repeats;
 pub use resolve::{Applied, ResolveError, Resolver};
 pub use seal::{
     Mark, OpenError, Opener, SEGMENT_OVERHEAD, Sealer, Segment, SegmentError, SegmentKind,

@@ -14,7 +14,8 @@ use super::{
     delta::DeltaStage,
     delta_cache::SentCache,
     options::StageOptions,
-    pack::{BatchBuilder, BatchLimits, RawBatch},
+    pack::{BatchBuilder, BatchLimits, RawBatch, What},
+    repeats::Repeats,
     stats::{Class, ClassTimes, CpuWatch, Share, Stage, Stats},
 };
 use crate::{
@@ -55,6 +56,7 @@ pub struct Outbound {
     buffers: Buffers,
     stats: Stats,
     times: ClassTimes,
+    repeats: Repeats,
 }
 
 impl Outbound {
@@ -76,6 +78,7 @@ impl Outbound {
             buffers: Buffers::default(),
             stats: Stats::default(),
             times: ClassTimes::default(),
+            repeats: Repeats::default(),
         }
     }
 
@@ -200,6 +203,13 @@ impl Outbound {
             let delta = self.delta.what(i);
             let class = if delta.is_some() { Class::Delta } else { decision.op.class() };
             self.stats.count(class);
+            // In the first generation what the target has is from elsewhere.
+            if decision.op == Op::Data && decision.before.is_some() && self.batch.generation() > 1 {
+                match &delta {
+                    Some(What::Delta(_, bytes)) => self.repeats.delta(bytes.len()),
+                    _ => self.repeats.full(),
+                }
+            }
             if let Some(ns) = self.sampled_ns.get(i) {
                 self.times.sample(class, *ns);
             }
@@ -248,6 +258,11 @@ impl Outbound {
     /// The same, for good.
     pub fn into_table(self) -> StateTable {
         self.classifier.into_table()
+    }
+
+    /// What chunks cost that were sent again.
+    pub fn repeats(&self) -> Repeats {
+        self.repeats
     }
 
     /// What was done so far, by the stages up to [`Stage::Pack`].
