@@ -231,6 +231,11 @@ impl SourceSession {
         matches!(self.word, Word::Commit(..))
     }
 
+    /// Whether everything was submitted, so that the target may hold a copy that is whole.
+    pub fn is_complete(&self) -> bool {
+        matches!(self.word, Word::Prepare(_) | Word::Commit(..))
+    }
+
     /// Says that the handoff is over. Only where it is durable that it was not committed.
     pub fn abort(&mut self, reason: &str) {
         self.say(Word::Over);

@@ -79,7 +79,7 @@ pub(super) struct Arriving<'a, Vm> {
     /// When Prepared was said, or when the guest began to run.
     since: Duration,
     settled: Option<Settled>,
-    superseded: bool,
+    over_there: bool,
 }
 
 impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
@@ -121,7 +121,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
             prepare_us: 0,
             since: clock.now(),
             settled: None,
-            superseded: false,
+            over_there: false,
         }
     }
 
@@ -397,6 +397,7 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         if self.running {
             return;
         }
+        self.over_there = true;
         // A VM that was never here leaves nothing.
         let receiving = self.record().is_some_and(|r| matches!(r.state, State::Receiving { .. }));
         if self.fresh && receiving && self.journal.forget().is_ok() {
@@ -413,13 +414,14 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
     pub(super) fn newer_offer(&mut self, offered: Question) {
         if !self.is_settled() {
             self.take_note(Event::Newer(offered), "superseded");
-            self.superseded = self.is_settled();
+            self.over_there = self.is_settled();
         }
     }
 
-    /// Whether it was given up for a newer offer: on the links of this one nobody listens any more.
-    pub(super) fn is_superseded(&self) -> bool {
-        self.superseded
+    /// Whether the source has ended it: then nobody waits for a word on its links any more, but perhaps
+    /// for their end, which tells that this was heard.
+    pub(super) fn is_over_there(&self) -> bool {
+        self.over_there
     }
 
     /// Carries out an event that starts nothing; what it makes of a prepared copy is final.

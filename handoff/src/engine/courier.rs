@@ -12,7 +12,8 @@ use std::{
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
 
 use super::{
-    Limits,
+    Limits, Untold,
+    farewell::Owed,
     pipeline::Outlet,
     reader::{Heard, read_link, weight},
     status::{LinkStatus, Room},
@@ -94,6 +95,8 @@ pub(super) struct Courier<'a, C: Connect> {
     pub(super) welcomed: bool,
     /// Attempts to make a link since one worked.
     pub(super) misses: u32,
+    /// What the target may have to be told later.
+    pub(super) owed: Owed,
     /// Abort is the last word.
     pub(super) aborted: bool,
 }
@@ -107,8 +110,14 @@ enum End {
 }
 
 impl<C: Connect> Courier<'_, C> {
-    /// Works until the engine says that the handoff is over, or no link can be made any more.
-    pub(super) fn run(&mut self) {
+    /// Works until the engine says that the handoff is over, or no link can be made any more. What is
+    /// left to say then.
+    pub(super) fn run(mut self) -> Option<Untold> {
+        self.use_links();
+        self.owed.left()
+    }
+
+    fn use_links(&mut self) {
         let mut lost_at: Option<Duration> = None;
         let mut why = String::new();
         for _ in 0..MAX_LINKS {
@@ -203,6 +212,8 @@ impl<C: Connect> Courier<'_, C> {
             // Only to wake this thread: whether it may be said, the gate knows.
             Order::Commit => {}
             Order::Abort(reason) => {
+                let patience = self.limits.target_waits(self.session.is_complete());
+                self.owed.aborted(self.session.handoff(), &reason, patience);
                 self.session.abort(&reason);
                 (self.over, self.aborted) = (true, true);
             }
@@ -220,6 +231,7 @@ impl<C: Connect> Courier<'_, C> {
             Ok(halves) => halves,
             Err(e) => return End::Broke(format!("cannot use the link: {e}")),
         };
+        self.owed.link_up();
         self.status.link_up(gauge);
         self.status.heard(self.clock.now());
         self.session.link_up(self.clock.now());
@@ -257,7 +269,10 @@ impl<C: Connect> Courier<'_, C> {
             let mut busy = match self.hear(heard, queued) {
                 Ok(busy) => busy,
                 // The peer heard all there was to say, and closed the link.
-                Err(_) if said => return End::Done,
+                Err(_) if said => {
+                    self.owed.said();
+                    return End::Done;
+                }
                 Err(why) => return End::Broke(why),
             };
             busy |= self.take_order();
@@ -368,6 +383,7 @@ impl<C: Connect> Courier<'_, C> {
                     self.steps.reached(got);
                     busy = true;
                     while let Some(event) = self.session.poll_event() {
+                        self.owed.heard(&event);
                         let last =
                             matches!(event, SourceEvent::Refused(_) | SourceEvent::Answer(_));
                         if !self.notify(Notice::Event(event, at)) {
@@ -378,7 +394,10 @@ impl<C: Connect> Courier<'_, C> {
                         }
                     }
                 }
-                Ok(Err(e)) => return Err(e.to_string()),
+                Ok(Err(e)) => {
+                    self.owed.link_ended(&e);
+                    return Err(e.to_string());
+                }
                 Err(TryRecvError::Empty) => return Ok(busy),
                 Err(TryRecvError::Disconnected) => return Err("the link broke".into()),
             }

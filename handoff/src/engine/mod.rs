@@ -19,6 +19,7 @@ mod commit;
 mod courier;
 mod cutover;
 mod decode;
+mod farewell;
 mod flush;
 mod landing;
 mod meter;
@@ -41,6 +42,7 @@ mod worker;
 
 pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
 pub use backoff::Backoff;
+pub use farewell::{Farewell, Untold, say_farewell};
 pub use options::{
     CONTENTS_BYTES, CommitMode, KeptReason, Limits, MAX_DECODERS, ReceiveError, ReceiveOptions,
     Received, SendError, SendOptions, SendOutcome, TABLES_BYTES,

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use crossbeam_channel::{Receiver, never};
 
-use super::{Backoff, PipelineOptions};
+use super::{Backoff, PipelineOptions, Untold};
 use crate::{
     Refusal,
     order::Sequence,
@@ -195,6 +195,8 @@ pub enum SendOutcome {
         reason: KeptReason,
         /// What was done until then.
         report: Report,
+        /// The handoff, if the target may go on waiting for it: [`super::say_farewell`].
+        untold: Option<Untold>,
     },
     /// Committed, but the peer did not confirm in time: the guest stays paused here and may run
     /// there. Keep the VM and call [`super::send_resume`] when the peer can be reached.
@@ -202,6 +204,16 @@ pub enum SendOutcome {
         /// What was done until then.
         report: Report,
     },
+}
+
+impl SendOutcome {
+    /// The same, with what the target was not told.
+    pub(super) fn leaving(self, untold: Option<Untold>) -> Self {
+        match self {
+            Self::KeptHere { reason, report, .. } => Self::KeptHere { reason, report, untold },
+            decided => decided,
+        }
+    }
 }
 
 /// Why the guest stayed.
@@ -274,6 +286,15 @@ pub enum SendError {
 }
 
 impl Limits {
+    /// For how long a target with bounds like these waits for its source, `complete` or not: what a copy
+    /// that is whole may wait for is worth more.
+    pub(super) fn target_waits(&self, complete: bool) -> Duration {
+        match complete {
+            true => self.hold_prepared,
+            false => self.relink_grace + self.silence * 2,
+        }
+    }
+
     /// The defaults of a target: it waits for its source for longer than the source tries, which may
     /// have noticed later that the link is broken.
     pub fn at_target() -> Self {

@@ -325,7 +325,7 @@ fn serve<L: Transport, Vm: TargetVm>(
         });
         let mut talk = Talk { tx, heard, queued, counts, steps: &options.steps, clock };
         let served = talk.converse(arriving, relinks, options);
-        if matches!(served, Served::Settled) && !arriving.is_superseded() {
+        if matches!(served, Served::Settled) && !arriving.is_over_there() {
             talk.linger();
         }
         stop.store(true, Relaxed);

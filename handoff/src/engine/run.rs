@@ -196,7 +196,7 @@ impl Run<'_> {
                 .map_err(|source| SendError::NotResumed { reason: reason.to_string(), source })?;
             self.options.steps.reached(Step::RunsOn);
         }
-        Ok(SendOutcome::KeptHere { reason, report })
+        Ok(SendOutcome::KeptHere { reason, report, untold: None })
     }
 
     /// The target durably declined after the commit: the guest goes on here.
@@ -207,7 +207,7 @@ impl Run<'_> {
             restored.map_err(|source| SendError::NotResumed { reason: why.clone(), source })?;
             self.options.steps.reached(Step::RunsOn);
         }
-        Ok(SendOutcome::KeptHere { reason: KeptReason::Declined(why), report })
+        Ok(SendOutcome::KeptHere { reason: KeptReason::Declined(why), report, untold: None })
     }
 
     /// Reads, classifies and gives to the pipeline every chunk of `set`, as one round, but for what

@@ -1,12 +1,13 @@
 //! The source's driver.
 
-use std::{sync::atomic::AtomicBool, thread, time::Duration};
+use std::{panic::resume_unwind, sync::atomic::AtomicBool, thread, time::Duration};
 
 use crossbeam_channel::unbounded;
 
 use super::{
     CommitMode, KeptReason, Limits, MAX_MACHINE_STATE_BYTES, SendError, SendOptions, SendOutcome,
     courier::{Courier, Order},
+    farewell::Owed,
     meter::Meter,
     pipe::{Pipe, Word},
     pipeline::Pipeline,
@@ -97,7 +98,7 @@ pub fn send<C: Connect + Send>(
         let session = SourceSession::new(hello, limits.silence, limits.ping_every)
             .with_buffers(buffers.clone())
             .committing_early(options.commit == CommitMode::Early);
-        let mut courier = Courier {
+        let courier = Courier {
             session,
             connect,
             outlet,
@@ -113,10 +114,11 @@ pub fn send<C: Connect + Send>(
             submitted_bytes: 0,
             welcomed: false,
             misses: 0,
+            owed: Owed::default(),
             aborted: false,
         };
         let within = span.clone();
-        scope.spawn(move || within.in_scope(|| courier.run()));
+        let courier = scope.spawn(move || within.in_scope(|| courier.run()));
         let applied = (clock.now(), 0);
         let notices = notices_rx;
         let serial = options.pipeline.serial;
@@ -138,7 +140,7 @@ pub fn send<C: Connect + Send>(
         let walked = walk(&mut run);
         // Nothing waits for the link any more: workers that did can end.
         run.pipe.status.ahead.open();
-        match walked {
+        let outcome = match walked {
             Ok(settled) => settle(&mut run, settled),
             Err(reason) => {
                 let words = reason.to_string();
@@ -148,7 +150,10 @@ pub fn send<C: Connect + Send>(
                 let _ = run.pipe.orders.send(Order::Abort(words));
                 kept
             }
-        }
+        };
+        // It was told to end, and does so within the time of its last words.
+        let left = courier.join().unwrap_or_else(|panicked| resume_unwind(panicked));
+        outcome.map(|outcome| outcome.leaving(left))
     })
 }
 
@@ -238,7 +243,7 @@ fn keep(
             }
         }
     }
-    Ok(SendOutcome::KeptHere { reason, report })
+    Ok(SendOutcome::KeptHere { reason, report, untold: None })
 }
 
 /// After the commit: what was decided is written, then said, then done.

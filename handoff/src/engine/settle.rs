@@ -9,7 +9,7 @@ use crate::{
         Guest, Journal, JournalError, OwnershipError, Question, Record, State, Tenure, Verdict,
         source, target,
     },
-    wire::{Commit, Frame, FrameReader, Hello, Intent, Versions, write_frame},
+    wire::{Commit, Frame, FrameReader, Hello, Intent, ReadError, Versions, write_frame},
 };
 
 /// Between two attempts to ask the peer.
@@ -177,10 +177,10 @@ fn apply_target(journal: &mut Journal, event: target::Event) -> Result<Guest, Se
 
 /// What asking needs besides a link.
 #[derive(Clone, Copy)]
-struct Asking<'a> {
-    vm_name: &'a str,
-    limits: &'a Limits,
-    clock: &'a dyn Clock,
+pub(super) struct Asking<'a> {
+    pub(super) vm_name: &'a str,
+    pub(super) limits: &'a Limits,
+    pub(super) clock: &'a dyn Clock,
 }
 
 /// A source that lost its RAM, or its patience, asks the target and does what the answer means.
@@ -299,13 +299,13 @@ fn ask_as_target<C: Connect>(
 }
 
 /// A link made only to settle a handoff.
-struct Talk<L: Transport> {
+pub(super) struct Talk<L: Transport> {
     tx: L::Tx,
     reader: FrameReader<L::Rx>,
 }
 
 impl<L: Transport> Talk<L> {
-    fn open<C: Connect<Link = L>>(
+    pub(super) fn open<C: Connect<Link = L>>(
         connect: &mut C,
         question: Question,
         asking: Asking<'_>,
@@ -320,11 +320,28 @@ impl<L: Transport> Talk<L> {
         Ok(talk)
     }
 
-    fn say(&mut self, frame: &Frame) -> Result<(), String> {
+    pub(super) fn say(&mut self, frame: &Frame) -> Result<(), String> {
         write_frame(&mut self.tx, frame, &mut Vec::new()).map(drop).map_err(|e| e.to_string())
     }
 
-    fn next(&mut self, deadline: Duration, clock: &dyn Clock) -> Result<Frame, String> {
+    /// Waits until the peer has closed the link; an error if it breaks, or nothing happens in time.
+    pub(super) fn await_close(
+        &mut self,
+        deadline: Duration,
+        clock: &dyn Clock,
+    ) -> Result<(), String> {
+        while clock.now() < deadline {
+            match self.reader.read_frame() {
+                Err(ReadError::Closed { .. }) => return Ok(()),
+                Err(e) => return Err(e.to_string()),
+                // What is on its way matters no more.
+                Ok(_) => {}
+            }
+        }
+        Err("the peer did not close the link in time".into())
+    }
+
+    pub(super) fn next(&mut self, deadline: Duration, clock: &dyn Clock) -> Result<Frame, String> {
         loop {
             match self.reader.read_frame() {
                 Ok(Some(Frame::Ping(nonce))) => self.say(&Frame::Pong(nonce))?,

@@ -131,7 +131,7 @@ pub fn send_trace<C: Connect + Send, K: Clock>(
     let bases = bases_of(vm);
     match send(vm, bases, connect, &mut journal, options, clock, progress, cancel)? {
         SendOutcome::Moved { report, .. } => Ok(report),
-        SendOutcome::KeptHere { reason, report } => {
+        SendOutcome::KeptHere { reason, report, .. } => {
             Err(PlayError::Kept { reason, report: Box::new(report) })
         }
         SendOutcome::InDoubt { .. } => Err(PlayError::InDoubt),

@@ -220,7 +220,7 @@ pub fn assert_moved(mut pair: Pair) {
 
 pub fn assert_kept(mut pair: Pair, why: impl Fn(&KeptReason) -> bool) -> Vec<Outcome> {
     let outcome = pair.send();
-    let SendOutcome::KeptHere { reason, report } = outcome else { panic!("{outcome:?}") };
+    let SendOutcome::KeptHere { reason, report, .. } = outcome else { panic!("{outcome:?}") };
     assert!(why(&reason), "{reason:?}");
     assert!(report.reason.is_some());
     assert!(pair.source.guest.is_running(), "{reason}");

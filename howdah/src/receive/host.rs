@@ -141,7 +141,18 @@ impl Host {
         };
         let (home, dir, base) = (self.home, self.dir, Arc::clone(disk.base()));
         let contents = contents.map(Arc::new);
-        Ok(Box::new(KvmMachine { home, dir, source, disk, base, journal, append, setup, contents }))
+        Ok(Box::new(KvmMachine {
+            home,
+            dir,
+            source,
+            disk,
+            base,
+            journal,
+            append,
+            setup,
+            contents,
+            farewell: None,
+        }))
     }
 
     fn reserve(&self, offer: &Offer) -> Result<Reserved, Refusal> {

@@ -22,6 +22,7 @@ use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 use super::{
     Event,
     boot::{Brought, Origin},
+    farewell::Farewell,
     leaving,
     machine::{HandoffEnd, Machine, Watch},
     save,
@@ -50,6 +51,8 @@ pub(crate) struct KvmMachine {
     pub(crate) setup: Setup,
     /// Some of what came here with the guest: what the side it came from may still have.
     pub(crate) contents: Option<Arc<SentCache>>,
+    /// Tells the peer of the last handoff that it came to nothing, where it has not heard so.
+    pub(crate) farewell: Option<Farewell>,
 }
 
 /// Starts the VM of `dir`; its guest runs when this returns.
@@ -93,8 +96,10 @@ pub(crate) fn start(
     connect_console(console, &vm);
     let setup = Setup::of(&config);
     let (home, dir, append) = (home.clone(), dir.clone(), config.append);
-    let (source, contents) = (VmSource::new(vm), None);
-    let machine = KvmMachine { home, dir, source, disk, base, journal, append, setup, contents };
+    let source = VmSource::new(vm);
+    let (contents, farewell) = (None, None);
+    let machine =
+        KvmMachine { home, dir, source, disk, base, journal, append, setup, contents, farewell };
     Ok((Box::new(machine), origin))
 }
 

@@ -14,6 +14,7 @@ use handoff::{
 };
 
 use super::{
+    farewell::Farewell,
     kvm::KvmMachine,
     machine::{HandoffEnd, Keep, Watch},
 };
@@ -43,6 +44,8 @@ pub(super) fn hand_off(
         Ok(prepared) => prepared,
         Err(failure) => return HandoffEnd::Kept { machine, failure },
     };
+    // The peer hears of this one, which says that the one before is over.
+    machine.farewell = None;
     connect.give_up_after(options.limits.silence);
     connect.shape(request.link.shape());
     let peer = request.peer.clone();
@@ -62,7 +65,10 @@ pub(super) fn hand_off(
             let keep = (request.keep_mib > 0).then(|| machine.keep(table, request.keep_mib));
             HandoffEnd::Moved { report: as_json(&report), keep }
         }
-        Ok(SendOutcome::KeptHere { reason, report }) => {
+        Ok(SendOutcome::KeptHere { reason, report, untold }) => {
+            let (vm, limits) = (machine.dir.name().clone(), options.limits);
+            machine.farewell =
+                untold.and_then(|untold| Farewell::begin(untold, &vm, connect, limits));
             let failure = Failure { report: Some(as_json(&report)), ..machine.kept(&reason) };
             HandoffEnd::Kept { machine, failure }
         }

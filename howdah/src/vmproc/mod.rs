@@ -1,6 +1,7 @@
 //! The process of one VM: owns the machine, answers commands, watches the guest.
 
 pub(crate) mod boot;
+pub(crate) mod farewell;
 pub(crate) mod kvm;
 mod leaving;
 pub(crate) mod machine;

@@ -192,6 +192,28 @@ fn a_handoff_that_begins_anew() {
     assert_eq!(here.state("a").as_deref(), Some("handed-off"));
 }
 
+/// The last word of a source is lost with the link. It says it again when there is one, while its guest
+/// runs on; nobody asks it to.
+#[test]
+fn a_handoff_whose_end_is_not_heard_at_first() {
+    let Some(half) = Half::way() else { return };
+    let Half { here, there, receiver, gate, handoff } = half;
+    let before = there.process("a");
+    here.0.line("handoff a --cancel").ok();
+    assert_eq!(handoff.end().code, Some(9), "cancelled");
+    assert_eq!(there.state("a").as_deref(), Some("receiving"));
+    gate.break_links();
+    let said = receiver.await_event("not-received");
+    assert!(said["why"].as_str().unwrap().contains("the source aborted"), "{said}");
+    await_gone(before);
+    there.await_nothing_of("a");
+    here.counts_on("a");
+    assert_eq!(here.state("a").as_deref(), Some("running"));
+    // The way is free.
+    here.0.line(&format!("handoff a {} --plain", receiver.address)).ok();
+    there.counts_on("a");
+}
+
 /// Of the same name is not the same.
 #[test]
 fn two_vms_of_one_name() {

@@ -276,6 +276,8 @@ struct Passage {
     /// Bytes that wait.
     waiting: bool,
     cut: bool,
+    /// How often all links there were broke.
+    breaks: u32,
 }
 
 /// A link that stands still after some bytes from the source, until it is opened.
@@ -298,8 +300,9 @@ impl Gate {
                 let Ok(far) = TcpStream::connect(&to) else { continue };
                 let (back, forth) = (near.try_clone().unwrap(), far.try_clone().unwrap());
                 let state = Arc::clone(&state);
+                let breaks = state.0.lock().unwrap().breaks;
                 thread::spawn(move || carry(far, back, None));
-                thread::spawn(move || carry(near, forth, Some(&state)));
+                thread::spawn(move || carry(near, forth, Some((&state, breaks))));
             }
         });
         Self { address, passage }
@@ -308,6 +311,12 @@ impl Gate {
     /// Waits until the handoff stands still in its middle.
     pub(crate) fn await_still(&self) {
         wait_for("the link stands still", || self.passage.0.lock().unwrap().waiting.then_some(()));
+    }
+
+    /// Breaks the links there are, with what waits in them, and lets everything pass over later ones.
+    pub(crate) fn break_links(&self) {
+        self.passage.0.lock().unwrap().breaks += 1;
+        self.open();
     }
 
     /// Lets everything pass.
@@ -324,16 +333,19 @@ impl Drop for Gate {
     }
 }
 
-fn carry(mut from: TcpStream, mut to: TcpStream, state: Option<&(Mutex<Passage>, Condvar)>) {
+type Shared = (Mutex<Passage>, Condvar);
+
+/// Carries what comes; of a link that was made after so many breaks, if it can be held up.
+fn carry(mut from: TcpStream, mut to: TcpStream, state: Option<(&Shared, u32)>) {
     let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
-        if let Some((passage, changed)) = state {
+        if let Some(((passage, changed), breaks)) = state {
             let mut held = passage.lock().unwrap();
-            while held.allowed < count as u64 && !held.cut {
+            while held.allowed < count as u64 && !held.cut && held.breaks == breaks {
                 held.waiting = true;
                 held = changed.wait_timeout(held, PATIENCE).unwrap().0;
             }
-            if held.cut {
+            if held.cut || held.breaks != breaks {
                 break;
             }
             held.waiting = false;
