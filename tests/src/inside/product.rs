@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
@@ -130,6 +131,27 @@ impl Ended {
         let last = self.stderr.lines().rev().find(|line| !line.trim().is_empty());
         last.unwrap_or("(it said nothing)").trim().to_owned()
     }
+}
+
+/// A VM, as a cloudlet lists it.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub(crate) struct Seen {
+    /// What it does.
+    pub(crate) state: String,
+    /// Who may run it; none while it has no record.
+    #[serde(default)]
+    pub(crate) record: Option<SeenRecord>,
+}
+
+/// Of an ownership record, what can be compared with another cloudlet's.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub(crate) struct SeenRecord {
+    /// The VM's identity, the same wherever it runs.
+    pub(crate) vm_id: String,
+    /// How often it has changed hands.
+    pub(crate) epoch: u64,
+    /// Whether it may run there.
+    pub(crate) may_run: bool,
 }
 
 impl Cloudlet {
@@ -276,10 +298,13 @@ impl Cloudlet {
 
     /// States of all VMs here.
     pub(crate) fn states(&self) -> Result<Vec<String>> {
+        Ok(self.seen()?.into_iter().map(|vm| vm.state).collect())
+    }
+
+    /// Its VMs: what each does, and what its record says.
+    pub(crate) fn seen(&self) -> Result<Vec<Seen>> {
         let list = self.json(&["vm", "ls"])?;
-        let vms = list.as_array().context("howdah --json vm ls printed no list")?;
-        let state = |vm: &Value| vm.get("state").and_then(Value::as_str).map(str::to_owned);
-        vms.iter().map(|vm| state(vm).context("a VM without a state")).collect()
+        serde_json::from_value(list).context("howdah --json vm ls printed no list of VMs")
     }
 
     /// The report of the VM's last handoff.

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use self::{
     lives::Lives,
     moment::{resume_stopped, strike, wait_for},
-    recovery::Settled,
+    recovery::{Settled, Source},
 };
 use super::{
     checks::{Records, is_clean, shut_down},
@@ -170,6 +170,12 @@ impl<'a> Trial<'a> {
         }
     }
 
+    /// Whether the source's process lives: A's, where every guest begins.
+    fn source(&self) -> Source {
+        let killed = self.case.hits.iter().any(|hit| hit.kills() == Some(Side::A));
+        if killed { Source::Killed } else { Source::Lives }
+    }
+
     fn cloudlet_mut(&mut self, side: Side) -> &mut Cloudlet {
         match side {
             Side::A => &mut self.a,
@@ -218,7 +224,7 @@ impl<'a> Trial<'a> {
         let (returned, returned_ns) = (Instant::now(), monotonic_ns()?);
         self.done(verdict, "return");
         self.bring_back(verdict)?;
-        let settled = recovery::settle(&self.a, &self.b, &mut handoff)?;
+        let settled = recovery::settle(&self.a, &self.b, &mut handoff, self.source())?;
         let ended = handoff.wait(HANDOFF_ENDS)?;
         self.done(verdict, "settled");
         verdict.total_ms = serde_json::from_str(&ended.stdout)
@@ -350,7 +356,7 @@ impl<'a> Trial<'a> {
         let twice = watched.summary.duplicates;
         verdict.check("answers-once", twice == 0, format!("{twice} probes answered twice"));
         let still = recovery::states(&self.a, &self.b)?;
-        verdict.check("still-one-owner", still.home() == Some(home), still.detail());
+        verdict.check("still-one-owner", still.home(self.source()) == Some(home), still.detail());
         self.judge_disk(verdict, home, lives.promised.max(now.durable_seq))
     }
 

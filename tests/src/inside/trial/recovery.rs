@@ -11,7 +11,7 @@ use super::moment::resume_stopped;
 use crate::{
     inside::{
         checks::ACTIVE,
-        product::{Cloudlet, Running, VM},
+        product::{Cloudlet, Running, Seen, VM},
     },
     scenario::Side,
 };
@@ -77,15 +77,27 @@ fn run(cloudlet: &Cloudlet) -> Result<Again> {
 /// What both sides say of their VMs at one time.
 #[derive(Debug)]
 pub(super) struct States {
-    a: Vec<String>,
-    b: Vec<String>,
+    a: Vec<Seen>,
+    b: Vec<Seen>,
+}
+
+/// Whether anybody is left who could say that a handoff is over.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Source {
+    /// The process that gave it up lives, and says so.
+    Lives,
+    /// It was killed. The record of the next one says that the guest is its own, and not to whom it
+    /// was once offered.
+    Killed,
 }
 
 impl States {
     /// Where the guest runs, if it runs on one side and the other has no part in it any more.
-    pub(super) fn home(&self) -> Option<Side> {
-        let only = |here: &[String], there: &[String]| {
-            here.iter().any(|state| state == "running") && active(here) == 1 && active(there) == 0
+    pub(super) fn home(&self, source: Source) -> Option<Side> {
+        let only = |here: &[Seen], there: &[Seen]| {
+            let Some(runs) = here.iter().find(|vm| vm.state == "running") else { return false };
+            let waits = |vm: &&Seen| source == Source::Killed && waits_in_vain(vm, runs);
+            active(here) == 1 && active(there) == there.iter().filter(waits).count()
         };
         match (only(&self.a, &self.b), only(&self.b, &self.a)) {
             (true, false) => Some(Side::A),
@@ -96,25 +108,38 @@ impl States {
 
     /// Whether both say that it runs.
     fn two(&self) -> bool {
-        let runs = |states: &[String]| states.iter().any(|state| state == "running");
+        let runs = |vms: &[Seen]| vms.iter().any(|vm| vm.state == "running");
         runs(&self.a) && runs(&self.b)
     }
 
     /// In words.
     pub(super) fn detail(&self) -> String {
-        format!("VMs on A: {:?}, on B: {:?}", self.a, self.b)
+        let list = |vms: &[Seen]| vms.iter().map(|vm| vm.state.clone()).collect::<Vec<_>>();
+        format!("VMs on A: {:?}, on B: {:?}", list(&self.a), list(&self.b))
     }
 }
 
-fn active(states: &[String]) -> usize {
-    states.iter().filter(|state| ACTIVE.contains(&state.as_str())).count()
+fn active(vms: &[Seen]) -> usize {
+    vms.iter().filter(|vm| ACTIVE.contains(&vm.state.as_str())).count()
+}
+
+/// Whether a copy comes in of a guest that runs elsewhere under a higher epoch. It can never own: it would
+/// have to be told Commit of its epoch, by a source whose record says so. The source's record is beyond
+/// that epoch, because it left that handoff by writing that it keeps the guest, and no record goes
+/// back. The copy takes room until nobody has asked for it for long enough, or until the next handoff
+/// takes its place; that is all.
+fn waits_in_vain(copy: &Seen, runs: &Seen) -> bool {
+    let (Some(copied), Some(owned)) = (&copy.record, &runs.record) else { return false };
+    let same = copied.vm_id == owned.vm_id;
+    let beyond = owned.may_run && !copied.may_run && owned.epoch > copied.epoch;
+    copy.state == "receiving" && same && beyond
 }
 
 /// Asks both sides, at once.
 pub(super) fn states(a: &Cloudlet, b: &Cloudlet) -> Result<States> {
     thread::scope(|scope| {
-        let of_a = scope.spawn(|| a.states());
-        let b = b.states()?;
+        let of_a = scope.spawn(|| a.seen());
+        let b = b.seen()?;
         let a = of_a.join().map_err(|_| anyhow!("asking A panicked"))??;
         Ok(States { a, b })
     })
@@ -131,7 +156,12 @@ pub(super) struct Settled {
 }
 
 /// Waits until the handoff is over, and the guest runs on one side and on no other.
-pub(super) fn settle(a: &Cloudlet, b: &Cloudlet, handoff: &mut Running) -> Result<Settled> {
+pub(super) fn settle(
+    a: &Cloudlet,
+    b: &Cloudlet,
+    handoff: &mut Running,
+    source: Source,
+) -> Result<Settled> {
     let started = Instant::now();
     let mut ever_two = false;
     let mut home: Option<(Side, Instant)> = None;
@@ -142,7 +172,7 @@ pub(super) fn settle(a: &Cloudlet, b: &Cloudlet, handoff: &mut Running) -> Resul
         let over = handoff.ended()?;
         let states = states(a, b).context("asking both sides")?;
         ever_two |= states.two();
-        home = match (home, states.home()) {
+        home = match (home, states.home(source)) {
             (Some((was, since)), Some(is)) if was == is => Some((was, since)),
             (_, is) => is.map(|side| (side, Instant::now())),
         };
@@ -156,20 +186,68 @@ pub(super) fn settle(a: &Cloudlet, b: &Cloudlet, handoff: &mut Running) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inside::product::SeenRecord;
+
+    fn vm(state: &str, record: Option<(u64, bool)>) -> Seen {
+        let record =
+            record.map(|(epoch, may_run)| SeenRecord { vm_id: "aa".into(), epoch, may_run });
+        Seen { state: state.into(), record }
+    }
 
     fn states(a: &[&str], b: &[&str]) -> States {
-        let own = |states: &[&str]| states.iter().map(|state| (*state).to_owned()).collect();
+        let own = |states: &[&str]| states.iter().map(|state| vm(state, None)).collect();
         States { a: own(a), b: own(b) }
     }
 
     #[test]
     fn a_home_is_where_it_runs_alone() {
-        assert_eq!(states(&["running"], &[]).home(), Some(Side::A));
-        assert_eq!(states(&["handed-off"], &["running"]).home(), Some(Side::B));
-        assert_eq!(states(&["handing-off"], &["running"]).home(), None);
-        assert_eq!(states(&["handing-off"], &["receiving"]).home(), None);
-        assert_eq!(states(&["interrupted"], &["declined"]).home(), None);
+        for source in [Source::Lives, Source::Killed] {
+            let home = |a: &[&str], b: &[&str]| states(a, b).home(source);
+            assert_eq!(home(&["running"], &[]), Some(Side::A));
+            assert_eq!(home(&["handed-off"], &["running"]), Some(Side::B));
+            assert_eq!(home(&["handing-off"], &["running"]), None);
+            assert_eq!(home(&["handing-off"], &["receiving"]), None);
+            assert_eq!(home(&["running"], &["receiving"]), None);
+            assert_eq!(home(&["interrupted"], &["declined"]), None);
+        }
         assert!(states(&["running"], &["running"]).two());
         assert!(!states(&["in-doubt"], &["running"]).two());
+    }
+
+    /// Beside a guest that runs under this record on A, B has this copy.
+    fn home(owner: Seen, copy: Seen, source: Source) -> Option<Side> {
+        States { a: vec![owner], b: vec![copy] }.home(source)
+    }
+
+    #[test]
+    fn a_copy_that_can_never_own_is_no_part_of_it_where_nobody_can_say_so() {
+        use Source::{Killed, Lives};
+        let owner = || vm("running", Some((3, true)));
+        let copy = |epoch| vm("receiving", Some((epoch, false)));
+        assert_eq!(home(owner(), copy(2), Killed), Some(Side::A));
+        assert_eq!(home(owner(), copy(2), Lives), None, "whoever lives says so");
+        // It may be told Commit yet, or owns it already.
+        for copy in [copy(3), copy(4), vm("receiving", Some((2, true))), vm("receiving", None)] {
+            assert_eq!(home(owner(), copy.clone(), Killed), None, "{copy:?}");
+        }
+        for state in ["starting", "paused", "running", "handing-off", "not answering"] {
+            let copy = vm(state, Some((2, false)));
+            assert_eq!(home(owner(), copy, Killed), None, "{state}");
+        }
+        let mut other = copy(2);
+        other.record.as_mut().unwrap().vm_id = "bb".into();
+        assert_eq!(home(owner(), other, Killed), None);
+        for owner in [vm("handing-off", Some((3, true))), vm("running", Some((3, false)))] {
+            assert_eq!(home(owner, copy(2), Killed), None);
+        }
+    }
+
+    #[test]
+    fn what_a_cloudlet_lists_is_read() {
+        let listed = r#"[{"name":"a","state":"running","record":{"vm_id":"aa","epoch":3,
+            "ownership":"owner of epoch 3","may_run":true},"kept_bytes":7},
+            {"name":"b","state":"damaged","problems":["?"]}]"#;
+        let seen: Vec<Seen> = serde_json::from_str(listed).unwrap();
+        assert_eq!(seen, [vm("running", Some((3, true))), vm("damaged", None)]);
     }
 }
