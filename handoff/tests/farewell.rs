@@ -311,3 +311,28 @@ fn what_a_record_says_ends_it() {
         }
     }
 }
+
+/// Something in between closes the link behind the word, and it never arrived.
+#[test]
+fn a_link_that_was_closed_proves_nothing() {
+    let handoff = Question { vm: VM, handoff: HandoffId([7; 16]), epoch: Epoch(2) };
+    let untold = Untold { handoff, reason: "cancelled".into(), patience: LONG };
+    let state = State::Receiving { handoff: handoff.handoff, peer: "source".into() };
+    let record = Record { vm: VM, epoch: handoff.epoch, state };
+    let mut pair = Pair::new();
+    Journal::open(&pair.theirs).unwrap().write(record.clone()).unwrap();
+    let (connect, Ends { links, theirs, .. }) = pair.parts();
+    thread::scope(|scope| {
+        let answering = scope.spawn(|| {
+            let (clock, limits) = (MonotonicClock::default(), limits());
+            let next = || accept(links.recv().unwrap(), &limits, &clock).unwrap();
+            next().answer(Some(&record)).unwrap();
+            assert_eq!(Journal::open(theirs).unwrap().record(), Some(&record));
+            next().settle(&mut Journal::open(theirs).unwrap(), &limits, &clock).unwrap();
+        });
+        let (_stop, stopped) = bounded(0);
+        assert_eq!(farewell(&untold, connect, &stopped), Farewell::Heard);
+        answering.join().unwrap();
+    });
+    assert!(matches!(pair.target_record().unwrap().state, State::Declined { .. }));
+}

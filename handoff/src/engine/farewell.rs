@@ -113,9 +113,7 @@ pub fn say_farewell<C: Connect>(
     let deadline = clock.now() + untold.patience;
     let limits = Limits { connect: limits.attempt, ..limits.clone() };
     let asking = Asking { vm_name, limits: &limits, clock };
-    // What it does not know yet it may be about to take.
-    let mut unknown = false;
-    let mut misses = 0;
+    let (mut told, mut misses) = (false, 0);
     loop {
         let wait = limits.retry.wait(misses, rand::random());
         match stop.recv_timeout(wait) {
@@ -125,7 +123,13 @@ pub fn say_farewell<C: Connect>(
         misses = misses.saturating_add(1);
         let why = match tell(untold, connect, asking) {
             Ok(Verdict::Owner) => return Farewell::TakenThere,
-            Ok(Verdict::Unknown) if !std::mem::replace(&mut unknown, true) => {
+            // Told now. That it was heard is for its next answer to say: a link can be closed by others.
+            Ok(Verdict::Prepared) => {
+                told = true;
+                "it has not confirmed that it heard".into()
+            }
+            // What it does not know yet it may be about to take.
+            Ok(Verdict::Unknown) if !std::mem::replace(&mut told, true) => {
                 "it does not know the handoff".into()
             }
             Ok(_) => return Farewell::Heard,
@@ -137,7 +141,7 @@ pub fn say_farewell<C: Connect>(
     }
 }
 
-/// One attempt: how the target stands once it was told; why that is not known.
+/// One attempt: how the target stood before it was told; why that is not known.
 fn tell<C: Connect>(
     untold: &Untold,
     connect: &mut C,
@@ -158,7 +162,7 @@ fn tell<C: Connect>(
     };
     if verdict == Verdict::Prepared {
         talk.say(&Frame::Abort { handoff, reason: untold.reason.clone() })?;
-        // It closes the link when it has acted on that. If it does not, it is asked again.
+        // It closes the link when it has acted on that.
         talk.await_close(clock.now() + limits.release, clock)?;
     }
     Ok(verdict)
