@@ -160,7 +160,11 @@ impl Estimates {
             mode: state.mode,
             s_per_byte: (state.cost.mean + self.speed.mean).exp().clamp(1e-12, 1e-1)
                 * self.contention.clamp(1.0, 1e3),
-            ratio: ratio_at(self.savings, state.ratio.mean),
+            // What is sent as it is does not shrink, however well the data would.
+            ratio: match state.mode {
+                Mode::NONE => 1.0,
+                _ => ratio_at(self.savings, state.ratio.mean),
+            },
             cost_within: (state.cost.var + self.speed.var).sqrt().exp(),
             ratio_within: state.ratio.var.sqrt(),
             measured_bytes: state.measured_bytes,

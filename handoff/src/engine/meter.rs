@@ -367,10 +367,10 @@ impl<'a> Meter<'a> {
     }
 
     /// Bytes on the link for each of `dirty` chunks, `unsent` of which the target has no version of:
-    /// those go in full.
+    /// those go in full, as many of them as a later round found to be news.
     fn bytes_per_chunk(&self, dirty: u64, unsent: u64) -> f64 {
         let again = self.pace.bytes_per_dirty_chunk();
-        let full = self.codec_ratio() * CHUNK_SIZE as f64;
+        let full = self.codec_ratio() * CHUNK_SIZE as f64 * self.pace.news_share();
         if full <= again {
             return again;
         }

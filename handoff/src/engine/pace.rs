@@ -82,9 +82,7 @@ impl Pace {
     /// The first round has page cache, zeros and what the target knows in it, which later ones have
     /// not: they tell more of what is to come, if enough was sent in them.
     pub(super) fn bytes_per_dirty_chunk(&self) -> f64 {
-        let later = self.laps.get(1..).unwrap_or_default();
-        let newest = later.iter().rev().find(|lap| lap.sent() >= ENOUGH_CHUNKS);
-        if let Some(lap) = newest {
+        if let Some(lap) = self.later() {
             return ratio(lap.segment_bytes() as f64, lap.looked_at() as f64);
         }
         let sum = |of: fn(&Lap) -> u64| self.laps.iter().map(of).sum::<u64>() as f64;
@@ -94,6 +92,18 @@ impl Pace {
     /// The same in the midst of a round: of all that was looked at and has been compressed so far.
     pub(super) fn bytes_per_chunk_so_far(&self, now: Reading) -> f64 {
         ratio(now.segment_bytes as f64, now.looked_at as f64)
+    }
+
+    /// The newest round but the first in which enough was sent.
+    fn later(&self) -> Option<&Lap> {
+        let later = self.laps.get(1..).unwrap_or_default();
+        later.iter().rev().find(|lap| lap.sent() >= ENOUGH_CHUNKS)
+    }
+
+    /// How many of the chunks that become dirty are not just what the target holds; 0 before a later
+    /// round told.
+    pub(super) fn news_share(&self) -> f64 {
+        self.later().map_or(0.0, |lap| ratio(lap.sent() as f64, lap.looked_at() as f64))
     }
 
     /// Chunks a second that reading, classifying and packing manage when nothing makes them wait;
@@ -171,6 +181,8 @@ mod tests {
         assert_eq!(pace(&[(1000, 1000, 10_000), (60, 50, 6000)]).0.bytes_per_dirty_chunk(), 100.0);
         assert_eq!(pace(&[(1000, 980, 98_000), (20, 20, 2000)]).0.bytes_per_dirty_chunk(), 100.0);
         assert_eq!(pace(&[]).0.bytes_per_dirty_chunk(), 0.0);
+        assert_eq!(pace(&[(1000, 1000, 10_000), (60, 45, 6000)]).0.news_share(), 0.75);
+        assert_eq!(pace(&[(1000, 980, 98_000), (20, 20, 2000)]).0.news_share(), 0.0);
     }
 
     #[test]
