@@ -143,6 +143,30 @@ impl RoundOrder {
         before - self.remaining + self.last.as_mut().map_or(0, |last| last.leave_out(chunks))
     }
 
+    /// Puts what is next to `dirty` chunks and has not been taken behind all but what goes last anyway:
+    /// what a guest writes next is mostly near what it wrote.
+    pub fn put_off(&mut self, dirty: &ChunkSet) {
+        let mut near = ChunkSet::new(self.left.geometry());
+        for space in [Space::Ram, Space::Disk] {
+            for word in (0..dirty.word_count(space)).filter(|word| dirty.word(space, *word) != 0) {
+                near.insert_word(space, word as usize, self.left.word(space, word));
+            }
+        }
+        if near.is_empty() {
+            return;
+        }
+        near.iter().for_each(|id| self.left.remove(id));
+        self.remaining -= near.len();
+        match &mut self.last {
+            None => self.last = Some(Box::new(Self::ascending(near))),
+            Some(last) => {
+                last.left.union(&near);
+                last.remaining = last.left.len();
+                last.words.append(&mut Self::ascending(near).words);
+            }
+        }
+    }
+
     /// The chunks that have not been taken: an abort puts them back.
     pub fn into_rest(self) -> ChunkSet {
         let mut rest = self.left;
@@ -234,6 +258,21 @@ mod tests {
             assert!(sent[first_hot..].iter().all(|id| hot.contains(*id)));
             assert_eq!(order.into_rest().len(), 8);
         }
+    }
+
+    #[test]
+    fn what_is_near_dirty_chunks_waits() {
+        let ram =
+            |range: std::ops::Range<u64>| set_of(&range.map(|i| (false, i)).collect::<Vec<_>>());
+        let mut order = RoundOrder::hot_last(ram(0..640), &ram(600..610), Sequence::Ascending);
+        order.by_ref().take(10).for_each(drop);
+        order.put_off(&ram(70..71));
+        order.put_off(&ram(3..4));
+        order.put_off(&ram(70..71));
+        assert_eq!(order.remaining(), 630);
+        let sent: Vec<u64> = order.map(|id| id.index).collect();
+        let expected = [128..600, 610..640, 10..64, 64..128, 600..610];
+        assert_eq!(sent, expected.into_iter().flatten().collect::<Vec<_>>());
     }
 
     #[test]

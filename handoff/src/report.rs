@@ -165,8 +165,11 @@ pub struct Round {
     /// When it began, counted as [`Report::total_ms`] is.
     #[serde(default)]
     pub began_ms: f64,
-    /// Chunks that it looked at.
+    /// Chunks that it had to look at.
     pub chunks: u64,
+    /// Those of them that it left out after all: dirty again before their turn, or free by then.
+    #[serde(default)]
+    pub left_out: u64,
     /// Bytes that it put on the link.
     pub bytes: u64,
     /// From its harvest to its last segment handed over.

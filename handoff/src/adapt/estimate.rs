@@ -40,6 +40,9 @@ const MOST_PIECES: f64 = 5.0;
 const WINDOW_BYTES: f64 = 8e6;
 /// What the prior counts for in that.
 const PRIOR_BYTES: f64 = 64e3;
+/// Bodies that follow each other are of one kind: so many of them say of a mode what one would, taken
+/// from anywhere. Else a mode is blamed for the part of the guest that it happened to meet.
+const ALIKE: f64 = 4.0;
 /// Contention is a mean over so much time of workers.
 const CONTENTION_S: f64 = 0.2;
 /// A longer gap between two measurements tells no more than this.
@@ -133,7 +136,7 @@ impl Estimates {
         let Some(at) = self.position(trial.mode) else { return };
         let Some(here) = savings(seen.ratio, self.modes[at].ratio.mean) else { return };
         let off = here - self.savings;
-        self.modes[at].compare(self.savings, seen.ratio, self.savings_var);
+        self.modes[at].compare(self.savings, seen.ratio, self.savings_var * ALIKE);
         self.savings_bytes = (self.savings_bytes + seen.bytes).min(WINDOW_BYTES);
         let gain = (seen.bytes / self.savings_bytes).min(1.0);
         self.savings += gain * off;

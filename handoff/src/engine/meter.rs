@@ -249,6 +249,9 @@ impl<'a> Meter<'a> {
 
     /// So many chunks of the round need not be looked at.
     pub(super) fn left_out(&mut self, chunks: u64) {
+        if let Some(round) = self.rounds.last_mut() {
+            round.left_out += chunks;
+        }
         self.line.remaining_chunks = self.line.remaining_chunks.saturating_sub(chunks);
     }
 

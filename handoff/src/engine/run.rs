@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Bases, ChunkSet, Geometry, SourceVm, StateTable,
-    order::RoundOrder,
+    order::{RoundOrder, Sequence},
     ownership::{
         Guest, Journal, Question,
         source::{self, Event},
@@ -258,6 +258,9 @@ impl Run<'_> {
         let dirty = self.guest.vm.peek_dirty().map_err(failed("looking at changed memory"))?;
         self.pipe.meter.dirtied(dirty.len());
         let left_out = self.again.leave_out(order, &dirty, self.versions_pay());
+        if self.options.order == Sequence::Random {
+            order.put_off(&dirty);
+        }
         self.pipe.meter.left_out(left_out);
         self.again.looked(began, self.pipe.clock.now());
         Ok(self.pipe.meter.must_break_off(order.remaining() + dirty.len()))
