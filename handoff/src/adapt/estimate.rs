@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use super::{Trial, prior};
-use crate::stage::Mode;
+use crate::stage::{Codec, Mode};
 
 /// How far the machine may be from the one of the prior, as a logarithm's variance: 5 times either way.
 const SPEED_VAR: f64 = 2.6;
@@ -27,10 +27,17 @@ const COST_DRIFT: f64 = 0.002;
 const COST_NOISE: f64 = 0.02;
 /// Of less than this, the fixed cost of a body is most of its cost.
 const SMALL_BYTES: f64 = 65_536.0;
-/// How far a mode's ratio may be from the prior.
+/// How far a mode's ratio may be from the prior, and how much that may change in a second.
 const RATIO_VAR: f64 = 0.006;
-/// How much that may change in a second.
 const RATIO_DRIFT: f64 = 2e-5;
+/// The part of that which the levels of a codec have in common. What levels of zstd bring against each
+/// other is much the same everywhere; what an effort of xz brings, and how far it sees, depends on the data.
+fn shared(codec: Codec) -> f64 {
+    match codec {
+        Codec::Zstd => 0.83,
+        _ => 0.0,
+    }
+}
 /// How well two modes are compared on the same body, and what half of it tells less than all, a third
 /// twice that, and so on.
 const PAIRED_NOISE: f64 = 2e-4;
@@ -40,9 +47,6 @@ const MOST_PIECES: f64 = 5.0;
 const WINDOW_BYTES: f64 = 8e6;
 /// What the prior counts for in that.
 const PRIOR_BYTES: f64 = 64e3;
-/// Bodies that follow each other are of one kind: so many of them say of a mode what one would, taken
-/// from anywhere. Else a mode is blamed for the part of the guest that it happened to meet.
-const ALIKE: f64 = 4.0;
 /// Contention is a mean over so much time of workers.
 const CONTENTION_S: f64 = 0.2;
 /// A longer gap between two measurements tells no more than this.
@@ -82,7 +86,7 @@ struct ModeState {
     mode: Mode,
     /// Logarithm of CPU seconds a byte, at speed 0.
     cost: Belief,
-    /// Bytes out for each in, at savings 1.
+    /// Bytes out for each in, at savings 1, but for what all levels of its codec have in common.
     ratio: Belief,
     measured_bytes: u64,
 }
@@ -91,6 +95,8 @@ struct ModeState {
 #[derive(Clone, Debug)]
 pub(super) struct Estimates {
     modes: Vec<ModeState>,
+    /// How far the ratios of each codec are from the prior.
+    codecs: [Belief; Codec::ALL.len()],
     /// Logarithm of how much longer everything takes than the prior says.
     speed: Belief,
     /// Wall time of a worker for each second of its CPU time.
@@ -111,12 +117,13 @@ impl Estimates {
             ModeState {
                 mode: *mode,
                 cost: Belief { mean: prior.cpu_s_per_byte.ln(), var: COST_VAR },
-                ratio: Belief { mean: prior.ratio, var: RATIO_VAR },
+                ratio: Belief { mean: prior.ratio, var: RATIO_VAR * (1.0 - shared(mode.codec())) },
                 measured_bytes: 0,
             }
         };
         Self {
             modes: modes.iter().map(state).collect(),
+            codecs: Codec::ALL.map(|codec| Belief { mean: 0.0, var: RATIO_VAR * shared(codec) }),
             speed: Belief { mean: 0.0, var: SPEED_VAR },
             contention: 1.0,
             savings: 1.0,
@@ -134,9 +141,9 @@ impl Estimates {
         let gain = 1.0 - (-seen.took_s.min(60.0) / CONTENTION_S).exp();
         self.contention += gain * (seen.contention - self.contention);
         let Some(at) = self.position(trial.mode) else { return };
-        let Some(here) = savings(seen.ratio, self.modes[at].ratio.mean) else { return };
+        let Some(here) = savings(seen.ratio, self.ratio(&self.modes[at])) else { return };
         let off = here - self.savings;
-        self.modes[at].compare(self.savings, seen.ratio, self.savings_var * ALIKE);
+        self.compare(at, self.savings, seen.ratio, self.savings_var);
         self.savings_bytes = (self.savings_bytes + seen.bytes).min(WINDOW_BYTES);
         let gain = (seen.bytes / self.savings_bytes).min(1.0);
         self.savings += gain * off;
@@ -149,11 +156,11 @@ impl Estimates {
         let Some(seen) = Seen::of(sample) else { return };
         self.cost(sample.mode, &seen);
         let (Some(whole), Some(known)) = (Seen::of(body), self.position(body.mode)) else { return };
-        let Some(here) = savings(whole.ratio, self.modes[known].ratio.mean) else { return };
+        let Some(here) = savings(whole.ratio, self.ratio(&self.modes[known])) else { return };
         let rest = (whole.bytes / seen.bytes.max(1.0) - 1.0).clamp(0.0, MOST_PIECES);
         let noise = PAIRED_NOISE + PIECE_NOISE * rest;
         if let Some(at) = self.position(sample.mode) {
-            self.modes[at].compare(here, seen.ratio, noise);
+            self.compare(at, here, seen.ratio, noise);
         }
     }
 
@@ -166,10 +173,10 @@ impl Estimates {
             // What is sent as it is does not shrink, however well the data would.
             ratio: match state.mode {
                 Mode::NONE => 1.0,
-                _ => ratio_at(self.savings, state.ratio.mean),
+                _ => ratio_at(self.savings, self.ratio(state)),
             },
             cost_within: (state.cost.var + self.speed.var).sqrt().exp(),
-            ratio_within: state.ratio.var.sqrt(),
+            ratio_within: (state.ratio.var + self.codec(state.mode).var).sqrt(),
             measured_bytes: state.measured_bytes,
         })
     }
@@ -190,7 +197,11 @@ impl Estimates {
         self.speed.drift(SPEED_DRIFT * gap, SPEED_VAR);
         for state in &mut self.modes {
             state.cost.drift(COST_DRIFT * gap, COST_VAR);
-            state.ratio.drift(RATIO_DRIFT * gap, RATIO_VAR);
+            let own = 1.0 - shared(state.mode.codec());
+            state.ratio.drift(RATIO_DRIFT * gap * own, RATIO_VAR * own);
+        }
+        for (codec, belief) in Codec::ALL.into_iter().zip(&mut self.codecs) {
+            belief.drift(RATIO_DRIFT * gap * shared(codec), RATIO_VAR * shared(codec));
         }
     }
 
@@ -212,18 +223,34 @@ impl Estimates {
     }
 }
 
-impl ModeState {
-    /// The mode left `seen` of something of these savings, which are known with this variance.
-    fn compare(&mut self, savings: f64, seen: f64, noise: f64) {
+impl Estimates {
+    fn codec(&self, mode: Mode) -> Belief {
+        self.codecs[mode.codec() as usize]
+    }
+
+    /// Bytes out for each in, at savings 1.
+    fn ratio(&self, state: &ModeState) -> f64 {
+        (state.ratio.mean + self.codec(state.mode).mean).clamp(0.002, 1.0)
+    }
+
+    /// A mode left `seen` of something of these savings, which are known with this variance. What is
+    /// off is in part the level's, in part its codec's.
+    fn compare(&mut self, at: usize, savings: f64, seen: f64, noise: f64) {
+        let Some(state) = self.modes.get(at) else { return };
+        let expected = ratio_at(savings, self.ratio(state));
         // How much of the mode's own ratio shows in what is left.
         let shows = if savings <= 1.0 { savings } else { 2.0 - savings };
-        if shows < 0.1 || self.mode == Mode::NONE {
+        if shows < 0.1 || state.mode == Mode::NONE {
             return;
         }
-        let off = (seen - ratio_at(savings, self.ratio.mean)) / shows;
-        let gain = self.ratio.var / (self.ratio.var + noise / (shows * shows));
-        self.ratio.mean = (self.ratio.mean + gain * off).clamp(0.002, 0.98);
-        self.ratio.var *= 1.0 - gain;
+        let off = (seen - expected) / shows;
+        let codec = state.mode.codec() as usize;
+        let var = state.ratio.var + self.codecs[codec].var + noise / (shows * shows);
+        for belief in [&mut self.modes[at].ratio, &mut self.codecs[codec]] {
+            let gain = belief.var / var;
+            belief.mean = (belief.mean + gain * off).clamp(-0.98, 0.98);
+            belief.var *= 1.0 - gain;
+        }
     }
 }
 

@@ -225,7 +225,6 @@ impl Machine<'_> {
         args
     }
 
-    /// The end of the console and what QEMU said, on one line.
     /// What its kernel says of a CPU that does nothing else any more. No scenario gets over that, and
     /// waiting for its end would take minutes.
     fn stuck(&self) -> Option<String> {
@@ -233,6 +232,7 @@ impl Machine<'_> {
         stuck_in(&String::from_utf8_lossy(&text)).map(str::to_owned)
     }
 
+    /// The end of the console and what QEMU said, on one line: of a panic, how it began and its name.
     fn last_words(&self) -> String {
         let tail = |path: &Path| {
             let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
@@ -240,7 +240,12 @@ impl Machine<'_> {
                 text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
             if lines.iter().any(|line| line.contains("Kernel panic")) {
                 let telling = |line: &&&str| PANIC.iter().any(|words| line.contains(words));
-                return lines.iter().filter(telling).copied().collect::<Vec<_>>().join(" | ");
+                let mut words: Vec<&str> = lines.iter().filter(telling).copied().collect();
+                let (first, last) = (2, words.len().saturating_sub(1));
+                if last > first {
+                    words.drain(first..last);
+                }
+                return words.join(" | ");
             }
             let last = lines.len().saturating_sub(LAST_WORDS);
             lines.iter().skip(last).copied().collect::<Vec<_>>().join(" | ")
