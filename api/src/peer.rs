@@ -11,6 +11,12 @@ pub struct Rights {
     pub send: bool,
     /// Be handed VMs of this cloudlet.
     pub receive: bool,
+    /// Bring bases to this cloudlet.
+    #[serde(default)]
+    pub push: bool,
+    /// Have bases of this cloudlet.
+    #[serde(default)]
+    pub pull: bool,
 }
 
 /// A cloudlet that is known.

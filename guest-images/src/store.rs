@@ -13,6 +13,7 @@
 
 mod import;
 mod ledger;
+mod reception;
 #[cfg(test)]
 pub(crate) mod tests;
 mod verify;
@@ -31,6 +32,7 @@ use nix::fcntl::FlockArg;
 
 pub use self::{
     import::{ImportSpec, MemorySpec},
+    reception::{Hashed, RECEIVED_SLAB_CHUNKS, Reception, ReceptionError},
     verify::{MAX_NAMED_CHUNKS, Problem},
 };
 use crate::{
@@ -297,6 +299,31 @@ impl Store {
         self.sync(NAMES)
     }
 
+    /// The id that a name stands for, if there is such a name.
+    pub fn resolve_name(&self, name: &str) -> Result<Option<BaseId>, StoreError> {
+        check_name(name)?;
+        self.named(name)
+    }
+
+    /// Where a base is, or would be.
+    pub fn base_path(&self, id: &BaseId) -> PathBuf {
+        self.base_dir(id)
+    }
+
+    /// Whether a base could be removed now: [`StoreError::InUse`] while any process has it open.
+    pub fn in_use(&self, id: &BaseId) -> Result<(), StoreError> {
+        let dir = self.base_dir(id);
+        match File::open(dir.join(MANIFEST_FILE)) {
+            Ok(manifest) => exclusive(manifest, id, &dir).map(drop),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Where a part of a base is, or would be.
+    pub fn part_path(&self, id: &BaseId, part: Part) -> PathBuf {
+        self.base_dir(id).join(part.file_name())
+    }
+
     fn base_dir(&self, id: &BaseId) -> PathBuf {
         self.dir.join(BASES).join(id.to_string())
     }
@@ -403,7 +430,8 @@ fn exclusive(manifest: File, id: &BaseId, dir: &Path) -> Result<Lock, StoreError
     })
 }
 
-fn is_name(name: &str) -> bool {
+/// Whether a base can be called that.
+pub fn is_name(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
     name.len() <= MAX_NAME_BYTES
         && name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())

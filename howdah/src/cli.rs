@@ -185,16 +185,55 @@ pub(crate) enum BaseCommand {
     /// List bases
     #[command(visible_alias = "list")]
     Ls,
+    /// Give a base to a peer: what it lacks of it
+    ///
+    /// Chunks that the peer holds in any of its bases do not travel. A link that breaks costs what was
+    /// under way: the same command goes on. The peer must let this cloudlet (`howdah peer add
+    /// --may push`, there).
+    Push(BasePushArgs),
+    /// Fetch a base from a peer: what is lacking here
+    ///
+    /// As push, the other way round (`howdah peer add --may pull`, there). A name that exists here moves
+    /// to what was fetched.
+    Pull(BasePushArgs),
     /// Read all of a base and compare it with its manifest
     Verify {
         /// Name or id of the base
         name: String,
+        /// If it is damaged, mend it with what this peer has of it
+        #[arg(long, value_name = "PEER")]
+        heal: Option<String>,
     },
+    /// Remove the bases that nothing uses
+    ///
+    /// In use is what a VM is made from, what a process has open, and what has a name.
+    Gc(BaseGcArgs),
     /// Remove a base that no VM uses
     Rm {
         /// Name or id of the base
         name: String,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BasePushArgs {
+    /// Name or id of the base
+    pub(crate) name: String,
+    /// The peer: its name, its HOST:PORT, or NAME@HOST:PORT
+    pub(crate) peer: String,
+    /// What to call it where it comes to [default: as it is called where it comes from]
+    #[arg(long = "as", value_name = "NAME")]
+    pub(crate) called: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BaseGcArgs {
+    /// Only say what would be removed
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Remove bases with a name too, if no VM is made from them and nothing has them open
+    #[arg(long)]
+    pub(crate) named: bool,
 }
 
 #[derive(Debug, Args)]
@@ -473,6 +512,9 @@ pub(crate) struct ReceiveArgs {
     /// Disk space that must stay free after a VM was received
     #[arg(long, default_value_t = 64, value_name = "MIB")]
     pub(crate) min_free_mib: u64,
+    /// What bases that peers push may make of the store, all bases counted [default: what is free]
+    #[arg(long, value_name = "GIB")]
+    pub(crate) base_quota_gib: Option<u64>,
     /// Threads that decode what comes, for each VM [default: one for each core, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=4))]
     pub(crate) workers: Option<u8>,

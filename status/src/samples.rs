@@ -127,7 +127,7 @@ pub(crate) fn snapshot() -> Snapshot {
             name: "b".into(),
             key: "howdah:xyz".into(),
             address: Some("10.0.0.2:7070".into()),
-            rights: Rights { send: true, receive: true },
+            rights: Rights { send: true, receive: true, push: false, pull: false },
             bases: None,
             until: None,
         }],

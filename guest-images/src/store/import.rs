@@ -82,22 +82,31 @@ impl Store {
         let finished = workshop.finish(self)?;
 
         let id = manifest.id();
-        self.place(&finished.0, &id)?;
+        self.place_base(&finished.0, &id, false)?;
         drop(under_way);
         self.name(&spec.name, &id)?;
         Ok(id)
     }
 
-    /// Moves a finished base to where it belongs.
-    fn place(&self, finished: &Path, id: &BaseId) -> Result<(), StoreError> {
+    /// Moves a finished base to where it belongs. One that is there stays, unless it does not open or is
+    /// to be replaced; who has that open goes on with its files.
+    pub(super) fn place_base(
+        &self,
+        finished: &Path,
+        id: &BaseId,
+        replace: bool,
+    ) -> Result<(), StoreError> {
         let dir = self.base_dir(id);
         match fs::rename(finished, &dir) {
             Ok(()) => return self.sync(BASES),
             Err(error) if !dir.is_dir() => return Err(StoreError::io("creating", &dir)(error)),
             Err(_) => {}
         }
-        let Err(damage) = Base::open(&dir) else { return Ok(()) };
-        tracing::warn!(%id, %damage, "replacing a damaged base");
+        match Base::open(&dir) {
+            Ok(_) if !replace => return Ok(()),
+            Ok(_) => tracing::warn!(%id, "replacing a damaged base"),
+            Err(damage) => tracing::warn!(%id, %damage, "replacing a damaged base"),
+        }
         let damaged = Scratch(self.tmp_path("damaged"));
         fs::rename(&dir, &damaged.0).map_err(StoreError::io("replacing", &dir))?;
         fs::rename(finished, &dir).map_err(StoreError::io("creating", &dir))?;

@@ -140,6 +140,16 @@ impl Ledger {
         self.cloned.iter().copied().chain(self.slabs.keys().map(|(part, _)| *part))
     }
 
+    /// Whether a slab is recorded.
+    pub(super) fn has(&self, part: Part, slab: u64) -> bool {
+        self.slabs.contains_key(&(part, slab))
+    }
+
+    /// How many chunks that are not zero a recorded slab has.
+    pub(super) fn entries(&self, part: Part, slab: u64) -> usize {
+        self.slabs.get(&(part, slab)).map_or(0, |(_, count)| *count)
+    }
+
     /// Whether a part is a clone of its source.
     pub(super) fn is_cloned(&self, part: Part) -> bool {
         self.cloned.contains(&part)

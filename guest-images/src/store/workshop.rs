@@ -16,7 +16,10 @@ use super::{
     Store, StoreError, TMP,
     ledger::{self, Ledger},
 };
-use crate::{base::Part, files};
+use crate::{
+    base::{MANIFEST_FILE, Part},
+    files,
+};
 
 /// How the directories that can be gone on with are called: this, and the import's key.
 const RESUME: &str = "resume-";
@@ -113,6 +116,11 @@ impl Workshop {
         Ok(file)
     }
 
+    /// Leaves the directory to the next try.
+    pub(super) fn leave(self) {
+        std::mem::forget(self.dir);
+    }
+
     /// Ends the work: returns the directory, under a name that no other import looks at, durable
     /// and with nothing in it but the base.
     pub(super) fn finish(mut self, store: &Store) -> Result<Scratch, StoreError> {
@@ -132,7 +140,8 @@ pub(super) fn worth_keeping(left: &[PathBuf]) -> Option<&PathBuf> {
     let age_of = |path: &PathBuf| {
         let name = path.file_name()?.to_str()?;
         let meta = fs::metadata(path.join(LEDGER)).ok()?;
-        let done = meta.len() > ledger::HEADER_BYTES as u64;
+        // A reception has a manifest from the begin, and what came of a slab counts too.
+        let done = meta.len() > ledger::HEADER_BYTES as u64 || path.join(MANIFEST_FILE).exists();
         let age = SystemTime::now().duration_since(meta.modified().ok()?).unwrap_or_default();
         (name.starts_with(RESUME) && done && age < KEPT).then_some(age)
     };

@@ -9,7 +9,7 @@ use crate::{
         Guest, Journal, JournalError, OwnershipError, Record, Verdict, answer,
         target::{self, Event, Say},
     },
-    wire::{Frame, FrameReader, Hello, ReadError, Resumed, write_frame},
+    wire::{Call, Frame, FrameReader, Hello, ReadError, Resumed, write_frame},
 };
 
 /// Ticks or frames that a closing side waits for the peer to close first.
@@ -21,6 +21,40 @@ pub struct Incoming<L: Transport> {
     pub hello: Hello,
     pub(super) tx: L::Tx,
     pub(super) reader: FrameReader<L::Rx>,
+}
+
+/// A link whose first frame was read.
+pub enum Greeting<L: Transport> {
+    /// It is of a handoff.
+    Handoff(Incoming<L>),
+    /// It is for something else.
+    Call(IncomingCall<L>),
+}
+
+/// A link that is not of a handoff.
+pub struct IncomingCall<L: Transport> {
+    /// What the peer wants.
+    pub call: Call,
+    tx: L::Tx,
+    reader: FrameReader<L::Rx>,
+}
+
+/// What a link's service reads from.
+pub type CallRx<R> = io::Chain<io::Cursor<Vec<u8>>, R>;
+
+impl<L: Transport> IncomingCall<L> {
+    /// Says that the service begins, in this version, and gives it the link.
+    pub fn take(mut self, version: u32) -> io::Result<(CallRx<L::Rx>, L::Tx)> {
+        write_frame(&mut self.tx, &Frame::Called { version }, &mut Vec::new())?;
+        Ok((self.reader.into_stream(), self.tx))
+    }
+
+    /// Says no, and closes.
+    pub fn refuse(mut self, refusal: Refusal) -> io::Result<()> {
+        write_frame(&mut self.tx, &Frame::Refuse(refusal), &mut Vec::new())?;
+        linger(&mut self.reader);
+        Ok(())
+    }
 }
 
 /// Why a link that came in is of no use.
@@ -60,12 +94,29 @@ pub fn accept<L: Transport>(
     limits: &Limits,
     clock: &dyn Clock,
 ) -> Result<Incoming<L>, AcceptError> {
+    match greet(link, limits, clock)? {
+        Greeting::Handoff(incoming) => Ok(incoming),
+        Greeting::Call(_) => Err(AcceptError::NotHello("Call")),
+    }
+}
+
+/// Reads the first frame of a link that came in, within [`Limits::greeting`].
+pub fn greet<L: Transport>(
+    link: L,
+    limits: &Limits,
+    clock: &dyn Clock,
+) -> Result<Greeting<L>, AcceptError> {
     let (tx, rx) = link.split()?;
     let mut reader = FrameReader::new(rx);
     let deadline = clock.now() + limits.greeting;
     loop {
         match reader.read_frame()? {
-            Some(Frame::Hello(hello)) => return Ok(Incoming { hello: *hello, tx, reader }),
+            Some(Frame::Hello(hello)) => {
+                return Ok(Greeting::Handoff(Incoming { hello: *hello, tx, reader }));
+            }
+            Some(Frame::Call(call)) => {
+                return Ok(Greeting::Call(IncomingCall { call, tx, reader }));
+            }
             Some(other) => return Err(AcceptError::NotHello(other.name())),
             None if clock.now() >= deadline => return Err(AcceptError::Silent(limits.greeting)),
             None => {}
@@ -84,7 +135,7 @@ impl<L: Transport> Incoming<L> {
     /// Says no, and closes.
     pub fn refuse(mut self, refusal: Refusal) -> io::Result<()> {
         write_frame(&mut self.tx, &Frame::Refuse(refusal), &mut Vec::new())?;
-        self.linger();
+        linger(&mut self.reader);
         Ok(())
     }
 
@@ -97,7 +148,7 @@ impl<L: Transport> Incoming<L> {
             verdict => verdict,
         };
         self.say_verdict(verdict)?;
-        self.linger();
+        linger(&mut self.reader);
         Ok(())
     }
 
@@ -151,14 +202,14 @@ impl<L: Transport> Incoming<L> {
         let status = Frame::Status { question: self.hello.handoff, verdict };
         write_frame(&mut self.tx, &status, &mut Vec::new()).map(drop)
     }
+}
 
-    /// Lets the peer read what was said before the link is closed: closing with unread bytes on
-    /// this side may destroy it on its way.
-    fn linger(mut self) {
-        for _ in 0..LINGER_READS {
-            if self.reader.read_frame().is_err() {
-                return;
-            }
+/// Lets the peer read what was said before the link is closed: closing with unread bytes on this side
+/// may destroy it on its way.
+fn linger<R: io::Read>(reader: &mut FrameReader<R>) {
+    for _ in 0..LINGER_READS {
+        if reader.read_frame().is_err() {
+            return;
         }
     }
 }

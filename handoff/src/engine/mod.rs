@@ -40,7 +40,9 @@ mod settle;
 mod status;
 mod worker;
 
-pub use accept::{AcceptError, Incoming, SettleLinkError, accept};
+pub use accept::{
+    AcceptError, CallRx, Greeting, Incoming, IncomingCall, SettleLinkError, accept, greet,
+};
 pub use backoff::Backoff;
 pub use farewell::{Farewell, Untold, say_farewell};
 pub use options::{

@@ -4,8 +4,9 @@ use guest_images::BaseId;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    Frame, HEADER_BYTES, Hello, Intent, MAGIC, MAX_CONTROL_BYTES, MAX_HELLO_BYTES,
-    MAX_SEGMENT_BYTES, Prepare, Versions, Welcome, frame::HelloBody,
+    Frame, HEADER_BYTES, Hello, Intent, MAGIC, MAGIC_CALL, MAX_CONTROL_BYTES, MAX_HELLO_BYTES,
+    MAX_SEGMENT_BYTES, Prepare, Versions, Welcome,
+    frame::{Call, HelloBody},
 };
 use crate::{
     Offer,
@@ -72,6 +73,8 @@ mod kind {
     pub(super) const PONG: u8 = 0x31;
     pub(super) const QUERY: u8 = 0x32;
     pub(super) const STATUS: u8 = 0x33;
+    pub(super) const CALL: u8 = 0x40;
+    pub(super) const CALLED: u8 = 0x41;
 }
 
 /// The longest body that a frame of this type may have.
@@ -84,7 +87,8 @@ fn limit(kind: u8) -> Result<usize, WireError> {
         | kind::REFUSE
         | kind::ACK
         | kind::PREPARE..=kind::PREPARE_EARLY
-        | kind::PING..=kind::STATUS => Ok(MAX_CONTROL_BYTES),
+        | kind::PING..=kind::STATUS
+        | kind::CALL..=kind::CALLED => Ok(MAX_CONTROL_BYTES),
         unknown => Err(WireError::UnknownType(unknown)),
     }
 }
@@ -191,6 +195,13 @@ fn encode_body(frame: &Frame, out: &mut Vec<u8>) -> Result<u8, WireError> {
         Frame::Abort { handoff, reason } => put(out, name, kind::ABORT, &(handoff, reason)),
         Frame::Ping(m) => put(out, name, kind::PING, m),
         Frame::Pong(m) => put(out, name, kind::PONG, m),
+        Frame::Call(call) => {
+            out.extend_from_slice(&MAGIC_CALL);
+            out.extend_from_slice(&call.versions.min.to_le_bytes());
+            out.extend_from_slice(&call.versions.max.to_le_bytes());
+            put(out, name, kind::CALL, &call.service)
+        }
+        Frame::Called { version } => put(out, name, kind::CALLED, version),
         Frame::Query(m) => put(out, name, kind::QUERY, m),
         Frame::Status { question, verdict } => put(out, name, kind::STATUS, &(question, verdict)),
     }
@@ -247,6 +258,11 @@ pub fn decode_body(kind: u8, body: &[u8]) -> Result<Frame, WireError> {
         }
         kind::PING => Frame::Ping(take("Ping", body)?),
         kind::PONG => Frame::Pong(take("Pong", body)?),
+        kind::CALL => {
+            let (versions, rest) = decode_head("Call", MAGIC_CALL, body)?;
+            Frame::Call(Call { versions, service: short("Call", take("Call", rest)?)? })
+        }
+        kind::CALLED => Frame::Called { version: take("Called", body)? },
         kind::QUERY => Frame::Query(take("Query", body)?),
         kind::STATUS => {
             let (question, verdict) = take("Status", body)?;
@@ -256,15 +272,24 @@ pub fn decode_body(kind: u8, body: &[u8]) -> Result<Frame, WireError> {
     })
 }
 
-fn decode_hello(body: &[u8]) -> Result<Hello, WireError> {
-    let cut = || WireError::malformed("Hello", "cut off");
+/// What a first frame begins with in all versions, and the rest.
+fn decode_head<'a>(
+    name: &'static str,
+    expected: [u8; 8],
+    body: &'a [u8],
+) -> Result<(Versions, &'a [u8]), WireError> {
+    let cut = || WireError::malformed(name, "cut off");
     let (magic, rest) = body.split_first_chunk::<8>().ok_or_else(cut)?;
-    if *magic != MAGIC {
+    if *magic != expected {
         return Err(WireError::Magic(*magic));
     }
     let (min, rest) = rest.split_first_chunk::<4>().ok_or_else(cut)?;
     let (max, rest) = rest.split_first_chunk::<4>().ok_or_else(cut)?;
-    let versions = Versions { min: u32::from_le_bytes(*min), max: u32::from_le_bytes(*max) };
+    Ok((Versions { min: u32::from_le_bytes(*min), max: u32::from_le_bytes(*max) }, rest))
+}
+
+fn decode_hello(body: &[u8]) -> Result<Hello, WireError> {
+    let (versions, rest) = decode_head("Hello", MAGIC, body)?;
     let HelloBody { handoff, vm_name, intent, audit } = take("Hello", rest)?;
     let vm_name = short("Hello", vm_name)?;
     if let Intent::New(offer) = &intent {
@@ -347,6 +372,11 @@ impl Decoder {
             kind::REST => Torn::Rest(self.buffer),
             _ => Torn::Nothing,
         }
+    }
+
+    /// The bytes behind the last frame.
+    pub fn into_rest(mut self) -> Vec<u8> {
+        self.buffer.split_off(self.start)
     }
 
     /// Whether bytes of an incomplete frame are held: the stream ended in the middle of one.

@@ -32,6 +32,11 @@ impl Versions {
     /// What this program speaks.
     pub const OURS: Self = Self { min: VERSION_MIN, max: VERSION_MAX };
 
+    /// Whether a version is one of these.
+    pub fn holds(self, version: u32) -> bool {
+        (self.min..=self.max).contains(&version)
+    }
+
     /// The newest version that both speak.
     pub fn agree(self, theirs: Self) -> Result<u32, Refusal> {
         let newest = self.max.min(theirs.max);
@@ -93,6 +98,13 @@ pub enum Frame {
     Ping(u64),
     /// Either: the answer, with the number of the question.
     Pong(u64),
+    /// The first frame of a link that is for something else than a handoff.
+    Call(Call),
+    /// The called side: what was called for goes on from here, by rules of its own.
+    Called {
+        /// The version of the service that both speak.
+        version: u32,
+    },
     /// Either: how does this handoff stand?
     Query(Question),
     /// Either: the answer.
@@ -117,6 +129,15 @@ pub struct Hello {
     pub intent: Intent,
     /// Whether both sides hash all RAM and disk at cutover, for tests and audits.
     pub audit: bool,
+}
+
+/// What a link is for that is not for a handoff.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// Versions of the service that the caller speaks.
+    pub versions: Versions,
+    /// The name of the service.
+    pub service: String,
 }
 
 /// Why a link was made.
@@ -250,6 +271,8 @@ impl Frame {
             Self::Abort { .. } => "Abort",
             Self::Ping(_) => "Ping",
             Self::Pong(_) => "Pong",
+            Self::Call(_) => "Call",
+            Self::Called { .. } => "Called",
             Self::Query(_) => "Query",
             Self::Status { .. } => "Status",
         }

@@ -75,6 +75,11 @@ impl<R: Read> FrameReader<R> {
         self.decoder.into_torn()
     }
 
+    /// The stream, from behind the last frame that was read.
+    pub fn into_stream(self) -> io::Chain<io::Cursor<Vec<u8>>, R> {
+        io::Cursor::new(self.decoder.into_rest()).chain(self.stream)
+    }
+
     /// Bytes read so far.
     pub fn bytes(&self) -> u64 {
         self.bytes

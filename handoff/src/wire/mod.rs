@@ -11,13 +11,15 @@ mod tests;
 
 pub use decode::{Decoder, Torn, WireError, decode_body, encode};
 pub use frame::{
-    Ack, Agreed, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT, VERSION_MAX,
-    VERSION_MIN, VERSION_REST, Versions, Welcome,
+    Ack, Agreed, Call, Commit, Frame, Hello, Intent, Prepare, Resumed, VERSION_EARLY_COMMIT,
+    VERSION_MAX, VERSION_MIN, VERSION_REST, Versions, Welcome,
 };
 pub use io::{FrameReader, FrameWriter, ReadError, write_frame};
 
-/// What every link begins with, inside the first frame.
+/// What every link of a handoff begins with, inside the first frame.
 pub const MAGIC: [u8; 8] = *b"howdah/h";
+/// What every other link begins with, inside the first frame.
+pub const MAGIC_CALL: [u8; 8] = *b"howdah/c";
 /// Bytes before a frame's body.
 pub const HEADER_BYTES: usize = 5;
 /// The longest body of any frame but Hello and Segment.

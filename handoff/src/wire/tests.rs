@@ -73,6 +73,8 @@ fn frames() -> Vec<Frame> {
         Frame::Released(handoff),
         Frame::Abort { handoff, reason: "enough".into() },
         Frame::Ping(1),
+        Frame::Call(Call { versions: Versions { min: 1, max: 2 }, service: "bases".into() }),
+        Frame::Called { version: 1 },
         Frame::Pong(1),
         Frame::Query(handoff),
         Frame::Status { question: handoff, verdict: Verdict::Superseded { epoch: Epoch(9) } },

@@ -31,10 +31,10 @@ pub(crate) struct PeerAddArgs {
     /// Where its `howdah receive` listens
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) address: Option<String>,
-    /// What it may do: send VMs to here, receive VMs from here, or both
-    #[arg(long, default_value_t = Rights::ALL, value_name = "send,receive")]
+    /// What it may do: send VMs to here, receive VMs from here, push bases to here, pull bases from here
+    #[arg(long, default_value_t = Rights::VMS, value_name = "send,receive,push,pull")]
     pub(crate) may: Rights,
-    /// Only VMs of these bases, by name or id [default: all]
+    /// Only these bases and VMs of them, by name or id [default: all]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     pub(crate) bases: Option<Vec<String>>,
     /// For so many days; then it can begin no handoff any more [default: for ever]

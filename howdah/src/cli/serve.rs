@@ -58,6 +58,9 @@ pub(crate) struct Settings {
     /// Disk space that must stay free after a VM was received
     #[arg(long, env = "HOWDAH_RECEIVE_MIN_FREE_MIB", default_value_t = 64, value_name = "MIB")]
     pub(crate) receive_min_free_mib: u64,
+    /// What bases that peers push may make of the store, all bases counted [default: what is free]
+    #[arg(long, env = "HOWDAH_RECEIVE_BASE_QUOTA_GIB", value_name = "GIB")]
+    pub(crate) receive_base_quota_gib: Option<u64>,
     /// Threads that decode what comes, for each VM [default: one for each core, at most 4]
     #[arg(long, env = "HOWDAH_RECEIVE_WORKERS", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=4))]
     pub(crate) receive_workers: Option<u8>,
@@ -91,6 +94,7 @@ impl Settings {
             network: self.receive_network.clone(),
             once: false,
             min_free_mib: self.receive_min_free_mib,
+            base_quota_gib: self.receive_base_quota_gib,
             workers: self.receive_workers,
             jail: self.jail(),
             wait: WaitArgs {

@@ -17,12 +17,12 @@ const MAX_BASES: usize = 64;
 
 impl From<&Peer> for api::Peer {
     fn from(peer: &Peer) -> Self {
-        let Rights { send, receive } = peer.rights;
+        let Rights { send, receive, push, pull } = peer.rights;
         Self {
             name: peer.name.to_string(),
             key: peer.key.to_string(),
             address: peer.address.clone(),
-            rights: api::Rights { send, receive },
+            rights: api::Rights { send, receive, push, pull },
             bases: peer.bases.clone(),
             until: peer.until,
         }
@@ -39,8 +39,12 @@ pub(crate) fn described(name: &str, spec: api::PeerSpec) -> Result<Peer, Failure
     if until.is_some_and(|until| until > MAX_UNTIL) {
         return Err(usage(&"`until` is later than the year 9999"));
     }
-    let rights =
-        rights.map_or(Rights::ALL, |api::Rights { send, receive }| Rights { send, receive });
+    let rights = rights.map_or(Rights::VMS, |api::Rights { send, receive, push, pull }| Rights {
+        send,
+        receive,
+        push,
+        pull,
+    });
     Ok(Peer { address, rights, bases, until, ..peer })
 }
 

@@ -33,6 +33,10 @@ pub(crate) enum Right {
     Send,
     /// Be handed VMs of this cloudlet.
     Receive,
+    /// Bring bases to this cloudlet.
+    Push,
+    /// Have bases of this cloudlet.
+    Pull,
 }
 
 /// What a peer may do.
@@ -43,28 +47,40 @@ pub(crate) struct Rights {
     pub(crate) send: bool,
     /// Be handed VMs of this cloudlet.
     pub(crate) receive: bool,
+    /// Bring bases to this cloudlet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) push: bool,
+    /// Have bases of this cloudlet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) pull: bool,
 }
 
 impl Rights {
-    /// All there are.
-    pub(crate) const ALL: Self = Self { send: true, receive: true };
+    /// None.
+    const NONE: Self = Self { send: false, receive: false, push: false, pull: false };
+    /// Those of a peer of which nothing else is said: VMs come and go; what they are made of does not.
+    pub(crate) const VMS: Self = Self { send: true, receive: true, ..Self::NONE };
 
     fn has(self, right: Right) -> bool {
         match right {
             Right::Send => self.send,
             Right::Receive => self.receive,
+            Right::Push => self.push,
+            Right::Pull => self.pull,
         }
     }
 }
 
 impl fmt::Display for Rights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match (self.send, self.receive) {
-            (true, true) => "send,receive",
-            (true, false) => "send",
-            (false, true) => "receive",
-            (false, false) => "nothing",
-        })
+        let words = [
+            (self.send, "send"),
+            (self.receive, "receive"),
+            (self.push, "push"),
+            (self.pull, "pull"),
+        ];
+        let words: Vec<_> = words.iter().filter(|(has, _)| *has).map(|(_, word)| *word).collect();
+        f.write_str(if words.is_empty() { "nothing".into() } else { words.join(",") }.as_str())
     }
 }
 
@@ -72,12 +88,14 @@ impl FromStr for Rights {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut rights = Self { send: false, receive: false };
+        let mut rights = Self::NONE;
         for word in text.split(',') {
             match word {
                 "send" => rights.send = true,
                 "receive" => rights.receive = true,
-                other => return Err(format!("{other:?} is neither send nor receive")),
+                "push" => rights.push = true,
+                "pull" => rights.pull = true,
+                other => return Err(format!("{other:?} is none of send, receive, push, pull")),
             }
         }
         Ok(rights)
@@ -97,7 +115,7 @@ pub(crate) struct Peer {
     pub(crate) address: Option<String>,
     /// What it may do.
     pub(crate) rights: Rights,
-    /// The bases of the VMs that may go from or to it, by name or id; all, if it does not say.
+    /// The bases that may go from or to it, and whose VMs may, by name or id; all, if it does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) bases: Option<Vec<String>>,
     /// Until when it may begin handoffs, in seconds since 1970; for ever, if it does not say.
@@ -106,9 +124,9 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// A peer that may do all.
+    /// A peer that may hand VMs off and receive them.
     pub(crate) fn new(name: VmName, key: PeerKey) -> Self {
-        Self { name, key, address: None, rights: Rights::ALL, bases: None, until: None }
+        Self { name, key, address: None, rights: Rights::VMS, bases: None, until: None }
     }
 
     /// Whether it may do that, now.
@@ -123,6 +141,12 @@ impl Peer {
             Right::Send if !self.rights.has(right) => refused("it may not hand VMs off to here"),
             Right::Receive if !self.rights.has(right) => {
                 refused("it may not receive VMs from here")
+            }
+            Right::Push if !self.rights.has(right) => {
+                refused("it may not push bases to here (--may push)")
+            }
+            Right::Pull if !self.rights.has(right) => {
+                refused("it may not pull bases from here (--may pull)")
             }
             _ => Ok(()),
         }

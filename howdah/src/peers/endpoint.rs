@@ -65,6 +65,16 @@ impl Endpoint {
 /// What a user means by the peer of a handoff: a peer's name, `NAME@HOST:PORT`, or the `HOST:PORT` of a
 /// peer. With `plain` any `HOST:PORT`.
 pub(crate) fn resolve(book: &Book, text: &str, plain: bool) -> Result<Endpoint, Failure> {
+    resolve_for(book, text, plain, Some(Right::Receive))
+}
+
+/// As [`resolve`], for what needs this right of the peer, or none but that it is known.
+pub(crate) fn resolve_for(
+    book: &Book,
+    text: &str,
+    plain: bool,
+    right: Option<Right>,
+) -> Result<Endpoint, Failure> {
     if plain {
         check_address(text)?;
         return Ok(Endpoint { key: None, address: text.into() });
@@ -74,7 +84,7 @@ pub(crate) fn resolve(book: &Book, text: &str, plain: bool) -> Result<Endpoint, 
         None if text.contains(':') => (at(book, text)?, Some(text)),
         None => (named(book, text)?, None),
     };
-    peer.check(Right::Receive)?;
+    right.map_or(Ok(()), |right| peer.check(right))?;
     let Some(address) = address.or(peer.address.as_deref()) else {
         let way_out = format!(
             "say {0}@HOST:PORT, or `howdah peer add {0} {1} --address HOST:PORT`",
@@ -180,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_peer_that_may_not_receive_is_sent_nothing() {
-        let rights = Rights { send: true, receive: false };
+        let rights = Rights { receive: false, ..Rights::VMS };
         let book = Book::of(vec![Peer { rights, ..peer("b", Some("127.0.0.1:7070")) }]);
         assert_eq!(resolve(&book, "b", false).unwrap_err().exit, Exit::Conflict);
     }

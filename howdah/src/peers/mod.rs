@@ -9,13 +9,15 @@
 //! Rights are asked when a handoff begins; one that began is finished between the same two keys.
 
 mod book;
+mod call;
 mod dial;
 mod endpoint;
 mod gate;
 mod identity;
 
 pub(crate) use book::{Book, BookFile, Peer, Right, Rights, now};
+pub(crate) use call::{Line, call};
 pub(crate) use dial::Dial;
-pub(crate) use endpoint::{Endpoint, check_address, resolve};
+pub(crate) use endpoint::{Endpoint, check_address, resolve, resolve_for};
 pub(crate) use gate::{Gate, Turned};
 pub(crate) use identity::identity;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use handoff::{
-    engine::{AcceptError, Incoming, Limits, accept},
+    engine::{AcceptError, Greeting, Incoming, IncomingCall, Limits, greet},
     tcp::MonotonicClock,
     tls::{Guarded, PeerKey},
 };
@@ -43,6 +43,21 @@ pub(super) struct Greeted {
     pub(super) caller: Caller,
     pub(super) incoming: Incoming<Guarded<Peek>>,
     pub(super) handed: Handed,
+}
+
+/// Somebody who came in.
+pub(super) enum Guest {
+    /// It brings a VM, or asks about one.
+    Handoff(Box<Greeted>),
+    /// It wants something else.
+    Call(Box<Called>),
+}
+
+/// A caller that wants something else than to hand a VM off.
+pub(super) struct Called {
+    pub(super) caller: Caller,
+    pub(super) incoming: IncomingCall<Guarded<Peek>>,
+    pub(super) socket: OwnedFd,
 }
 
 /// Why a link came to nothing.
@@ -105,7 +120,7 @@ impl Door {
     }
 
     /// Lets a caller in and reads what it wants.
-    pub(super) fn greet(&self, stream: TcpStream, address: SocketAddr) -> Result<Greeted, Dropped> {
+    pub(super) fn greet(&self, stream: TcpStream, address: SocketAddr) -> Result<Guest, Dropped> {
         let socket = OwnedFd::from(stream.try_clone()?);
         let admitted = self.gate.as_ref().map(|gate| gate.admit(&stream)).transpose()?;
         let (peek, seen) = Peek::new(stream)?;
@@ -117,15 +132,22 @@ impl Door {
                 (Some(peer), Guarded::Tls(done.over(peek)), Some(tls))
             }
         };
-        let incoming = match accept(link, &Limits::default(), &MonotonicClock::default()) {
+        let caller = Caller { address, peer };
+        let incoming = match greet(link, &Limits::default(), &MonotonicClock::default()) {
             Err(_) if tls.is_none() && seen.bytes().starts_with(TLS_RECORD) => {
                 return Err(Dropped::NotPlain);
             }
-            incoming => incoming?,
+            Ok(Greeting::Call(incoming)) => {
+                // Nobody else will read this link from its begin.
+                seen.forget();
+                return Ok(Guest::Call(Box::new(Called { caller, incoming, socket })));
+            }
+            Ok(Greeting::Handoff(incoming)) => incoming,
+            Err(error) => return Err(error.into()),
         };
         let handoff = incoming.hello.id().to_string();
         let handed = Handed { socket, seen, handoff, tls };
-        Ok(Greeted { caller: Caller { address, peer }, incoming, handed })
+        Ok(Guest::Handoff(Box::new(Greeted { caller, incoming, handed })))
     }
 }
 

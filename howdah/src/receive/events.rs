@@ -44,6 +44,26 @@ pub(crate) enum Event {
         /// Why.
         why: String,
     },
+    /// A peer brought a base.
+    BaseTaken {
+        /// Its id.
+        base: String,
+        /// What it is called here.
+        name: String,
+        /// From where.
+        peer: String,
+        /// Chunks that went over the link.
+        chunks_on_link: u64,
+    },
+    /// A peer was given a base.
+    BaseGiven {
+        /// Its id.
+        base: String,
+        /// To where.
+        peer: String,
+        /// Chunks that went over the link.
+        chunks_on_link: u64,
+    },
     /// A link that was of no use.
     Dropped {
         /// From where.
@@ -54,6 +74,19 @@ pub(crate) enum Event {
 }
 
 impl Event {
+    /// Of a base that came or went.
+    pub(super) fn of_base(served: base_sync::Served, peer: String) -> Self {
+        match served {
+            base_sync::Served::Taken(id, name, taken) => {
+                let (base, chunks_on_link) = (id.to_string(), taken.received_chunks);
+                Self::BaseTaken { base, name, peer, chunks_on_link }
+            }
+            base_sync::Served::Given(id, given) => {
+                Self::BaseGiven { base: id.to_string(), peer, chunks_on_link: given.sent_chunks }
+            }
+        }
+    }
+
     /// Tells it.
     pub(crate) fn tell(&self, output: Output) {
         let line = if output.is_json() {
@@ -79,6 +112,10 @@ impl Event {
             Self::NotReceived { vm, peer, why } => {
                 format!("VM {vm} from {peer} not received: {why}")
             }
+            Self::BaseTaken { base, name, peer, .. } => {
+                format!("base {base} from {peer} is here, as {name}")
+            }
+            Self::BaseGiven { base, peer, .. } => format!("base {base} was given to {peer}"),
             Self::Dropped { peer, why } => format!("link from {peer} dropped: {why}"),
         }
     }

@@ -13,14 +13,19 @@ use handoff::{
     tcp::{TcpLink, TcpRx, TcpTx, USER_TIMEOUT},
 };
 
-/// What was read from a link.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Seen(Arc<Mutex<Vec<u8>>>);
+/// What was read from a link; nothing once that was forgotten.
+#[derive(Clone, Debug)]
+pub(super) struct Seen(Arc<Mutex<Option<Vec<u8>>>>);
 
 impl Seen {
     /// A copy of it.
     pub(super) fn bytes(&self) -> Vec<u8> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_default()
+    }
+
+    /// Forgets it, and all that is read from now on.
+    pub(super) fn forget(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -38,7 +43,7 @@ impl Peek {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(READ_TICK))?;
         stream.set_write_timeout(Some(USER_TIMEOUT))?;
-        let seen = Seen::default();
+        let seen = Seen(Arc::new(Mutex::new(Some(Vec::new()))));
         Ok((Self { stream, seen: seen.clone() }, seen))
     }
 }
@@ -54,7 +59,9 @@ impl Read for PeekRx {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let count = self.stream.read(into)?;
         let mut seen = self.seen.0.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.extend_from_slice(into.get(..count).unwrap_or_default());
+        if let Some(seen) = seen.as_mut() {
+            seen.extend_from_slice(into.get(..count).unwrap_or_default());
+        }
         Ok(count)
     }
 }

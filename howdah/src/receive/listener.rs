@@ -26,7 +26,7 @@ use handoff::{
 };
 
 use super::{
-    door::{Caller, Door, Greeted, Handed},
+    door::{Called, Caller, Door, Greeted, Guest, Handed},
     events::Event,
     link::Peek,
     newer,
@@ -34,6 +34,7 @@ use super::{
     refusals::Refusals,
 };
 use crate::{
+    bases,
     cli::ReceiveArgs,
     commands::base,
     control::{Reply, channel::Channel, client},
@@ -181,8 +182,8 @@ fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
 impl Listener {
     /// Handles one link; what is worth telling.
     fn link(&self, stream: TcpStream, address: SocketAddr, place: Place) -> Option<Event> {
-        let greeted = match self.door.greet(stream, address) {
-            Ok(greeted) => greeted,
+        let guest = match self.door.greet(stream, address) {
+            Ok(guest) => guest,
             Err(dropped) => {
                 self.refused(address, &dropped);
                 return None;
@@ -190,14 +191,20 @@ impl Listener {
         };
         // From here on it is a peer's, and not a stranger's.
         drop(place);
-        let Greeted { caller, incoming, handed } = greeted;
-        let _served = match Served::begin(&self.busy) {
-            Some(served) => served,
-            None => {
-                let why = format!("{MAX_LINKS} links are being served there already");
-                return self.turn_away(address, &caller, incoming, Refusal::Other(why));
+        let served = Served::begin(&self.busy);
+        let full = || Refusal::Other(format!("{MAX_LINKS} links are being served there already"));
+        let Greeted { caller, incoming, handed } = match guest {
+            Guest::Call(called) if served.is_some() => return self.call(*called, address),
+            Guest::Call(called) => {
+                self.refused(address, &format!("{}: {}", called.caller, full()));
+                let _ = called.incoming.refuse(full());
+                return None;
             }
+            Guest::Handoff(greeted) => *greeted,
         };
+        if served.is_none() {
+            return self.turn_away(address, &caller, incoming, full());
+        }
         let name = match self.allowed(&caller, &incoming) {
             Ok(name) => name,
             Err(refusal) => return self.turn_away(address, &caller, incoming, refusal),
@@ -224,6 +231,42 @@ impl Listener {
             Ok(()) => None,
             Err(e) => {
                 self.refused(address, &format!("{caller}: {e:#}"));
+                None
+            }
+        }
+    }
+
+    /// Serves a caller that wants something else than to hand a VM off.
+    fn call(&self, called: Called, address: SocketAddr) -> Option<Event> {
+        let Called { caller, incoming, socket } = called;
+        let version = match incoming.call.service.as_str() {
+            bases::SERVICE => bases::VERSIONS.agree(incoming.call.versions),
+            other => Err(Refusal::Other(format!("nothing called {other:?} is served there"))),
+        };
+        // Without TLS nobody knows who it is, and what it may.
+        let who = caller.peer().ok_or_else(|| Refusal::Other("only peers are served that".into()));
+        let (version, peer) = match version.and_then(|version| Ok((version, who?))) {
+            Ok(agreed) => agreed,
+            Err(refusal) => {
+                self.refused(address, &format!("{caller}: {refusal}"));
+                let _ = incoming.refuse(refusal);
+                return None;
+            }
+        };
+        let session = bases::Session {
+            home: &self.home,
+            peer,
+            bounds: bases::Bounds {
+                min_free_bytes: self.args.min_free_mib << 20,
+                quota_bytes: self.args.base_quota_gib.map(|gib| gib << 30),
+            },
+            socket: &socket,
+        };
+        let served = incoming.take(version).map_err(anyhow::Error::from);
+        match served.and_then(|(rx, tx)| bases::serve(&session, rx, tx)) {
+            Ok(served) => Some(Event::of_base(served, caller.to_string())),
+            Err(error) => {
+                self.refused(address, &format!("{caller}: {error:#}"));
                 None
             }
         }

@@ -220,7 +220,7 @@ fn need(what: &str, needed_bytes: u64, available_bytes: u64) -> Result<(), Refus
 }
 
 /// What the file system of `path` has left for this user.
-pub(super) fn free_disk_bytes(path: &Path) -> io::Result<u64> {
+pub(crate) fn free_disk_bytes(path: &Path) -> io::Result<u64> {
     let found = nix::sys::statvfs::statvfs(path)?;
     Ok(found.blocks_available().saturating_mul(found.fragment_size()))
 }

@@ -16,4 +16,5 @@ mod recover;
 mod saved;
 mod serve;
 mod stage;
+mod sync;
 mod traces;

@@ -42,14 +42,14 @@ fn a_cloudlet_has_one_key_and_knows_others() {
 }
 
 /// A listener with its first line, which says where; `None` where VMs cannot run.
-struct Listener {
+pub(crate) struct Listener {
     child: Child,
     out: BufReader<ChildStdout>,
-    address: String,
+    pub(crate) address: String,
 }
 
 impl Listener {
-    fn start(cloudlet: &Cloudlet, flags: &[&str]) -> Option<Self> {
+    pub(crate) fn start(cloudlet: &Cloudlet, flags: &[&str]) -> Option<Self> {
         let mut command = cloudlet.command();
         command.args(["receive", "--listen", "127.0.0.1:0", "--json"]).args(flags);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -60,7 +60,7 @@ impl Listener {
         Some(listener)
     }
 
-    fn says(&mut self) -> String {
+    pub(crate) fn says(&mut self) -> String {
         let mut line = String::new();
         self.out.read_line(&mut line).unwrap();
         line

@@ -1,6 +1,7 @@
-//! `howdah base`: import, build, list, verify, remove.
+//! `howdah base`: import, build, list, push, pull, verify, remove.
 
 mod build;
+mod sync;
 
 use std::{fs, io::IsTerminal, path::Path, time::Duration};
 
@@ -40,7 +41,10 @@ pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::
         }
         BaseCommand::Build(args) => build::run(args, home, output),
         BaseCommand::Ls => list(home, output),
-        BaseCommand::Verify { name } => verify(&name, home, output),
+        BaseCommand::Push(args) => sync::push(&args, home, output),
+        BaseCommand::Pull(args) => sync::pull(&args, home, output),
+        BaseCommand::Verify { name, heal } => verify(&name, heal.as_deref(), home, output),
+        BaseCommand::Gc(args) => sync::gc(&args, home, output),
         BaseCommand::Rm { name } => remove(&name, home, output),
     }
 }
@@ -154,8 +158,8 @@ struct Named {
     id: String,
 }
 
-fn verify(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let id = with_bar(output, "verifying", |progress| {
+fn verify(name: &str, heal: Option<&str>, home: &Home, output: Output) -> anyhow::Result<()> {
+    let verified = with_bar(output, "verifying", |progress| {
         let cloudlet = Cloudlet::of(home);
         let Some(daemon) = cloudlet.daemon() else {
             return Ok(ops::base::verify(name, home, progress)?.to_string());
@@ -165,7 +169,13 @@ fn verify(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
             progress(Progress { part: Part::Disk, done_bytes, total_bytes });
         })?;
         Ok(verified["id"].as_str().unwrap_or_default().to_owned())
-    })?;
+    });
+    let id = match (verified, heal) {
+        (Err(damage), Some(peer)) if damage.exit == Exit::Corrupt => {
+            return sync::heal(name, &damage, peer, home, output);
+        }
+        (verified, _) => verified?,
+    };
     output.done(&Named { id }, |v| format!("base {} is whole", v.id));
     Ok(())
 }

@@ -1,0 +1,22 @@
+//! Bases between cloudlets: what the commands and the API do, and what the listener does for a caller.
+//!
+//! ```text
+//! push, pull, heal ─ peers::call("bases") ═══ TLS ═══ receive::listener ─► serve ─ peer's rights, quota, room
+//!        └────────────────────── base_sync: one gives, one takes ──────────────────────┘
+//! ```
+
+mod gc;
+mod guard;
+mod ops;
+mod serve;
+
+pub(crate) use gc::{Collected, gc};
+pub(crate) use ops::{Moved, Watch, heal, pull, push};
+pub(crate) use serve::{Bounds, Session, serve};
+
+use handoff::wire::Versions;
+
+/// What a link is called for.
+pub(crate) const SERVICE: &str = "bases";
+/// The versions of that which are spoken here.
+pub(crate) const VERSIONS: Versions = Versions { min: 1, max: 1 };
