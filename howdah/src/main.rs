@@ -21,6 +21,7 @@ use crate::{
     vmproc::Front,
 };
 
+mod about;
 mod bases;
 mod cgroup;
 mod cli;

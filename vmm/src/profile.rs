@@ -43,8 +43,8 @@ pub struct MachineProfile {
     pub xsave_bytes: u32,
 }
 
-/// What a host can be.
-#[derive(Clone, Debug)]
+/// What a host can be. Hosts tell each other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HostProfile {
     supported: Vec<CpuidEntry>,
     tsc_deadline: bool,

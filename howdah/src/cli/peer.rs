@@ -15,6 +15,12 @@ pub(crate) enum PeerCommand {
     /// List the cloudlets that are known, and what they may do
     #[command(visible_alias = "list")]
     Ls,
+    /// Ask a cloudlet how it is, and tell which VMs could go there
+    Ping {
+        /// The peer: its name, its HOST:PORT, or NAME@HOST:PORT
+        #[arg(value_name = "PEER")]
+        peer: String,
+    },
     /// Forget a cloudlet: its links are refused from now on
     Rm {
         /// Name of the peer

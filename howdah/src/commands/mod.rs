@@ -9,6 +9,7 @@ pub(crate) mod logs;
 pub(crate) mod network;
 pub(crate) mod overlay;
 pub(crate) mod peer;
+pub(crate) mod ping;
 pub(crate) mod recover;
 pub(crate) mod report;
 pub(crate) mod restore;

@@ -25,6 +25,7 @@ pub(crate) fn run(command: PeerCommand, home: &Home, output: Output) -> anyhow::
             let book = file.read()?;
             output.list(book.peers(), |peer| peer.name.clone(), |_| list(&book));
         }
+        PeerCommand::Ping { peer } => super::ping::run(&peer, home, output)?,
         PeerCommand::Rm { name } => {
             let peer = file.change(home, |book| book.remove(&name))?;
             output.done(&peer, |peer| format!("peer {} removed", peer.name));

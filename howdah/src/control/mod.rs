@@ -56,6 +56,8 @@ pub(crate) struct Envelope {
 pub(crate) enum Request {
     /// How is the VM?
     Status,
+    /// What is its machine?
+    Describe,
     /// Stop its vCPUs and drain its devices.
     Pause,
     /// Let it go on.
@@ -325,6 +327,8 @@ pub(crate) enum Reply {
     Done,
     /// The answer to [`Request::Status`].
     Status(Status),
+    /// The answer to [`Request::Describe`]: the machine's profile, in hex.
+    Machine(String),
     /// From here on the connection carries the console.
     Attached,
     /// A handoff goes on.

@@ -34,6 +34,7 @@ use super::{
     refusals::Refusals,
 };
 use crate::{
+    about::{self, About},
     bases,
     cli::ReceiveArgs,
     commands::base,
@@ -239,7 +240,9 @@ impl Listener {
     /// Serves a caller that wants something else than to hand a VM off.
     fn call(&self, called: Called, address: SocketAddr) -> Option<Event> {
         let Called { caller, incoming, socket } = called;
-        let version = match incoming.call.service.as_str() {
+        let service = incoming.call.service.clone();
+        let version = match service.as_str() {
+            about::SERVICE => about::VERSIONS.agree(incoming.call.versions),
             bases::SERVICE => bases::VERSIONS.agree(incoming.call.versions),
             other => Err(Refusal::Other(format!("nothing called {other:?} is served there"))),
         };
@@ -253,6 +256,17 @@ impl Listener {
                 return None;
             }
         };
+        if service == about::SERVICE {
+            let (tap, network) = (self.args.tap.as_deref(), self.args.network.as_ref());
+            let about = About::here(&self.home, peer, about::incoming(&self.home, tap, network));
+            let taken = incoming.take(version);
+            let answered =
+                taken.and_then(|(mut rx, mut tx)| about::answer(&about, &mut rx, &mut tx));
+            if let Err(error) = answered {
+                self.refused(address, &format!("{caller}: {error}"));
+            }
+            return None;
+        }
         let session = bases::Session {
             home: &self.home,
             peer,

@@ -26,4 +26,4 @@ pub(crate) use child::run as run_child;
 pub(crate) use events::Event;
 pub(crate) use host::{Host, HostArgs};
 pub(crate) use listener::{listen, start};
-pub(crate) use room::{Room, free_disk_bytes};
+pub(crate) use room::{Room, available, free_disk_bytes};

@@ -41,6 +41,12 @@ const FILE: &str = "room";
 const PLACES: u64 = 256;
 const PLACE_BYTES: usize = 16;
 
+/// Memory and disk that VMs that come in could have now, as far as that is known.
+pub(crate) fn available(home: &Home) -> (u64, u64) {
+    let memory = available_memory_bytes().unwrap_or(0).saturating_sub(MEMORY_MARGIN_BYTES);
+    (memory, free_disk_bytes(home.root()).unwrap_or(0))
+}
+
 /// What a VM that comes in needs of its host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {

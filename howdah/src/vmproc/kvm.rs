@@ -17,7 +17,7 @@ use handoff::{
     trace::record::{RecordOptions, Recorded, record},
     vm::VmError,
 };
-use vmm::{AnyVm, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
+use vmm::{AnyVm, MachineProfile, NetConfig, Running, Vm, VmConfig as Build, VmEvent, VmSource};
 
 use super::{
     Event,
@@ -231,6 +231,17 @@ fn vm_error(error: VmError) -> anyhow::Error {
 }
 
 impl Machine for KvmMachine {
+    fn profile(&self) -> Result<MachineProfile, Failure> {
+        match self.source.vm() {
+            Some(AnyVm::Running(vm)) => Ok(vm.profile().clone()),
+            Some(AnyVm::Paused(vm)) => Ok(vm.profile().clone()),
+            None => {
+                let what = format!("VM {}", self.dir.name());
+                Err(Failure::plain(Exit::Failed, what, "the machine is gone"))
+            }
+        }
+    }
+
     fn pause(&mut self) -> anyhow::Result<()> {
         self.source.pause().map_err(vm_error)
     }
@@ -278,11 +289,7 @@ impl KvmMachine {
     /// The machine as peers and files are told of it.
     pub(super) fn offer(&self) -> Result<Vec<u8>, Failure> {
         let what = format!("VM {}", self.dir.name());
-        let profile = match self.source.vm() {
-            Some(AnyVm::Running(vm)) => vm.profile().clone(),
-            Some(AnyVm::Paused(vm)) => vm.profile().clone(),
-            None => return Err(Failure::plain(Exit::Failed, what, "the machine is gone")),
-        };
+        let profile = self.profile()?;
         MachineOffer { profile, append: self.append.clone(), setup: self.setup.clone() }
             .encode()
             .map_err(|e| Failure::plain(Exit::Failed, what, e))

@@ -10,6 +10,7 @@ use std::{
 };
 
 use handoff::trace::record::Recorded;
+use vmm::MachineProfile;
 
 use crate::{
     control::{HandoffRequest, Progress, RecordRequest, SaveRequest},
@@ -18,6 +19,9 @@ use crate::{
 
 /// A machine with its disk and its ownership journal.
 pub(crate) trait Machine: Send {
+    /// What it is, as peers are told.
+    fn profile(&self) -> Result<MachineProfile, Failure>;
+
     /// Stops the vCPUs and drains the devices.
     fn pause(&mut self) -> anyhow::Result<()>;
 

@@ -213,6 +213,7 @@ impl Process {
         let Asked { request, answer, fd } = asked;
         match request {
             Request::Status => answer.last(Reply::Status(self.status())),
+            Request::Describe => self.describe(answer),
             Request::Pause => self.pause(answer),
             Request::Resume => self.resume(answer),
             Request::Stop { force } => return self.stop(Some(answer), force),
@@ -295,6 +296,21 @@ impl Process {
             State::Coming(_) => "it is starting",
             State::Gone => "it is stopping",
         })
+    }
+
+    fn describe(&self, answer: Answer) {
+        let (State::Running(machine) | State::Paused(machine)) = &self.state else {
+            return answer.last(self.busy());
+        };
+        let name = self.dir.name();
+        let encoded = machine.profile().and_then(|profile| {
+            let encoded = profile.encode();
+            encoded.map_err(|e| Failure::plain(Exit::Failed, format!("VM {name}"), e))
+        });
+        match encoded {
+            Ok(blob) => answer.last(Reply::Machine(hex::encode(blob))),
+            Err(failure) => answer.last(failure),
+        }
     }
 
     fn pause(&mut self, answer: Answer) {

@@ -232,3 +232,53 @@ fn one_address_cannot_hold_the_door() {
     assert!(said.contains("too many links at once from that address"), "{said}");
     drop(silent);
 }
+
+/// Known to each other by their keys, `b` with a base.
+fn acquainted(a: &Cloudlet, b: &Cloudlet, may: &str) -> Option<Listener> {
+    b.base("web").ok();
+    b.line(&format!("peer add a {} --may {may}", key_of(a))).ok();
+    let listener = Listener::start(b, &[])?;
+    a.line(&format!("peer add b {} --address {}", key_of(b), listener.address)).ok();
+    Some(listener)
+}
+
+#[test]
+fn a_peer_says_how_it_is_and_what_could_go_there() {
+    let (a, b) = (Cloudlet::new(), Cloudlet::new());
+    let Some(listener) = acquainted(&a, &b, "send") else { return };
+    let dir = a.home().join("vms/guest");
+    std::fs::create_dir_all(&dir).unwrap();
+    let config = r#"{"version":2,"base":"0000000000000000000000000000000000000000000000000000000000000000",
+        "memory_mib":64,"vcpus":1,"tap":null,"mac":"02:00:00:00:00:01","append":""}"#;
+    std::fs::write(dir.join("config.json"), config).unwrap();
+    let record = Record::created(VmId([3; 16]));
+    Journal::open(dir.join("ownership")).unwrap().write(record).unwrap();
+
+    let said = a.line("peer ping b --json").ok().json();
+    assert_eq!(said["takes_vms"], true, "{said}");
+    assert_eq!(said["bases"][0]["names"], serde_json::json!(["web"]), "{said}");
+    assert!(said["round_trip_ms"].as_f64().unwrap() < 1000.0, "{said}");
+    assert!(said["available_memory_bytes"].as_u64().unwrap() > 0, "{said}");
+    let guest = &said["vms"][0];
+    assert_eq!((&guest["vm"], &guest["could_go"]), (&"guest".into(), &false.into()), "{said}");
+    let why = guest["why_not"].to_string();
+    assert!(
+        why.contains("does not hold base 0000") && why.contains("gives guests no network"),
+        "{why}"
+    );
+    let shown = a.line("peer ping b").ok().stdout;
+    assert!(shown.contains("round trip") && shown.contains("WHY NOT"), "{shown}");
+
+    // What the peer may is its host's to say, and so is what it is told.
+    b.line(&format!("peer add a {} --may receive --bases other", key_of(&a))).ok();
+    let said = a.line("peer ping b --json").ok().json();
+    assert_eq!(
+        (&said["takes_vms"], &said["bases"]),
+        (&false.into(), &serde_json::json!([])),
+        "{said}"
+    );
+    b.line("peer rm a").ok();
+    a.line("peer ping b").fails(1, &["peer"]);
+    drop(listener);
+    a.line("peer ping b").fails(1, &["howdah receive"]);
+}

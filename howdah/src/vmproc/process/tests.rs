@@ -32,6 +32,9 @@ impl Fake {
 }
 
 impl Machine for Fake {
+    fn profile(&self) -> Result<vmm::MachineProfile, Failure> {
+        Err(Failure::new(Exit::Failed, "the fake", "it has no machine", "use a real one"))
+    }
     fn pause(&mut self) -> anyhow::Result<()> {
         self.note("pause")
     }
