@@ -278,7 +278,7 @@ fn a_peer_says_how_it_is_and_what_could_go_there() {
         "{said}"
     );
     b.line("peer rm a").ok();
-    a.line("peer ping b").fails(1, &["peer"]);
+    a.line("peer ping b").fails(4, &["not known here"]);
     drop(listener);
     a.line("peer ping b").fails(1, &["howdah receive"]);
 }
