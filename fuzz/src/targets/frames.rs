@@ -8,7 +8,7 @@ use handoff::{
     ownership::{Epoch, Verdict},
     stage::{Codec, Packed, SegmentKind, seal::Sealer},
     wire::{
-        Ack, Agreed, Commit, Decoder, Frame, FrameReader, Hello, Intent, MAX_SEGMENT_BYTES,
+        Ack, Agreed, Call, Commit, Decoder, Frame, FrameReader, Hello, Intent, MAX_SEGMENT_BYTES,
         Prepare, ReadError, Resumed, VERSION_MAX, Versions, Welcome, encode,
     },
 };
@@ -112,6 +112,8 @@ pub(super) fn one_of_each() -> Vec<Frame> {
         Frame::Abort { handoff, reason: "enough".into() },
         Frame::Ping(1),
         Frame::Pong(1),
+        Frame::Call(Call { versions: Versions { min: 1, max: 2 }, service: "bases".into() }),
+        Frame::Called { version: 1 },
         Frame::Query(handoff),
         Frame::Status { question: handoff, verdict: Verdict::Superseded { epoch: Epoch(9) } },
         Frame::Status { question: handoff, verdict: Verdict::Declined { reason: "no".into() } },

@@ -1,6 +1,7 @@
 //! The targets.
 
 mod base;
+mod bases;
 mod batch;
 mod frames;
 mod journal;
@@ -55,6 +56,7 @@ pub const TARGETS: &[Target] = &[
     batch::TARGET,
     receive::TARGET,
     send::TARGET,
+    bases::TARGET,
     machine::TARGET,
     manifest::TARGET,
     base::TARGET,
