@@ -27,3 +27,65 @@ pub struct BaseRemoved {
     /// Its id.
     pub id: String,
 }
+
+/// How a base is sent to a peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BasePush {
+    /// The peer: its name, its `HOST:PORT`, or `NAME@HOST:PORT`.
+    #[schema(min_length = 1, max_length = 300)]
+    pub peer: String,
+    /// What to call it there; as here, if not said.
+    #[serde(default, rename = "as", skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    pub called: Option<String>,
+}
+
+/// How a base is fetched from a peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BasePull {
+    /// The peer: its name, its `HOST:PORT`, or `NAME@HOST:PORT`.
+    #[schema(min_length = 1, max_length = 300)]
+    pub peer: String,
+    /// What to call it here; as there, if not said. A name that another base has moves to it.
+    #[serde(default, rename = "as", skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    pub called: Option<String>,
+}
+
+/// Who mends a base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BaseHeal {
+    /// The peer: its name, its `HOST:PORT`, or `NAME@HOST:PORT`.
+    #[schema(min_length = 1, max_length = 300)]
+    pub peer: String,
+}
+
+/// A base that came, went or was mended: the result of such an operation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct BaseMoved {
+    /// Its id.
+    pub id: String,
+    /// What it is called where it is now, if it has a name there.
+    pub name: Option<String>,
+    /// The peer.
+    pub peer: String,
+    /// Whether it was there before.
+    pub already: bool,
+    /// Chunks whose contents went over the link.
+    pub chunks_on_link: u64,
+    /// Chunks that the taker found in its own bases, or twice in this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks_local: Option<u64>,
+    /// Chunks that an earlier try had left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks_resumed: Option<u64>,
+    /// Bytes of messages that were sent, encryption not counted.
+    pub sent_bytes: u64,
+    /// Bytes of messages that were received.
+    pub received_bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+}

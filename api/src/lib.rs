@@ -22,12 +22,12 @@ mod peer;
 mod problem;
 mod vm;
 
-pub use base::{Base, BaseRemoved};
+pub use base::{Base, BaseHeal, BaseMoved, BasePull, BasePush, BaseRemoved};
 pub use client::{Client, ClientError, Events};
 pub use event::Event;
 pub use host::{Disk, Host, Kvm, Receiving};
 pub use operation::{Kind, Operation, Progress, State};
-pub use peer::{Peer, PeerSpec, Rights};
+pub use peer::{CouldGo, GuestNetwork, HeldBase, Peer, PeerSpec, Pinged, Rights};
 pub use problem::{CONTENT_TYPE as PROBLEM_TYPE, Problem};
 pub use vm::{
     Attachment, HandoffProgress, HandoffSpec, Limits, Process, Record, Started, Vm, VmConfig,

@@ -15,6 +15,8 @@ pub enum Kind {
     BasePull,
     /// Sends a base to a peer.
     BasePush,
+    /// Mends a damaged base with what a peer has of it.
+    BaseHeal,
     /// Makes a base of files.
     BaseImport,
 }
@@ -85,7 +87,7 @@ pub struct Operation {
     /// When it was over, in milliseconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_at_ms: Option<u64>,
-    /// What came of it: of a handoff, its report.
+    /// What came of it: of a handoff, its report; of a base that came or went, what moved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub result: Option<serde_json::Value>,

@@ -67,3 +67,67 @@ pub struct PeerSpec {
 #[derive(Debug, ToSchema)]
 #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", value_type = String)]
 pub(crate) struct BaseName(#[allow(dead_code)] String);
+
+/// What a peer said when it was asked how it is, and which VMs could go there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Pinged {
+    /// Who it is, for people.
+    pub peer: String,
+    /// Where it was asked.
+    pub address: String,
+    /// Until the link was made and each side knew the other.
+    pub connected_in_ms: f64,
+    /// The shortest of a few round trips, over such a link as handoffs use.
+    pub round_trip_ms: f64,
+    /// The version of its program.
+    pub version: String,
+    /// The oldest and the newest version of the handoff's protocol that it speaks.
+    pub protocol: (u32, u32),
+    /// Whether it takes VMs from here.
+    pub takes_vms: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why_not: Option<String>,
+    /// Memory that guests could have there.
+    pub available_memory_bytes: u64,
+    /// Room for disks there.
+    pub available_disk_bytes: u64,
+    /// What a guest's network device is joined to there.
+    pub network: GuestNetwork,
+    /// Bases of which VMs from here may go there.
+    pub bases: Vec<HeldBase>,
+    /// The VMs of this cloudlet.
+    pub vms: Vec<CouldGo>,
+}
+
+/// What a guest's network device is joined to where it comes in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestNetwork {
+    /// Nothing: guests that have one are refused.
+    Nothing,
+    /// An interface that the operator made.
+    Tap,
+    /// A network that the cloudlet manages, by its addresses.
+    Network(String),
+}
+
+/// A base that a peer holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HeldBase {
+    /// Its id.
+    pub id: String,
+    /// What it is called there.
+    pub names: Vec<String>,
+}
+
+/// Whether a VM could go to a peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CouldGo {
+    /// The VM.
+    pub vm: String,
+    /// Whether nothing is in the way.
+    pub could_go: bool,
+    /// Everything that is.
+    pub why_not: Vec<String>,
+}

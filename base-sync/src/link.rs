@@ -60,6 +60,8 @@ impl<'a, R: Read, W: Write> Link<'a, R, W> {
 
     /// Receives the next message. What the other side refuses with comes as an error.
     pub(crate) fn receive(&mut self) -> Result<Message, SyncError> {
+        // Where data comes without a pause there are no ticks.
+        self.check()?;
         let mut length = [0; LENGTH_BYTES];
         self.fill(&mut length)?;
         let length = u32::from_le_bytes(length) as usize;

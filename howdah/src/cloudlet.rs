@@ -4,7 +4,7 @@
 //! what is printed does not tell one from the other.
 
 use howdah_api::{
-    Base, Client, ClientError, Operation, Problem, SOCKET, State, Vm, VmRun, VmRunning,
+    Base, Client, ClientError, Operation, Pinged, Problem, SOCKET, State, Vm, VmRun, VmRunning,
 };
 
 use crate::{
@@ -108,6 +108,15 @@ impl<'a> Cloudlet<'a> {
         match &self.daemon {
             Some(daemon) => Ok(daemon.remove(name.as_ref())?),
             None => ops::vm::remove(&dir, self.home),
+        }
+    }
+
+    /// Asks a peer how it is.
+    pub(crate) fn ping(&self, peer: &str) -> Result<Pinged, Failure> {
+        let ping = ops::ping::find(peer, self.home)?;
+        match self.daemon.as_ref().zip(ping.place()) {
+            Some((daemon, (name, address))) => Ok(daemon.ping_peer(name, Some(address))?),
+            None => ping.ask(),
         }
     }
 

@@ -78,8 +78,14 @@ impl Default for Tally {
     }
 }
 
-pub(crate) const KINDS: [Kind; 5] =
-    [Kind::Handoff, Kind::BaseVerify, Kind::BasePull, Kind::BasePush, Kind::BaseImport];
+pub(crate) const KINDS: [Kind; 6] = [
+    Kind::Handoff,
+    Kind::BaseVerify,
+    Kind::BasePull,
+    Kind::BasePush,
+    Kind::BaseHeal,
+    Kind::BaseImport,
+];
 
 /// The word for a kind, the same as in JSON.
 pub(crate) fn kind_name(kind: Kind) -> &'static str {
@@ -88,6 +94,7 @@ pub(crate) fn kind_name(kind: Kind) -> &'static str {
         Kind::BaseVerify => "base-verify",
         Kind::BasePull => "base-pull",
         Kind::BasePush => "base-push",
+        Kind::BaseHeal => "base-heal",
         Kind::BaseImport => "base-import",
     }
 }

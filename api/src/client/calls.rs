@@ -4,7 +4,8 @@ use http::Method;
 
 use super::{Client, ClientError};
 use crate::{
-    Base, BaseRemoved, HandoffSpec, Host, Operation, Peer, PeerSpec, Vm, VmRun, VmRunning,
+    Base, BaseHeal, BasePull, BasePush, BaseRemoved, HandoffSpec, Host, Operation, Peer, PeerSpec,
+    Pinged, Vm, VmRun, VmRunning,
 };
 
 type Called<T> = Result<T, ClientError>;
@@ -77,6 +78,21 @@ impl Client {
         self.call(Method::POST, &format!("/v1/bases/{}/verify", part(name)), NOTHING)
     }
 
+    /// Begins to send a base to a peer.
+    pub fn push_base(&self, name: &str, push: &BasePush) -> Called<Operation> {
+        self.call(Method::POST, &format!("/v1/bases/{}/push", part(name)), Some(push))
+    }
+
+    /// Begins to fetch a base that a peer calls so.
+    pub fn pull_base(&self, name: &str, pull: &BasePull) -> Called<Operation> {
+        self.call(Method::POST, &format!("/v1/bases/{}/pull", part(name)), Some(pull))
+    }
+
+    /// Begins to mend a base with what a peer has of it.
+    pub fn heal_base(&self, name: &str, heal: &BaseHeal) -> Called<Operation> {
+        self.call(Method::POST, &format!("/v1/bases/{}/heal", part(name)), Some(heal))
+    }
+
     /// Removes a base that no VM uses.
     pub fn remove_base(&self, name: &str) -> Called<BaseRemoved> {
         self.call(Method::DELETE, &format!("/v1/bases/{}", part(name)), NOTHING)
@@ -95,6 +111,13 @@ impl Client {
     /// Forgets a peer.
     pub fn remove_peer(&self, name: &str) -> Called<Peer> {
         self.call(Method::DELETE, &format!("/v1/peers/{}", part(name)), NOTHING)
+    }
+
+    /// Asks a peer how it is; where it is known to listen, or at an address.
+    pub fn ping_peer(&self, name: &str, address: Option<&str>) -> Called<Pinged> {
+        let address = address.map(|address| format!("?address={}", part(address)));
+        let path = format!("/v1/peers/{}/ping{}", part(name), address.unwrap_or_default());
+        self.call(Method::POST, &path, NOTHING)
     }
 
     /// Operations that run, and the latest that are over.

@@ -11,7 +11,7 @@ mod ops;
 mod serve;
 
 pub(crate) use gc::{Collected, gc};
-pub(crate) use ops::{Moved, Watch, heal, pull, push};
+pub(crate) use ops::{Watch, check_name, find, heal, pull, push};
 pub(crate) use serve::{Bounds, Session, serve};
 
 use handoff::wire::Versions;

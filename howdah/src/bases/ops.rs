@@ -4,7 +4,7 @@ use std::{sync::atomic::AtomicBool, time::Instant};
 
 use base_sync::{Link, No, Progress, SyncError, Taken, Taking, Why};
 use guest_images::{BaseId, Store, store::is_name};
-use serde::Serialize;
+use howdah_api::BaseMoved;
 
 use super::{
     SERVICE, VERSIONS,
@@ -14,7 +14,7 @@ use crate::{
     commands::base::{store, store_failure},
     failure::{Exit, Failure},
     home::Home,
-    peers::{self, BookFile},
+    peers::{self, BookFile, Endpoint},
 };
 
 /// What must stay free where a command of this cloudlet's own brings a base.
@@ -28,33 +28,6 @@ pub(crate) struct Watch<'a> {
     pub(crate) progress: &'a mut dyn FnMut(Progress),
 }
 
-/// A base that came or went.
-#[derive(Debug, Serialize)]
-pub(crate) struct Moved {
-    /// Its id.
-    pub(crate) id: String,
-    /// What it is called where it is now, if it has a name there.
-    pub(crate) name: Option<String>,
-    /// The peer.
-    pub(crate) peer: String,
-    /// Whether it was there before.
-    pub(crate) already: bool,
-    /// Chunks whose contents went over the link.
-    pub(crate) chunks_on_link: u64,
-    /// Chunks that the taker found in its own bases, or twice in this one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) chunks_local: Option<u64>,
-    /// Chunks that an earlier try had left.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) chunks_resumed: Option<u64>,
-    /// Bytes of messages that were sent, encryption not counted.
-    pub(crate) sent_bytes: u64,
-    /// Bytes of messages that were received.
-    pub(crate) received_bytes: u64,
-    /// How long it took.
-    pub(crate) seconds: f64,
-}
-
 /// Gives a base of this cloudlet to a peer, under a name that is free there.
 pub(crate) fn push(
     home: &Home,
@@ -62,7 +35,7 @@ pub(crate) fn push(
     name: Option<&str>,
     peer: &str,
     watch: Watch<'_>,
-) -> Result<Moved, Failure> {
+) -> Result<BaseMoved, Failure> {
     let store = store(home)?;
     let base = store.get(which).map_err(store_failure)?;
     let name = match name.or_else(|| Some(which).filter(|which| !is_id(which, &base.id()))) {
@@ -81,7 +54,7 @@ pub(crate) fn push(
     };
     let given = base_sync::push(&mut link, &store, &base, &name, &mut progress);
     let given = given.map_err(|error| failure(&format!("base {which}"), error))?;
-    Ok(Moved {
+    Ok(BaseMoved {
         id: base.id().to_string(),
         name: Some(name),
         peer: peer.to_owned(),
@@ -102,7 +75,7 @@ pub(crate) fn pull(
     name: Option<&str>,
     peer: &str,
     watch: Watch<'_>,
-) -> Result<Moved, Failure> {
+) -> Result<BaseMoved, Failure> {
     if let Some(name) = name {
         check_name(name)?;
     }
@@ -122,7 +95,7 @@ pub(crate) fn heal(
     which: &str,
     peer: &str,
     watch: Watch<'_>,
-) -> Result<Moved, Failure> {
+) -> Result<BaseMoved, Failure> {
     let id = store(home)?.resolve(which).map_err(store_failure)?;
     fetch(home, &id.to_string(), peer, watch, true)
 }
@@ -133,7 +106,7 @@ fn fetch(
     peer: &str,
     watch: Watch<'_>,
     heal: bool,
-) -> Result<Moved, Failure> {
+) -> Result<BaseMoved, Failure> {
     let store = store(home)?;
     let begun = Instant::now();
     let line = call(home, peer)?;
@@ -143,7 +116,7 @@ fn fetch(
     let pulled = base_sync::pull(&mut link, which, &mut taking);
     let (id, taken) = pulled.map_err(|error| failure(&format!("base {which}"), error))?;
     let Taken { resumed_chunks, local_chunks, received_chunks, already, .. } = taken;
-    Ok(Moved {
+    Ok(BaseMoved {
         id: id.to_string(),
         name: None,
         peer: peer.to_owned(),
@@ -158,10 +131,20 @@ fn fetch(
 }
 
 fn call(home: &Home, peer: &str) -> Result<peers::Line, Failure> {
+    peers::call(home, &endpoint(home, peer)?, SERVICE, VERSIONS)
+}
+
+/// Where that peer is.
+fn endpoint(home: &Home, peer: &str) -> Result<Endpoint, Failure> {
     let book = BookFile::of(home).read()?;
     // What this cloudlet asks for or gives of its own will needs no right of the peer's here.
-    let endpoint = peers::resolve_for(&book, peer, false, None)?;
-    peers::call(home, &endpoint, SERVICE, VERSIONS)
+    peers::resolve_for(&book, peer, false, None)
+}
+
+/// Finds a peer before anything is begun; who it is, for people.
+pub(crate) fn find(home: &Home, peer: &str) -> Result<String, Failure> {
+    let book = BookFile::of(home).read()?;
+    Ok(endpoint(home, peer)?.shown(&book))
 }
 
 /// Whether that is the beginning of an id, and so no name that somebody chose.
@@ -178,7 +161,8 @@ fn a_name_of(store: &Store, id: &BaseId) -> Result<String, Failure> {
     })
 }
 
-fn check_name(name: &str) -> Result<(), Failure> {
+/// Whether a base may have this name.
+pub(crate) fn check_name(name: &str) -> Result<(), Failure> {
     if is_name(name) {
         return Ok(());
     }

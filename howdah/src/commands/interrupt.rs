@@ -13,7 +13,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::{
     control::{Request, client},
-    failure::Exit,
+    failure::{Exit, Failure},
     home::VmDir,
     output::Output,
 };
@@ -102,6 +102,21 @@ impl Interrupts {
         question: Option<&'static str>,
         quiet: impl Fn(bool) + Send + 'static,
     ) {
+        let dir = dir.clone();
+        self.tell(output, question, quiet, move || {
+            client::call(&dir, request.clone(), ANSWER_TIMEOUT)
+        });
+    }
+
+    /// From now on Ctrl-C does what gives up whatever it is that this command waits for; otherwise as
+    /// [`Self::watch`].
+    pub(crate) fn tell(
+        self,
+        output: Output,
+        question: Option<&'static str>,
+        quiet: impl Fn(bool) + Send + 'static,
+        give_up: impl Fn() -> Result<(), Failure> + Send + Clone + 'static,
+    ) {
         let person = io::stdin().is_terminal() && io::stderr().is_terminal() && !output.is_json();
         let question = question.filter(|_| person);
         let (events, taken) = unbounded();
@@ -115,10 +130,9 @@ impl Interrupts {
                 let _ = signals.send(event);
             }
         });
-        let dir = dir.clone();
         std::thread::spawn(move || {
             answer(&taken, &events, question, &quiet, output, move || {
-                client::call(&dir, request.clone(), ANSWER_TIMEOUT)
+                give_up()
                     .inspect_err(|e| output.note(&format!("howdah: not given up: {e}")))
                     .is_ok()
             });

@@ -13,5 +13,6 @@ pub(crate) mod base;
 pub(crate) mod handoff;
 pub(crate) mod host;
 pub(crate) mod peer;
+pub(crate) mod ping;
 pub(crate) mod run;
 pub(crate) mod vm;

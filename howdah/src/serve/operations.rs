@@ -90,6 +90,11 @@ impl Work {
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
     }
+
+    /// The same for what looks by itself: becomes true when it is to be given up.
+    pub(crate) fn cancelled(&self) -> &AtomicBool {
+        &self.cancelled
+    }
 }
 
 impl Operations {

@@ -1,11 +1,14 @@
 //! The table of errors in `docs/reference/errors.md` is what the program says: every line of it that
 //! needs neither KVM nor a peer is provoked here, and what is provoked is in it.
 
-use std::{fs, net::TcpListener, path::Path};
+use std::{fs, net::TcpListener, os::unix::net::UnixListener, path::Path, thread};
+
+use howdah_api::SOCKET;
 
 use crate::{
     common::{Cloudlet, Ran, key_of},
     errors::{OWNER, committed, released, stopped},
+    serve::Daemon,
 };
 
 /// In the table, this stands for what differs from case to case.
@@ -48,6 +51,24 @@ fn fits(text: &str, pattern: &str) -> bool {
     text.char_indices().map(|(at, _)| at).chain([text.len()]).any(|at| fits(&text[at..], rest))
 }
 
+fn table() -> Vec<Row> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference/errors.md");
+    rows(&fs::read_to_string(page).unwrap())
+}
+
+/// Which rows are what was said.
+fn fitting(rows: &[Row], ran: &Ran) -> Vec<usize> {
+    assert_eq!(ran.stderr.lines().count(), 1, "{ran:?}");
+    let said = ran.stderr.trim_end().strip_prefix("howdah: ").unwrap_or_else(|| panic!("{ran:?}"));
+    let fits = |row: &Row| Some(row.code) == ran.code && fits(said, &row.pattern);
+    (0..rows.len()).filter(|at| fits(&rows[*at])).collect()
+}
+
+/// What was provoked elsewhere is in the table, too.
+pub(crate) fn listed(ran: &Ran) {
+    assert!(!fitting(&table(), ran).is_empty(), "no row of the table has this: {ran:?}");
+}
+
 #[test]
 fn patterns_fit_what_they_should() {
     assert!(fits("VM a: it is not running; x", "VM …: it is not running; …"));
@@ -57,19 +78,12 @@ fn patterns_fit_what_they_should() {
 
 #[test]
 fn the_table_is_what_the_program_says() {
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference/errors.md");
-    let rows = rows(&fs::read_to_string(page).unwrap());
+    let rows = table();
     let (mut provoked, mut unknown) = (vec![false; rows.len()], Vec::new());
     for (words, ran) in provoke() {
-        let code = ran.code.unwrap_or(-1);
-        assert_eq!(ran.stderr.lines().count(), 1, "{words}: {ran:?}");
-        let said =
-            ran.stderr.trim_end().strip_prefix("howdah: ").unwrap_or_else(|| panic!("{ran:?}"));
-        let fit: Vec<usize> = (0..rows.len())
-            .filter(|at| rows[*at].code == code && fits(said, &rows[*at].pattern))
-            .collect();
+        let fit = fitting(&rows, &ran);
         if fit.is_empty() {
-            unknown.push(format!("{code}: {said}    <- howdah {words}"));
+            unknown.push(format!("{:?}: {}    <- howdah {words}", ran.code, ran.stderr.trim_end()));
         }
         fit.into_iter().for_each(|at| provoked[at] = true);
     }
@@ -98,6 +112,8 @@ fn provoke() -> Vec<(String, Ran)> {
     vms(&cloudlet, &mut all);
     peers(&cloudlet, &mut all);
     files(&cloudlet, &mut all);
+    networks(&mut all);
+    daemon(&mut all);
     seen
 }
 
@@ -137,6 +153,15 @@ fn bases(cloudlet: &Cloudlet, all: &mut All) {
             "vm run a --base nowhere",
         ],
     );
+    let nameless = Cloudlet::new();
+    nameless.base("tiny").ok();
+    let id = nameless.line("base ls --json").ok().json()[0]["id"].as_str().unwrap().to_owned();
+    nameless.file("disk.raw", &[3; 4096]);
+    nameless.line("base import tiny --disk disk.raw --kernel kernel").ok();
+    let key = key_of(&Cloudlet::new());
+    nameless.line(&format!("peer add b {key}")).ok();
+    let lines = [&format!("base push {id} b")[..], "base push tiny b --as ../x"];
+    all(&nameless, &lines);
     let other = Cloudlet::new();
     other.base_with_memory("warm", None).ok();
     all(&other, &["vm run a --base warm --memory-mib 512", "vm run a --base warm --tap t0"]);
@@ -189,6 +214,10 @@ fn peers(cloudlet: &Cloudlet, all: &mut All) {
             "handoff a 127.0.0.1:70707",
             "handoff a deaf",
             "peer rm nowhere",
+            "peer ping deaf",
+            "peer ping 127.0.0.1:9",
+            "peer ping deaf@127.0.0.1:1",
+            "base pull tiny deaf@127.0.0.1:1",
             "peer add x howdah:short",
             &format!("peer add me {own}"),
             &format!("receive --listen {address}"),
@@ -212,4 +241,50 @@ fn files(cloudlet: &Cloudlet, all: &mut All) {
             "doctor --home /proc/nowhere",
         ],
     );
+}
+
+fn networks(all: &mut All) {
+    let cloudlet = Cloudlet::new();
+    let lan = br#"{"version":1,"networks":[{"name":"lan","subnet":"10.77.0.0/24","nat":false}]}"#;
+    cloudlet.file("home/networks.json", lan);
+    let odd = Cloudlet::new();
+    odd.file("home/networks.json", br#"{"version":9,"networks":[]}"#);
+    all(
+        &cloudlet,
+        &[
+            "network rm nowhere",
+            "network add lan --subnet 10.78.0.0/24",
+            "network add other --subnet 10.77.0.128/25",
+            "network add other --subnet 8.8.8.0/24",
+            "vm run a --network lan --tap t0",
+            "vm run a --cpu-max lots",
+        ],
+    );
+    all(&odd, &["network ls"]);
+}
+
+fn daemon(all: &mut All) {
+    let cloudlet = Cloudlet::new();
+    cloudlet.file("unknown.toml", b"[api]\nsokket = 1\n");
+    cloudlet.file("flat.toml", b"socket_mode = 640\n");
+    cloudlet.file("odd.toml", b"[receive]\nmin_free_mib = -7\n");
+    all(
+        &cloudlet,
+        &[
+            "serve --config unknown.toml",
+            "serve --config flat.toml",
+            "serve --config odd.toml",
+            "serve --api-socket-group no-such-group",
+        ],
+    );
+    let running = Daemon::start(&cloudlet, &[]);
+    all(&cloudlet, &["serve"]);
+    drop(running);
+    // Something that is no daemon listens where one would.
+    let socket = cloudlet.home().join(SOCKET);
+    let _ = fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket).unwrap();
+    let hangs_up = thread::spawn(move || listener.incoming().take(2).for_each(drop));
+    all(&cloudlet, &["vm ls"]);
+    drop(hangs_up);
 }

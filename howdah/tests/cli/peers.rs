@@ -15,7 +15,10 @@ use handoff::{
     wire::{Frame, FrameReader, Hello, Intent, Versions, write_frame},
 };
 
-use crate::common::{Cloudlet, key_of};
+use crate::{
+    common::{Cloudlet, key_of},
+    error_table::listed,
+};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -29,9 +32,9 @@ fn a_cloudlet_has_one_key_and_knows_others() {
     let add =
         format!("peer add b {key} --address 127.0.0.1:7070 --may receive --bases web --for-days 3");
     a.line(&add).ok();
-    let listed = a.line("peer ls").ok().stdout;
+    let shown = a.line("peer ls").ok().stdout;
     for word in ["b", "127.0.0.1:7070", "receive", "web", "3 days", &key] {
-        assert!(listed.contains(word), "{word}: {listed}");
+        assert!(shown.contains(word), "{word}: {shown}");
     }
     a.line(&format!("peer add c {key}")).fails(4, &["peer b", "peer rm"]);
     a.line("peer add d howdah:abc").fails(2, &["howdah identity"]);
@@ -257,7 +260,7 @@ fn a_peer_says_how_it_is_and_what_could_go_there() {
     let said = a.line("peer ping b --json").ok().json();
     assert_eq!(said["takes_vms"], true, "{said}");
     assert_eq!(said["bases"][0]["names"], serde_json::json!(["web"]), "{said}");
-    assert!(said["round_trip_ms"].as_f64().unwrap() < 1000.0, "{said}");
+    assert!(said["round_trip_ms"].as_f64().unwrap() > 0.0, "{said}");
     assert!(said["available_memory_bytes"].as_u64().unwrap() > 0, "{said}");
     let guest = &said["vms"][0];
     assert_eq!((&guest["vm"], &guest["could_go"]), (&"guest".into(), &false.into()), "{said}");
@@ -278,7 +281,7 @@ fn a_peer_says_how_it_is_and_what_could_go_there() {
         "{said}"
     );
     b.line("peer rm a").ok();
-    a.line("peer ping b").fails(4, &["not known here"]);
+    listed(&a.line("peer ping b").fails(4, &["not known here"]));
     drop(listener);
-    a.line("peer ping b").fails(1, &["howdah receive"]);
+    listed(&a.line("peer ping b").fails(1, &["howdah receive"]));
 }

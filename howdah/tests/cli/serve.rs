@@ -16,13 +16,13 @@ use crate::{
 };
 
 /// A daemon that ends with the test.
-struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
-    client: Client,
+    pub(crate) client: Client,
 }
 
 impl Daemon {
-    fn start(cloudlet: &Cloudlet, words: &[&str]) -> Self {
+    pub(crate) fn start(cloudlet: &Cloudlet, words: &[&str]) -> Self {
         let log = fs::File::create(cloudlet.path("serve.log")).unwrap();
         let mut command = cloudlet.command();
         command.arg("serve").args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
@@ -56,7 +56,7 @@ impl Drop for Daemon {
     }
 }
 
-fn problem<T: std::fmt::Debug>(answered: Result<T, ClientError>) -> howdah_api::Problem {
+pub(crate) fn problem<T: std::fmt::Debug>(answered: Result<T, ClientError>) -> howdah_api::Problem {
     match answered {
         Err(ClientError::Problem(problem)) => *problem,
         other => panic!("{other:?}"),
@@ -101,7 +101,20 @@ fn commands_say_the_same_with_and_without_a_daemon() {
         "vm run web --detach",
         "vm run web --base nothing --detach",
         "handoff nobody elsewhere",
+        "base push edge nobody",
+        "base push nothing nobody",
+        "base push edge deaf --as ../x",
+        "base push edge deaf",
+        "base pull edge 127.0.0.1:9",
+        "base pull edge away@127.0.0.1:1",
+        "base verify edge --heal nobody",
+        "peer ping nobody",
+        "peer ping away@127.0.0.1:1",
     ];
+    for name in ["deaf", "away"] {
+        let key = key_of(&Cloudlet::new());
+        cloudlet.line(&format!("peer add {name} {key}")).ok();
+    }
     let ran = |line: &&str| {
         let ran = cloudlet.line(line);
         (ran.code, ran.stdout, ran.stderr)

@@ -3,11 +3,14 @@
 use std::{io::IsTerminal, sync::atomic::AtomicBool, time::Duration};
 
 use guest_images::CHUNK_SIZE;
+use howdah_api::{BaseHeal, BaseMoved, BasePull, BasePush, Client, ClientError, Operation};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    bases::{self, Collected, Moved, Watch},
+    bases::{self, Collected, Watch},
     cli::{BaseGcArgs, BasePushArgs},
+    cloudlet::{Cloudlet, follow},
+    commands::interrupt::Interrupts,
     failure::Failure,
     home::Home,
     output::{Output, bytes, table},
@@ -16,7 +19,9 @@ use crate::{
 /// Runs `howdah base push`.
 pub(super) fn push(args: &BasePushArgs, home: &Home, output: Output) -> anyhow::Result<()> {
     let BasePushArgs { name, peer, called } = args;
-    let moved = watched(output, "sending", |watch| {
+    let asked = BasePush { peer: peer.clone(), called: called.clone() };
+    let begin = |daemon: &Client| daemon.push_base(name, &asked);
+    let moved = moved(output, "sending", home, begin, |watch| {
         bases::push(home, name, called.as_deref(), peer, watch)
     })?;
     output.done(&moved, |moved| match moved.already {
@@ -29,7 +34,9 @@ pub(super) fn push(args: &BasePushArgs, home: &Home, output: Output) -> anyhow::
 /// Runs `howdah base pull`.
 pub(super) fn pull(args: &BasePushArgs, home: &Home, output: Output) -> anyhow::Result<()> {
     let BasePushArgs { name, peer, called } = args;
-    let moved = watched(output, "fetching", |watch| {
+    let asked = BasePull { peer: peer.clone(), called: called.clone() };
+    let begin = |daemon: &Client| daemon.pull_base(name, &asked);
+    let moved = moved(output, "fetching", home, begin, |watch| {
         bases::pull(home, name, called.as_deref(), peer, watch)
     })?;
     output.done(&moved, |moved| match moved.already {
@@ -48,7 +55,10 @@ pub(super) fn heal(
     output: Output,
 ) -> anyhow::Result<()> {
     output.note(&format!("{damage}; fetching what is damaged from {peer}"));
-    let moved = watched(output, "healing", |watch| bases::heal(home, name, peer, watch))?;
+    let asked = BaseHeal { peer: peer.to_owned() };
+    let begin = |daemon: &Client| daemon.heal_base(name, &asked);
+    let moved =
+        moved(output, "healing", home, begin, |watch| bases::heal(home, name, peer, watch))?;
     output.done(&moved, |moved| told(moved, "healed"));
     Ok(())
 }
@@ -86,7 +96,7 @@ fn collection(collected: &Collected) -> String {
     }
 }
 
-fn told(moved: &Moved, verb: &str) -> String {
+fn told(moved: &BaseMoved, verb: &str) -> String {
     let data = |chunks: u64| bytes(chunks * CHUNK_SIZE as u64);
     let name = moved.name.as_ref().map(|name| format!(" as {name}")).unwrap_or_default();
     let mut text = format!(
@@ -106,12 +116,39 @@ fn told(moved: &Moved, verb: &str) -> String {
     text
 }
 
-/// Shows progress on a terminal, nothing elsewhere. Ctrl-C ends the process; what came stays.
-fn watched<T>(
+/// Has a base moved, by the daemon if one answers, and shows how far it is.
+fn moved(
     output: Output,
     what: &'static str,
-    work: impl FnOnce(Watch<'_>) -> Result<T, Failure>,
-) -> Result<T, Failure> {
+    home: &Home,
+    begin: impl FnOnce(&Client) -> Result<Operation, ClientError>,
+    directly: impl FnOnce(Watch<'_>) -> Result<BaseMoved, Failure>,
+) -> anyhow::Result<BaseMoved> {
+    let cloudlet = Cloudlet::of(home);
+    let Some(daemon) = cloudlet.daemon() else {
+        let bar = bar(output, what);
+        // Ctrl-C ends this process, and what came stays.
+        let never = AtomicBool::new(false);
+        let mut progress = |now: base_sync::Progress| show(&bar, now.done_bytes, now.total_bytes);
+        let done = directly(Watch { cancel: &never, progress: &mut progress });
+        bar.finish_and_clear();
+        return Ok(done?);
+    };
+    // Before anything is begun: its threads must not take the signals.
+    let interrupts = Interrupts::take()?;
+    let begun = begin(daemon).map_err(Failure::from)?;
+    let (client, id) = (daemon.clone(), begun.id.clone());
+    interrupts.tell(output, None, |_| {}, move || Ok(client.cancel(&id).map(drop)?));
+    let bar = bar(output, what);
+    let done = follow(daemon, begun, |operation| {
+        show(&bar, operation.progress.done_bytes, operation.progress.total_bytes);
+    });
+    bar.finish_and_clear();
+    Ok(serde_json::from_value(done?)?)
+}
+
+/// A bar on a terminal, nothing elsewhere.
+fn bar(output: Output, what: &'static str) -> ProgressBar {
     let shown = !output.is_json() && !output.is_quiet() && std::io::stderr().is_terminal();
     let bar = if shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
     let template = "{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}, {eta} left";
@@ -120,12 +157,10 @@ fn watched<T>(
     }
     bar.set_message(what);
     bar.enable_steady_tick(Duration::from_millis(200));
-    let never = AtomicBool::new(false);
-    let mut progress = |progress: base_sync::Progress| {
-        bar.set_length(progress.total_bytes.max(progress.done_bytes));
-        bar.set_position(progress.done_bytes);
-    };
-    let done = work(Watch { cancel: &never, progress: &mut progress });
-    bar.finish_and_clear();
-    done
+    bar
+}
+
+fn show(bar: &ProgressBar, done_bytes: u64, total_bytes: u64) {
+    bar.set_length(total_bytes.max(done_bytes));
+    bar.set_position(done_bytes);
 }

@@ -10,26 +10,36 @@ use axum::{
     extract::State,
     http::{HeaderName, StatusCode},
 };
-use howdah_api::{Base, BaseRemoved, Kind, Operation, Progress};
+use howdah_api::{
+    Base, BaseHeal, BaseMoved, BasePull, BasePush, BaseRemoved, Kind, Operation, Progress,
+};
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Problems, vms::accepted};
 use crate::{
-    failure::Failure,
+    bases::{self, Watch},
+    failure::{Exit, Failure},
+    home::Home,
     ops,
     serve::{
-        answer::{Answer, Part, blocking},
+        answer::{Answer, Body, Part, Refused, blocking},
         daemon::Daemon,
         operations::About,
     },
 };
+
+/// An operation that has begun.
+type Begun = (StatusCode, [(HeaderName, String); 1], Json<Operation>);
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Daemon>> {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(inspect, remove))
         .routes(routes!(verify))
+        .routes(routes!(push))
+        .routes(routes!(pull))
+        .routes(routes!(heal))
 }
 
 /// The base in the path.
@@ -68,10 +78,7 @@ async fn remove(State(daemon): State<Arc<Daemon>>, Part(name): Part) -> Answer<J
 #[utoipa::path(post, path = "/v1/bases/{name}/verify", tag = "bases", operation_id = "verify_base", params(BasePath),
     responses((status = 202, description = "It has begun.", body = Operation,
         headers(("Location" = String, description = "The operation."))), Problems))]
-async fn verify(
-    State(daemon): State<Arc<Daemon>>,
-    Part(name): Part,
-) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<Operation>)> {
+async fn verify(State(daemon): State<Arc<Daemon>>, Part(name): Part) -> Answer<Begun> {
     let operation = blocking(move || begin_verify(&daemon, name)).await?;
     Ok(accepted(operation))
 }
@@ -87,6 +94,102 @@ fn begin_verify(daemon: &Arc<Daemon>, name: String) -> Result<Operation, Failure
             work.progress(rate.of(progress.done_bytes, progress.total_bytes));
         })?;
         Ok(serde_json::json!({ "id": id.to_string() }))
+    })
+}
+
+/// Send a base to a peer, which takes what it lacks of it
+///
+/// Cancelled or broken off, the same again goes on where it ended.
+#[utoipa::path(post, path = "/v1/bases/{name}/push", tag = "bases", operation_id = "push_base", params(BasePath),
+    request_body = BasePush,
+    responses((status = 202, description = "It has begun.", body = Operation,
+        headers(("Location" = String, description = "The operation."))), Problems))]
+async fn push(
+    State(daemon): State<Arc<Daemon>>,
+    Part(name): Part,
+    Body(BasePush { peer, called }): Body<BasePush>,
+) -> Answer<Begun> {
+    called.as_deref().map_or(Ok(()), bases::check_name).map_err(Refused::form)?;
+    let operation = blocking(move || {
+        // What is not there is told at once.
+        ops::base::look(&name, &daemon.home)?;
+        let move_it = Move { kind: Kind::BasePush, base: name, peer, called };
+        begin_move(&daemon, move_it, |Move { base, peer, called, .. }, home, watch| {
+            bases::push(home, base, called.as_deref(), peer, watch)
+        })
+    });
+    Ok(accepted(operation.await?))
+}
+
+/// Fetch a base of a peer, as far as it is not here
+///
+/// Cancelled or broken off, the same again goes on where it ended.
+#[utoipa::path(post, path = "/v1/bases/{name}/pull", tag = "bases", operation_id = "pull_base", params(BasePath),
+    request_body = BasePull,
+    responses((status = 202, description = "It has begun.", body = Operation,
+        headers(("Location" = String, description = "The operation."))), Problems))]
+async fn pull(
+    State(daemon): State<Arc<Daemon>>,
+    Part(name): Part,
+    Body(BasePull { peer, called }): Body<BasePull>,
+) -> Answer<Begun> {
+    called.as_deref().map_or(Ok(()), bases::check_name).map_err(Refused::form)?;
+    let operation = blocking(move || {
+        let move_it = Move { kind: Kind::BasePull, base: name, peer, called };
+        begin_move(&daemon, move_it, |Move { base, peer, called, .. }, home, watch| {
+            bases::pull(home, base, called.as_deref(), peer, watch)
+        })
+    });
+    Ok(accepted(operation.await?))
+}
+
+/// Mend a damaged base with what a peer has of it
+///
+/// What is whole of it is kept; a VM that runs goes on with the files that it has open.
+#[utoipa::path(post, path = "/v1/bases/{name}/heal", tag = "bases", operation_id = "heal_base", params(BasePath),
+    request_body = BaseHeal,
+    responses((status = 202, description = "It has begun.", body = Operation,
+        headers(("Location" = String, description = "The operation."))), Problems))]
+async fn heal(
+    State(daemon): State<Arc<Daemon>>,
+    Part(name): Part,
+    Body(BaseHeal { peer }): Body<BaseHeal>,
+) -> Answer<Begun> {
+    let operation = blocking(move || {
+        ops::base::look(&name, &daemon.home)?;
+        let move_it = Move { kind: Kind::BaseHeal, base: name, peer, called: None };
+        begin_move(&daemon, move_it, |Move { base, peer, .. }, home, watch| {
+            bases::heal(home, base, peer, watch)
+        })
+    });
+    Ok(accepted(operation.await?))
+}
+
+/// A base that is to come or go.
+struct Move {
+    kind: Kind,
+    base: String,
+    peer: String,
+    called: Option<String>,
+}
+
+/// Begins to move a base; cancelling is seen within a message or a tick of the link.
+fn begin_move(
+    daemon: &Arc<Daemon>,
+    asked: Move,
+    work: impl FnOnce(&Move, &Home, Watch<'_>) -> Result<BaseMoved, Failure> + Send + 'static,
+) -> Result<Operation, Failure> {
+    let peer = bases::find(&daemon.home, &asked.peer)?;
+    let about = About { kind: asked.kind, subject: asked.base.clone(), peer: Some(peer) };
+    let shared = Arc::clone(daemon);
+    daemon.operations.begin(about, None, move |doing| {
+        let mut rate = Rate::default();
+        let mut progress = |now: base_sync::Progress| {
+            doing.progress(rate.of(now.done_bytes, now.total_bytes));
+        };
+        let watch = Watch { cancel: doing.cancelled(), progress: &mut progress };
+        let moved = work(&asked, &shared.home, watch)?;
+        serde_json::to_value(&moved).map_err(|e| Failure::plain(Exit::Failed, "operation", e))
     })
 }
 

@@ -42,7 +42,7 @@ pub(super) const MAX_BODY_BYTES: usize = 256 << 10;
         description = "One cloudlet: its VMs, bases, peers, and what goes on between it and others.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(Problem, howdah_api::Event))
+    components(schemas(Problem, howdah_api::Event, howdah_api::BaseMoved))
 )]
 struct Document;
 

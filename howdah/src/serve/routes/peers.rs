@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use axum::{Json, extract::State, http::StatusCode};
-use howdah_api::{Peer, PeerSpec};
+use howdah_api::{Peer, PeerSpec, Pinged};
+use serde::Deserialize;
+use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Problems, vms::VmPath as PeerPath};
@@ -13,13 +15,16 @@ use crate::{
     ops,
     peers::BookFile,
     serve::{
-        answer::{Answer, Body, Name, Refused, blocking},
+        answer::{Answer, Asked, Body, Name, Refused, blocking},
         daemon::Daemon,
     },
 };
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Daemon>> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(inspect, put, remove))
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(inspect, put, remove))
+        .routes(routes!(ping))
 }
 
 /// List the cloudlets that are known
@@ -83,4 +88,32 @@ async fn remove(
     })
     .await?;
     Ok(removed.as_ref().map(Peer::from).map(Json).ok_or(StatusCode::NO_CONTENT))
+}
+
+/// Where a peer is asked.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct PingAt {
+    /// Its `HOST:PORT`; where it is known to listen, if not said.
+    #[serde(default)]
+    #[param(pattern = "^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?:[1-9][0-9]{0,3}$")]
+    address: Option<String>,
+}
+
+/// Ask a peer how it is, and which VMs could go there
+///
+/// A peer that does not answer, or not as a peer should, is a 409.
+#[utoipa::path(post, path = "/v1/peers/{name}/ping", tag = "peers", operation_id = "ping_peer", params(PeerPath, PingAt),
+    responses((status = 200, description = "What it says.", body = Pinged), Problems))]
+async fn ping(
+    State(daemon): State<Arc<Daemon>>,
+    Name(name): Name,
+    Asked(PingAt { address }): Asked<PingAt>,
+) -> Answer<Json<Pinged>> {
+    let peer = address.map_or_else(|| name.to_string(), |address| format!("{name}@{address}"));
+    let ping = blocking(move || ops::ping::find(&peer, &daemon.home)).await?;
+    // That a peer does not answer is no fault of this server's.
+    let asked = blocking(move || ping.ask()).await;
+    asked.map(Json).map_err(|refused| refused.and_status(StatusCode::CONFLICT))
 }
