@@ -160,6 +160,11 @@ pub(super) struct Handed {
 }
 
 impl Handed {
+    /// The handoff, in hex.
+    pub(super) fn id(&self) -> &str {
+        &self.handoff
+    }
+
     /// What asks a process whether the link is its.
     pub(super) fn question(&self) -> Request {
         Request::Expects { handoff: self.handoff.clone() }

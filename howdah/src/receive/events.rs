@@ -43,6 +43,9 @@ pub(crate) enum Event {
         peer: String,
         /// Why.
         why: String,
+        /// Its source began anew, and that is coming in instead.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        superseded: bool,
     },
     /// A peer brought a base.
     BaseTaken {
@@ -109,7 +112,7 @@ impl Event {
             }
             Self::Receiving { vm, peer } => format!("receiving VM {vm} from {peer}"),
             Self::Received { vm, peer, .. } => format!("VM {vm} from {peer} runs here"),
-            Self::NotReceived { vm, peer, why } => {
+            Self::NotReceived { vm, peer, why, .. } => {
                 format!("VM {vm} from {peer} not received: {why}")
             }
             Self::BaseTaken { base, name, peer, .. } => {

@@ -29,7 +29,7 @@ use super::{
     door::{Called, Caller, Door, Greeted, Guest, Handed},
     events::Event,
     link::Peek,
-    newer,
+    newer::GivenUp,
     quota::{self, Place, Quota},
     refusals::Refusals,
 };
@@ -62,6 +62,7 @@ struct Listener {
     door: Door,
     quota: Quota,
     refusals: Refusals,
+    given_up: GivenUp,
     clock: MonotonicClock,
     busy: AtomicUsize,
 }
@@ -86,7 +87,7 @@ pub(crate) fn listen(
     loop {
         match ended.recv() {
             Ok(Event::Received { .. }) if once => return Ok(()),
-            Ok(Event::NotReceived { vm, why, .. }) if once => {
+            Ok(Event::NotReceived { vm, why, superseded: false, .. }) if once => {
                 return Err(Failure::line(Exit::NotMoved, &format!("VM {vm}: {why}")).into());
             }
             Ok(_) => {}
@@ -131,6 +132,7 @@ pub(crate) fn start(
         door,
         quota: Quota::new(quota::Limits::DEFAULT),
         refusals: Refusals::default(),
+        given_up: GivenUp::default(),
         clock: MonotonicClock::default(),
         busy: AtomicUsize::new(0),
     });
@@ -222,7 +224,7 @@ impl Listener {
                     }
                 };
             }
-            newer::make_way(&self.home.vm(&name), incoming.hello.handoff, caller.key());
+            self.given_up.make_way(&self.home.vm(&name), incoming.hello.handoff, caller.key());
             // The process that is started has the word from here on.
             drop(incoming);
             (self.tell)(&Event::Receiving { vm: name.to_string(), peer: caller.to_string() });
@@ -348,7 +350,8 @@ impl Listener {
             }
             Err(failure) => {
                 self.tidy(name);
-                Event::NotReceived { vm, peer, why: failure.message }
+                let superseded = self.given_up.take(handed.id());
+                Event::NotReceived { vm, peer, why: failure.message, superseded }
             }
         }
     }

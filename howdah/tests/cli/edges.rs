@@ -36,11 +36,15 @@ struct Half {
 impl Half {
     /// `None`, and a word about it, where there is no KVM.
     fn way() -> Option<Self> {
+        Self::way_with("")
+    }
+
+    fn way_with(flags: &str) -> Option<Self> {
         let here = Site::new()?;
         here.obedient_base();
         here.start_large("a");
         let there = here.neighbour();
-        Some(Self::between(here, there, ""))
+        Some(Self::between(here, there, flags))
     }
 
     fn between(here: Site, there: Site, flags: &str) -> Self {
@@ -173,7 +177,7 @@ fn a_second_handoff_of_one_vm() {
 /// the way of that to run.
 #[test]
 fn a_handoff_that_begins_anew() {
-    let Some(half) = Half::way() else { return };
+    let Some(half) = Half::way_with("--once") else { return };
     let Half { here, there, receiver, gate, handoff } = half;
     let before = there.process("a");
     here.0.line("handoff a --cancel").ok();
@@ -186,6 +190,8 @@ fn a_handoff_that_begins_anew() {
     await_gone(before);
     let said = receiver.await_event("not-received");
     assert!(said["why"].as_str().unwrap().contains("began anew"), "{said}");
+    assert_eq!(said["superseded"], true, "{said}");
+    // What was given up for it did not end the listener, which waits for one VM.
     receiver.await_event("received");
     there.counts_on("a");
     assert_eq!(there.state("a").as_deref(), Some("running"));
@@ -205,6 +211,7 @@ fn a_handoff_whose_end_is_not_heard_at_first() {
     gate.break_links();
     let said = receiver.await_event("not-received");
     assert!(said["why"].as_str().unwrap().contains("the source aborted"), "{said}");
+    assert_eq!(said["superseded"], serde_json::Value::Null, "{said}");
     await_gone(before);
     there.await_nothing_of("a");
     here.counts_on("a");
