@@ -6,6 +6,7 @@ use guest_images::{Base, BaseId, CHUNK_SIZE, Part, Place, Store, store::Hashed};
 
 use crate::{
     link::Link,
+    take::Progress,
     wire::{MAX_BASES, MAX_CHUNKS, MAX_HASHES, MAX_PIECE_BYTES, Message, Run, SyncError},
 };
 
@@ -23,14 +24,15 @@ pub struct Given {
     pub already: bool,
 }
 
-/// Gives `base` to the other side of the link, which asks. `progress` hears how many chunks were sent.
+/// Gives `base` to the other side of the link, which asks. `progress` hears what was sent, and how much that
+/// is at most: the taker may have chunks in bases of which the giver knows nothing.
 pub(crate) fn give<R: Read, W: Write>(
     link: &mut Link<'_, R, W>,
     store: &Store,
     base: &Base,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut dyn FnMut(Progress),
 ) -> Result<Given, SyncError> {
-    let mut giver = Giver { store, base, shared: Vec::new() };
+    let mut giver = Giver { store, base, shared: Vec::new(), refers: true, told_chunks: 0 };
     let mut given = Given::default();
     loop {
         let answer = match link.receive()? {
@@ -41,7 +43,9 @@ pub(crate) fn give<R: Read, W: Write>(
             Message::Chunks { part, runs } => {
                 let (answer, count) = giver.chunks(part, &runs)?;
                 given.sent_chunks += count;
-                progress(given.sent_chunks);
+                let done_bytes = given.sent_chunks * CHUNK_SIZE as u64;
+                let total_bytes = done_bytes.max(giver.told_chunks * CHUNK_SIZE as u64);
+                progress(Progress { done_bytes, total_bytes, ..Progress::default() });
                 answer
             }
             Message::Machine(at) => giver.machine(at)?,
@@ -57,6 +61,10 @@ struct Giver<'a> {
     base: &'a Base,
     /// What the taker holds too, in the order it was told.
     shared: Vec<Base>,
+    /// Whether the taker lets answers refer to those; once it does not, it asks for everything again.
+    refers: bool,
+    /// Chunks that were told by their hashes.
+    told_chunks: u64,
 }
 
 impl Giver<'_> {
@@ -88,7 +96,13 @@ impl Giver<'_> {
         part.ok_or(SyncError::Protocol("it asks for a part that the base does not have"))
     }
 
-    fn hashes(&self, part: u8, first: u64, count: u32, refer: bool) -> Result<Message, SyncError> {
+    fn hashes(
+        &mut self,
+        part: u8,
+        first: u64,
+        count: u32,
+        refer: bool,
+    ) -> Result<Message, SyncError> {
         let part = self.part(part)?;
         let end = first.saturating_add(u64::from(count));
         if u64::from(count) > MAX_HASHES || end > self.base.part_chunks(part) {
@@ -97,6 +111,10 @@ impl Giver<'_> {
         let hashes = self.base.hash_chunks(part, first..end);
         let hashes = hashes.map_err(|error| self.reading(error))?;
         let places = self.places(&hashes, refer);
+        if self.refers && !refer {
+            (self.refers, self.told_chunks) = (false, 0);
+        }
+        self.told_chunks += places.iter().filter(|place| place.is_none()).count() as u64;
         Ok(Message::HashesAre(runs(&hashes, &places)))
     }
 

@@ -7,7 +7,7 @@ use guest_images::{Base, BaseId, Manifest, Store};
 use crate::{
     give::{self, Given},
     link::Link,
-    take::{self, Taken, Taking},
+    take::{self, Progress, Taken, Taking},
     wire::{MAX_TEXT_BYTES, Message, No, SyncError, Why},
 };
 
@@ -42,7 +42,7 @@ pub fn push<R: Read, W: Write>(
     store: &Store,
     base: &Base,
     name: &str,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut dyn FnMut(Progress),
 ) -> Result<Given, SyncError> {
     let name = name.to_owned();
     link.send(&Message::Push { name, manifest: manifest_of(base)? })?;
@@ -97,8 +97,7 @@ fn serve_pull<R: Read, W: Write>(
     let base = taking.store.get(which)?;
     taking.host.may_pull(&base).map_err(SyncError::Unwilling)?;
     link.send(&Message::Offer(manifest_of(&base)?))?;
-    let progress = &mut taking.progress;
-    let given = give::give(link, taking.store, &base, &mut |_| progress(Default::default()))?;
+    let given = give::give(link, taking.store, &base, taking.progress)?;
     Ok(Served::Given(base.id(), given))
 }
 

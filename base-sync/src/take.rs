@@ -28,6 +28,8 @@ const MAX_REMEMBERED: usize = 1 << 20;
 const CHUNK_BYTES: u64 = CHUNK_SIZE as u64;
 
 /// How far a base is.
+///
+/// A giver tells what it sent, and as the total what it may have to at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Bytes of the base that are here.

@@ -232,7 +232,13 @@ fn only_what_the_peer_lacks_travels() {
         site.import("old", &old, None);
     }
     let id = a.import("new", &new, None);
-    let (given, (served, to_a)) = push_to(&a, &b, "new", ALL);
+    let (base, mut last) = (a.store.get("new").unwrap(), Progress::default());
+    let push = |link: &mut Link<'_, _, _>| {
+        push(link, &a.store, &base, "new", &mut |progress| last = progress)
+    };
+    let (given, (served, to_a)) = call(&b, ALL, push, u64::MAX);
+    let bytes = 10 * CHUNK as u64;
+    assert_eq!((last.done_bytes, last.total_bytes), (bytes, bytes), "it is known beforehand");
     assert_eq!(given.unwrap(), Given { sent_chunks: 10, already: false });
     let Ok(Served::Taken(taken_id, name, taken)) = served else { panic!("{served:?}") };
     assert_eq!((taken_id, name.as_str(), taken.received_chunks), (id, "new", 10));

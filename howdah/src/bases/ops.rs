@@ -46,13 +46,7 @@ pub(crate) fn push(
     let begun = Instant::now();
     let line = call(home, peer)?;
     let mut link = Link::new(line.rx, line.tx, watch.cancel);
-    let bytes = |chunks: u64| chunks * guest_images::CHUNK_SIZE as u64;
-    let mut progress = |chunks| {
-        // The giver does not know how much the taker lacks.
-        let progress = Progress { done_bytes: bytes(chunks), ..Progress::default() };
-        (watch.progress)(progress);
-    };
-    let given = base_sync::push(&mut link, &store, &base, &name, &mut progress);
+    let given = base_sync::push(&mut link, &store, &base, &name, watch.progress);
     let given = given.map_err(|error| failure(&format!("base {which}"), error))?;
     Ok(BaseMoved {
         id: base.id().to_string(),
