@@ -1,4 +1,5 @@
-//! What a peer, or a base, says of a machine: its profile, its state, a base's snapshot.
+//! What a peer, or a base, says of a machine: its profile, its state, a base's snapshot; and what a peer
+//! says of its host.
 //!
 //! Each is read whole and within bounds or not at all; what was read can be written, and says the
 //! same. Values are not looked at here: KVM and the devices judge them (`virtio` restores the
@@ -8,8 +9,8 @@ use std::{io, sync::mpsc};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use vmm::{
-    HostCheck, MachineProfile, MachineSnapshot, ThreadHook, Vm, VmConfig, layout::MIN_MEMORY_BYTES,
-    state::VmState,
+    HostCheck, HostProfile, MachineProfile, MachineSnapshot, ThreadHook, Vm, VmConfig,
+    layout::MIN_MEMORY_BYTES, state::VmState,
 };
 
 use super::{Origin, Target, kernel};
@@ -26,7 +27,7 @@ pub(super) const TARGET: Target =
 
 fn run(data: &[u8]) -> bool {
     let mut input = Input::new(data);
-    let what = input.u8() % 3;
+    let what = input.u8() % 4;
     let blob = input.rest();
     match what {
         0 => {
@@ -39,7 +40,7 @@ fn run(data: &[u8]) -> bool {
             let said = snapshot.encode().expect("what was read can be written");
             assert_eq!(MachineSnapshot::decode(&said).ok(), Some(snapshot));
         }
-        _ => {
+        2 => {
             // Any machine is the one that was announced: the state begins with it.
             let announced = blob.get(HEADER_BYTES..).map(postcard::take_from_bytes);
             let Some(Ok((announced, _))) = announced else { return false };
@@ -47,6 +48,11 @@ fn run(data: &[u8]) -> bool {
             let said = state.encode().expect("what was read can be written");
             let again = VmState::decode(&said, &announced).expect("what was written can be read");
             assert_eq!(again.encode().ok(), Some(said));
+        }
+        _ => {
+            let Ok(host) = serde_json::from_slice::<HostProfile>(blob) else { return false };
+            let lacks = machine().check_compatible(&host).err();
+            let _told = lacks.map(|lacks| lacks.to_string());
         }
     }
     true
@@ -94,10 +100,31 @@ fn state() -> Option<Vec<u8>> {
     state.encode().ok()
 }
 
+/// A host, as one says what it is.
+fn host() -> Vec<u8> {
+    let host = serde_json::json!({
+        "supported": machine().cpuid, "tsc_deadline": true, "tsc_khz": 1_000_000, "tsc_scaling": false,
+        "xsave_bytes": 4096, "max_vcpus": 4,
+    });
+    host.to_string().into_bytes()
+}
+
 fn seeds() -> Vec<Vec<u8>> {
     let profile = machine();
     let snapshot = MachineSnapshot { profile: profile.clone(), state: b"state".to_vec() };
     let blobs = [profile.encode(), snapshot.encode()].map(|blob| blob.expect("a sound machine"));
     let numbered = (0..).zip(blobs.into_iter().chain(state()));
-    numbered.map(|(what, blob)| Program::new().u8(what).bytes(&blob).finish()).collect()
+    numbered.chain([(3, host())]).map(seed).collect()
+}
+
+fn seed((what, blob): (u8, Vec<u8>)) -> Vec<u8> {
+    Program::new().u8(what).bytes(&blob).finish()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_host_among_the_seeds_is_one() {
+        assert!(super::run(&super::seed((3, super::host()))));
+    }
 }

@@ -28,7 +28,7 @@ pub(crate) use verdict::{Candidate, Verdict, verdicts};
 
 use crate::{
     commands::base,
-    failure::{Exit, Failure},
+    failure::{Exit, Failure, one_line},
     home::Home,
     net::{Networks, Subnet},
     peers::{self, Endpoint, Line, Peer, Right},
@@ -119,6 +119,25 @@ impl About {
     }
 }
 
+impl About {
+    /// As a peer said it, fit to be shown: what it calls itself and its bases could else tell a terminal
+    /// what to do.
+    fn tamed(self) -> Self {
+        let tame = |text: String| one_line(&text);
+        let base = |base: HeldBase| HeldBase {
+            id: tame(base.id),
+            names: base.names.into_iter().map(tame).collect(),
+        };
+        Self {
+            version: tame(self.version),
+            takes: self.takes.map_err(tame),
+            host: self.host.map_err(tame),
+            bases: self.bases.into_iter().map(base).collect(),
+            ..self
+        }
+    }
+}
+
 fn held(home: &Home, peer: &Peer) -> Vec<HeldBase> {
     let listed = base::store(home).and_then(|store| store.list().map_err(base::store_failure));
     let listed = listed.unwrap_or_else(|failure| {
@@ -179,7 +198,7 @@ pub(crate) fn ask(home: &Home, endpoint: &Endpoint) -> Result<Answered, Failure>
         }
         let mut text = vec![0; length as usize];
         receive_all(&mut rx, &mut text, deadline)?;
-        let about = serde_json::from_slice(&text)?;
+        let about = serde_json::from_slice::<About>(&text)?.tamed();
         let mut round_trip = Duration::MAX;
         for number in 0..ROUND_TRIPS {
             let (begun, number) = (Instant::now(), number.to_le_bytes());

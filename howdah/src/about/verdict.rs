@@ -4,7 +4,10 @@ use serde::Serialize;
 use vmm::MachineProfile;
 
 use super::{About, Incoming};
-use crate::home::{VmConfig, VmName};
+use crate::{
+    failure::one_line,
+    home::{VmConfig, VmName},
+};
 
 /// What a VM needs of where it goes.
 #[derive(Debug)]
@@ -62,7 +65,8 @@ fn machine(about: &About, candidate: &Candidate, why_not: &mut Vec<String>) {
         (_, Err(why)) => why_not.push(why.clone()),
         (Ok(host), Ok(profile)) => {
             if let Err(lacks) = profile.check_compatible(host) {
-                why_not.extend(lacks.0.iter().map(ToString::to_string));
+                // The name of a CPU's maker is the peer's to say.
+                why_not.extend(lacks.0.iter().map(|lack| one_line(&lack.to_string())));
             }
         }
     }
@@ -132,6 +136,17 @@ mod tests {
         {
             assert!(said.contains(part), "{part}: {said}");
         }
+    }
+
+    #[test]
+    fn a_peer_cannot_speak_to_the_terminal() {
+        let mut about = about("x\x1b[2J");
+        about.version = "1\r\n2".into();
+        about.takes = Err("\x07no".into());
+        about.bases[0].names.push("\x1b]0;mine".into());
+        let text = format!("{:?}", about.tamed());
+        // Debug would show them escaped.
+        assert!(!text.contains('\\'), "{text}");
     }
 
     #[test]
