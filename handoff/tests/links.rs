@@ -356,6 +356,25 @@ fn a_writer_is_caught_up_with() {
     });
 }
 
+/// A guest that fills the same buffers anew: a version of one makes the next no cheaper, so that what was
+/// dirty in two harvests in a row waits for the pause. Nothing of it is lost on the way.
+#[test]
+fn buffers_that_are_filled_anew_wait_for_the_pause() {
+    let load = Load {
+        ram_chunks: 8192,
+        changed: 2000,
+        hot: 1000,
+        writes_per_s: 800,
+        random_bytes: 1024,
+        part: false,
+    };
+    let shape = Shape { bytes_per_s: MBPS_10, delay: Duration::from_millis(2) };
+    in_real_time(load, shape, |report| {
+        let live = report.rounds.split_last().map_or(&[][..], |(_, live)| live);
+        live.iter().skip(2).any(|round| round.left_out > round.chunks / 2)
+    });
+}
+
 /// Hands off until what is said of it holds: on a host with other work a single time says little, three
 /// of them do.
 fn in_real_time(load: Load, shape: Shape, holds: impl Fn(&Report) -> bool) {

@@ -112,6 +112,8 @@ pub(super) struct Run<'a> {
     /// What the last harvest returned, and what of it the one before had returned too.
     pub(super) harvested: ChunkSet,
     pub(super) hot: ChunkSet,
+    /// Of those, what the round under way leaves to the pause: no harvest returns it by itself.
+    held: ChunkSet,
 }
 
 impl<'a> Run<'a> {
@@ -125,7 +127,7 @@ impl<'a> Run<'a> {
     ) -> Self {
         let geometry = guest.vm.geometry();
         let (again, none) = (Again::new(geometry), ChunkSet::new(geometry));
-        let (harvested, hot) = (none.clone(), none);
+        let (harvested, hot, held) = (none.clone(), none.clone(), none);
         let round = 0;
         Self {
             guest,
@@ -141,6 +143,7 @@ impl<'a> Run<'a> {
             again,
             harvested,
             hot,
+            held,
         }
     }
 }
@@ -222,6 +225,7 @@ impl Run<'_> {
         let mut hot = self.again.waiting(&set);
         hot.union(&self.hot);
         let mut order = RoundOrder::hot_last(set, &hot, self.options.order);
+        self.hold_hot(&mut order);
         let mut groups = 0u64;
         let broken_off = loop {
             if groups.is_multiple_of(HINTS_EVERY_GROUPS) {
@@ -246,6 +250,16 @@ impl Run<'_> {
         self.push_batches()?;
         self.pipe.meter.round_packed(&self.outbound.stats());
         Ok(broken_off.then(|| order.into_rest()))
+    }
+
+    /// Leaves to the pause what was dirty in the last two harvests, where sending a version of it now
+    /// would save the pause nothing. What stays clean meanwhile goes with the next round.
+    fn hold_hot(&mut self, order: &mut RoundOrder) {
+        if !self.guest.paused && !self.versions_pay() {
+            let left_out = order.leave_out(&self.hot);
+            self.pipe.meter.left_out(left_out);
+            self.held.union(&self.hot);
+        }
     }
 
     /// Looks now and then at what is dirty again, and leaves it to the next round. Whether the round
@@ -323,13 +337,15 @@ impl Run<'_> {
 
     /// Harvests at the end of a round, and notes what is dirty again and again.
     pub(super) fn harvest_round(&mut self) -> Result<ChunkSet, KeptReason> {
-        let set = self.harvest()?;
+        let mut set = self.harvest()?;
         let mut hot = ChunkSet::new(set.geometry());
         for id in set.iter().filter(|id| self.harvested.contains(*id)) {
             hot.insert(id);
         }
         self.pipe.meter.harvested(set.len(), hot.len());
         (self.harvested, self.hot) = (set.clone(), hot);
+        let none = ChunkSet::new(set.geometry());
+        set.union(&std::mem::replace(&mut self.held, none));
         Ok(set)
     }
 
