@@ -17,6 +17,7 @@
 
 pub mod base;
 pub mod chunk;
+pub mod image;
 pub mod index;
 pub mod manifest;
 pub mod overlay;
