@@ -247,20 +247,21 @@ pub(crate) struct BaseImportArgs {
         conflicts_with_all = ["disk", "kernel", "initramfs", "cmdline", "memory", "machine"]
     )]
     pub(crate) from: Option<PathBuf>,
-    /// Raw disk image
+    /// Disk image, raw or qcow2
     #[arg(long, value_name = "FILE", required_unless_present = "from")]
     pub(crate) disk: Option<PathBuf>,
-    /// Kernel: a bzImage or an ELF image
-    #[arg(long, value_name = "FILE", required_unless_present = "from")]
+    /// Kernel: a bzImage or an ELF image [default: what the image's own boot loader starts]
+    #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
     /// Initramfs
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initramfs: Option<PathBuf>,
-    /// Kernel command line that boots the disk
-    #[arg(long, default_value = "console=ttyS0 root=/dev/vda rw", value_name = "TEXT")]
-    pub(crate) cmdline: String,
+    /// Kernel command line that boots the disk [default: that of the image's own boot loader; with
+    /// --kernel: console=ttyS0 root=/dev/vda rw]
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) cmdline: Option<String>,
     /// Memory of a base with memory: `memory.raw` of one that was built with --boot
-    #[arg(long, value_name = "FILE", requires = "machine")]
+    #[arg(long, value_name = "FILE", requires_all = ["machine", "kernel"])]
     pub(crate) memory: Option<PathBuf>,
     /// The machine that belongs to --memory: the file `machine` beside it
     #[arg(long, value_name = "FILE", requires = "memory")]

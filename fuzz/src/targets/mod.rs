@@ -4,6 +4,7 @@ mod base;
 mod bases;
 mod batch;
 mod frames;
+mod image;
 mod journal;
 mod kernel;
 mod machine;
@@ -61,6 +62,8 @@ pub const TARGETS: &[Target] = &[
     manifest::TARGET,
     base::TARGET,
     kernel::TARGET,
+    image::QCOW2,
+    image::DISK,
     overlay::TARGET,
     journal::TARGET,
     table::TARGET,

@@ -1,6 +1,12 @@
 //! `howdah base`, on bases small enough to make up.
 
-use std::fs;
+use std::{
+    env,
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::Path,
+    process::Command,
+};
 
 use crate::common::{Cloudlet, disk, executable, kernel};
 
@@ -99,4 +105,114 @@ fn a_recipe_is_built_and_imported() {
     let left: Vec<_> =
         fs::read_dir(cloudlet.home()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["store"]);
+}
+
+/// A program that a test makes its images with. It says so where there is none.
+fn tool(program: &str, args: &[&str], dir: &Path) -> bool {
+    let path = format!("{}:/usr/sbin:/sbin", env::var("PATH").unwrap_or_default());
+    let ran = Command::new(program).args(args).current_dir(dir).env("PATH", path).output();
+    let ran = ran.ok().filter(|ran| ran.status.success());
+    if ran.is_none() {
+        eprintln!(
+            "skipped: {program} {args:?} does not work here; `make setup` installs what brings it"
+        );
+    }
+    ran.is_some()
+}
+
+const ROOT_UUID: &str = "5f3a8b1c-0d2e-4f60-8a7b-9c0d1e2f3a4b";
+
+/// A disk as cloud images have it: a GPT, the root as partition 1 behind others, GRUB's configuration in /boot.
+fn cloud_image(cloudlet: &Cloudlet, name: &str) -> bool {
+    let grub = format!(
+        "set default=0\nmenuentry 'Debian GNU/Linux' --class debian {{\n\tinsmod part_gpt\n\tlinux\t/boot/vmlinuz-6.12.0 \
+         root=PARTUUID={ROOT_UUID} ro console=tty0 console=ttyS0,115200\n\tinitrd\t/boot/initrd.img-6.12.0\n}}\n"
+    );
+    cloudlet.file("tree/boot/grub/grub.cfg", grub.as_bytes());
+    cloudlet.file("tree/boot/vmlinuz-6.12.0", &kernel());
+    cloudlet.file("tree/boot/initrd.img-6.12.0", b"an initrd");
+    cloudlet.file("tree/etc/fstab", b"");
+    let dir = cloudlet.path("");
+    if !tool("mke2fs", &["-q", "-t", "ext4", "-d", "tree", "root.ext4", "6M"], &dir) {
+        return false;
+    }
+    let image = File::create(cloudlet.path(name)).unwrap();
+    image.set_len(12 << 20).unwrap();
+    let table = format!(
+        "label: gpt\n14: start=2048, size=2048, type=21686148-6449-6E6F-744E-656564454649\n\
+         1: start=8192, size=12288, uuid={ROOT_UUID}\n"
+    );
+    cloudlet.file("table", table.as_bytes());
+    let script = format!("sfdisk -q {name} < table");
+    if !tool("sh", &["-c", &script], &dir) {
+        return false;
+    }
+    let root = fs::read(cloudlet.path("root.ext4")).unwrap();
+    image.write_all_at(&root, 8192 * 512).unwrap();
+    true
+}
+
+#[test]
+fn a_cloud_image_is_imported_with_the_kernel_it_boots() {
+    let cloudlet = Cloudlet::new();
+    if !cloud_image(&cloudlet, "cloud.raw") {
+        return;
+    }
+    let ran = cloudlet.line("base import cloud --disk cloud.raw").ok();
+    assert!(ran.stderr.contains("/boot/grub/grub.cfg of partition 1"), "{ran:?}");
+    let id = cloudlet.line("base ls --json").json()[0]["id"].as_str().unwrap().to_owned();
+    let dir = cloudlet.home().join("store/bases").join(&id);
+    assert_eq!(fs::read(dir.join("kernel")).unwrap(), kernel());
+    assert_eq!(fs::read(dir.join("initramfs")).unwrap(), b"an initrd");
+    assert!(
+        fs::read(dir.join("disk.raw")).unwrap() == fs::read(cloudlet.path("cloud.raw")).unwrap()
+    );
+    let manifest = fs::read_to_string(dir.join("manifest.json")).unwrap();
+    let cmdline = format!("root=PARTUUID={ROOT_UUID} ro console=tty0 console=ttyS0,115200");
+    assert!(manifest.contains(&cmdline), "{manifest}");
+    let left: Vec<_> =
+        fs::read_dir(cloudlet.home()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["store"]);
+
+    // The same disk in qcow2 is the same base, however it is packed.
+    let dir = cloudlet.path("");
+    for options in [
+        &["-O", "qcow2"][..],
+        &["-c", "-O", "qcow2"],
+        &["-c", "-O", "qcow2", "-o", "compression_type=zstd"],
+    ] {
+        let args = [&["convert", "-f", "raw"], options, &["cloud.raw", "cloud.qcow2"]].concat();
+        if !tool("qemu-img", &args, &dir) {
+            return;
+        }
+        cloudlet.line("base import again --disk cloud.qcow2").ok();
+        let listed = cloudlet.line("base ls --json").json();
+        assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+        assert_eq!(listed[0]["id"], id.as_str());
+    }
+    cloudlet
+        .run(&["base", "import", "own", "--disk", "cloud.qcow2", "--cmdline", "root=/dev/vda1"])
+        .ok();
+    assert_eq!(cloudlet.line("base ls --json").json().as_array().unwrap().len(), 2);
+    // What is only a difference is refused, and so is half a file.
+    let over = ["create", "-q", "-f", "qcow2", "-b", "cloud.raw", "-F", "raw", "over.qcow2"];
+    if tool("qemu-img", &over, &dir) {
+        let why = ["over.qcow2", "cloud.raw", "qemu-img convert"];
+        cloudlet.line("base import x --disk over.qcow2").fails(6, &why);
+    }
+    let whole = fs::read(cloudlet.path("cloud.qcow2")).unwrap();
+    cloudlet.file("half.qcow2", &whole[..whole.len() / 4]);
+    cloudlet.line("base import x --disk half.qcow2").fails(6, &["half.qcow2"]);
+}
+
+#[test]
+fn without_a_kernel_one_must_be_in_the_image() {
+    let cloudlet = Cloudlet::new();
+    cloudlet.file("disk.raw", &disk());
+    let import = |words: &str| cloudlet.line(&format!("base import x {words}"));
+    import("--disk disk.raw").fails(6, &["disk.raw", "no kernel", "--kernel"]);
+    import("--disk missing").fails(3, &["missing"]);
+    import("--disk /").fails(2, &["directory"]);
+    import("--disk /dev/null").fails(2, &["/dev/null"]);
+    import("--disk disk.raw --initramfs disk.raw").fails(2, &["--kernel"]);
 }

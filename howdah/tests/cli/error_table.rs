@@ -140,6 +140,19 @@ fn bases(cloudlet: &Cloudlet, all: &mut All) {
     cloudlet.file("machine", b"not a machine");
     cloudlet.file("odd.raw", b"no whole sector");
     cloudlet.file("text", b"no kernel");
+    let mut differing = [0; 512];
+    differing[..12].copy_from_slice(b"QFI\xfb\0\0\0\x03\0\0\0\0");
+    differing[15..20].copy_from_slice(b"\xf0\0\0\0\x04");
+    differing[0xf0..0xf4].copy_from_slice(b"base");
+    cloudlet.file("differing.qcow2", &differing);
+    let mut encrypted = differing;
+    encrypted[8..20].fill(0);
+    encrypted[35] = 2;
+    cloudlet.file("encrypted.qcow2", &encrypted);
+    encrypted[35] = 0;
+    cloudlet.file("damaged.qcow2", &encrypted);
+    cloudlet.file("old.qcow2", b"QFI\xfb\0\0\0\x01");
+    cloudlet.file("empty.raw", &[0; 4096]);
     stopped(cloudlet, "uses", OWNER);
     all(
         cloudlet,
@@ -147,6 +160,11 @@ fn bases(cloudlet: &Cloudlet, all: &mut All) {
             "base verify nowhere",
             "base import x --disk missing.raw --kernel kernel",
             "base import x --disk odd.raw --kernel text",
+            "base import x --disk differing.qcow2",
+            "base import x --disk encrypted.qcow2",
+            "base import x --disk damaged.qcow2",
+            "base import x --disk old.qcow2",
+            "base import x --disk empty.raw",
             "base import x --disk disk.raw --kernel kernel --memory ram --machine machine",
             "base rm tiny",
             "base build nowhere",

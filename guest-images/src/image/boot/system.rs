@@ -219,7 +219,8 @@ fn check_journal(
     let table = (le(&descriptor, 0x8, 4) | high).checked_mul(block_bytes);
     let at = table.and_then(|at| at.checked_add((inode - 1) * inode_bytes));
     let mut start = [0; 128];
-    window.read_at(&mut start, at.ok_or(ErrorKind::UnexpectedEof)?)?;
+    let at = at.ok_or(FileError::Odd("its journal is not where a journal is"))?;
+    window.read_at(&mut start, at)?;
     let bytes = le(&start, 0x4, 4) | le(&start, 0x6c, 4) << 32;
     if bytes > MAX_JOURNAL_BYTES {
         return Err(FileError::Odd("its journal is larger than 1 GiB"));

@@ -1,6 +1,11 @@
 //! File systems made by `mke2fs`, as recipes make theirs; skipped where there is none.
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use proptest::prelude::*;
 
@@ -25,6 +30,7 @@ fn image(files: &[(&str, &str)]) -> Option<tempfile::NamedTempFile> {
         .arg(&system)
         .arg("4M")
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .stdout(Stdio::null())
         .status();
     if !made.is_ok_and(|status| status.success()) || !Path::new(&system).exists() {
         eprintln!("skipped: no mke2fs that works; `make setup` installs it");

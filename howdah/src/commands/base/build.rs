@@ -13,7 +13,7 @@ use guest_images::{
     store::{ImportSpec, MemorySpec, Store},
 };
 
-use super::{import, store, store_failure, with_bar};
+use super::{Staging, import, store, store_failure, with_bar};
 use crate::{
     cli::{BaseBuildArgs, BootArgs},
     failure::{Exit, Failure},
@@ -172,22 +172,4 @@ fn read_cmdline(path: &Path) -> Result<String, Failure> {
     let file = fs::File::open(path).map_err(failed)?;
     file.take(MAX_CMDLINE_BYTES).read_to_string(&mut text).map_err(failed)?;
     Ok(text.trim().to_owned())
-}
-
-/// A directory for what is made on the way, removed whatever comes.
-struct Staging(PathBuf);
-
-impl Staging {
-    fn new(home: &Home) -> Result<Self, Failure> {
-        // In the home, because images are large and /tmp may be memory.
-        let path = home.root().join(format!("build.{}", std::process::id()));
-        fs::create_dir_all(&path).map_err(|e| Failure::file("create", &path, &e))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }

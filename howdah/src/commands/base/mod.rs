@@ -1,9 +1,15 @@
 //! `howdah base`: import, build, list, push, pull, verify, remove.
 
 mod build;
+mod disk;
 mod sync;
 
-use std::{fs, io::IsTerminal, path::Path, time::Duration};
+use std::{
+    fs,
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use guest_images::{
     BaseId, Part,
@@ -24,6 +30,8 @@ use crate::{
     peers::Peer,
 };
 
+/// What boots a disk without partitions, with a kernel that was given.
+const DEFAULT_CMDLINE: &str = "console=ttyS0 root=/dev/vda rw";
 /// No manifest is larger.
 const MAX_MANIFEST_BYTES: u64 = 64 << 10;
 /// No machine of a base is larger.
@@ -33,9 +41,10 @@ const MAX_MACHINE_BYTES: u64 = 64 << 20;
 pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::Result<()> {
     match command {
         BaseCommand::Import(args) => {
+            let staging = Staging::new(home)?;
             let spec = match args.from {
                 Some(dir) => spec_from(args.name, &dir)?,
-                None => spec_of(args)?,
+                None => spec_of(args, &staging, output)?,
             };
             import(&spec, home, output)
         }
@@ -59,14 +68,22 @@ pub(crate) fn allowed(home: &Home, peer: &Peer, id: BaseId) -> bool {
     peer.allows_base(id, |name| Some(store(home).ok()?.get(name).ok()?.id()))
 }
 
-fn spec_of(args: BaseImportArgs) -> Result<ImportSpec, Failure> {
+fn spec_of(args: BaseImportArgs, staging: &Staging, output: Output) -> Result<ImportSpec, Failure> {
     let BaseImportArgs { name, from: _, disk, kernel, initramfs, cmdline, memory, machine } = args;
     let memory = match memory.zip(machine) {
         Some((ram, machine)) => Some(MemorySpec { ram, machine: read_machine(&machine)? }),
         None => None,
     };
     // Required where there is no --from.
-    let (disk, kernel) = (disk.unwrap_or_default(), kernel.unwrap_or_default());
+    let given = disk.unwrap_or_default();
+    let disk = disk::raw(&given, staging, output)?;
+    let Some(kernel) = kernel else {
+        let found = disk::boot(&given, &disk, staging, output)?;
+        let cmdline = cmdline.unwrap_or(found.cmdline);
+        let (kernel, initramfs) = (found.kernel, found.initramfs);
+        return Ok(ImportSpec { name, disk, kernel, initramfs, cmdline, memory });
+    };
+    let cmdline = cmdline.unwrap_or_else(|| DEFAULT_CMDLINE.to_owned());
     Ok(ImportSpec { name, disk, kernel, initramfs, cmdline, memory })
 }
 
@@ -224,4 +241,22 @@ fn with_bar<T>(
     });
     bar.finish_and_clear();
     done
+}
+
+/// A directory for what is made on the way, removed whatever comes.
+struct Staging(PathBuf);
+
+impl Staging {
+    fn new(home: &Home) -> Result<Self, Failure> {
+        // In the home, because images are large and /tmp may be memory.
+        let path = home.root().join(format!("build.{}", std::process::id()));
+        fs::create_dir_all(&path).map_err(|e| Failure::file("create", &path, &e))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }

@@ -1,0 +1,3 @@
+//! `qcow2` under libFuzzer.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| howdah_fuzz::run("qcow2", data));
