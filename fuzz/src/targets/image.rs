@@ -77,7 +77,7 @@ fn image(compressed: Option<u8>) -> Vec<u8> {
     put(&mut file, 2 * CLUSTER + 8, &1u64.to_be_bytes());
     file[3 * CLUSTER..].fill(7);
     let Some(codec) = compressed else { return file };
-    put(&mut file, 2 * CLUSTER, &(1 << 62 | 3 * CLUSTER as u64).to_be_bytes());
+    put(&mut file, 2 * CLUSTER, &((1 << 62) | (3 * CLUSTER as u64)).to_be_bytes());
     if codec == 1 {
         put(&mut file, 72, &8u64.to_be_bytes());
         file[104] = 1;
@@ -91,7 +91,7 @@ fn image(compressed: Option<u8>) -> Vec<u8> {
         file.truncate(3 * CLUSTER);
         file.extend(packed);
         // It reaches into nine sectors.
-        put(&mut file, 2 * CLUSTER, &(1 << 62 | 8 << 58 | 3 * CLUSTER as u64).to_be_bytes());
+        put(&mut file, 2 * CLUSTER, &((1 << 62) | (8 << 58) | (3 * CLUSTER as u64)).to_be_bytes());
     }
     file
 }

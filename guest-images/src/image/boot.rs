@@ -21,7 +21,10 @@ use super::{
     Raw, ReadAt,
     partitions::{Partition, partitions},
 };
-use crate::manifest::MAX_CMDLINE_BYTES;
+use crate::{
+    format::{self, HEAD_BYTES},
+    manifest::MAX_CMDLINE_BYTES,
+};
 
 /// The largest kernel, and the most that all initrds of an entry are together.
 const MAX_FILE_BYTES: u64 = 512 << 20;
@@ -105,7 +108,7 @@ fn look(disk: &File) -> Result<Boot, BootError> {
     if parts.is_empty() {
         parts.push(Partition { number: 0, at: 0, bytes: raw.len(), uuid: String::new() });
     }
-    let (mut systems, mut root, mut loaded) = (0, None, None);
+    let (mut systems, mut root, mut loaded, mut unread) = (0, None, None, None);
     for part in &parts {
         // One that cannot be read may not be the one that boots.
         let system = match System::open(disk, part) {
@@ -113,6 +116,7 @@ fn look(disk: &File) -> Result<Boot, BootError> {
             Ok(None) => continue,
             Err(error) => {
                 tracing::info!(number = part.number, %error, "a file system is left out");
+                unread = unread.or(Some(error));
                 continue;
             }
         };
@@ -127,13 +131,16 @@ fn look(disk: &File) -> Result<Boot, BootError> {
         }
     }
     let Some((part, (kernel, initramfs), options, path)) = loaded else {
-        let what = match (systems, parts.len()) {
+        let mut what = match (systems, parts.len()) {
             (0, 1) => "it has no ext4 file system that can be read".to_owned(),
             (0, count) => {
                 format!("none of its {count} partitions has an ext4 file system that can be read")
             }
             _ => "its ext4 file systems have no /boot with one".to_owned(),
         };
+        if let Some(error) = unread {
+            what = format!("{what} ({error})");
+        }
         return Err(BootError::None(what));
     };
     let cmdline = cmdline(&options, root.unwrap_or(part))?;
@@ -155,6 +162,9 @@ fn load(system: &System, entry: &Entry) -> Result<(Vec<u8>, Option<Vec<u8>>), Bo
         system.read(path, most_bytes).map_err(why)
     };
     let kernel = read(&entry.kernel, MAX_FILE_BYTES)?;
+    format::check_kernel(kernel.get(..HEAD_BYTES).unwrap_or(&kernel)).map_err(|error| {
+        BootError::File { path: entry.kernel.clone(), why: format!("it {error}") }
+    })?;
     let mut initramfs = Vec::new();
     for path in entry.initrds.iter().take(MAX_INITRDS) {
         // The kernel finds the next one at a multiple of four.

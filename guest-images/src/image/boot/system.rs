@@ -88,7 +88,10 @@ impl System {
             return Ok(None);
         }
         check(&superblock, &window)?;
-        Ok(Some(Self(Ext4::load(Box::new(window))?)))
+        let system = Ext4::load(Box::new(window))?;
+        // Better to say now why nothing in it can be read than later that nothing is there.
+        system.symlink_metadata("/")?;
+        Ok(Some(Self(system)))
     }
 
     /// Whether there is such a file or directory.

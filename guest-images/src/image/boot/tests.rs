@@ -49,6 +49,13 @@ fn image(files: &[(&str, &str)]) -> Option<tempfile::NamedTempFile> {
     Some(file)
 }
 
+/// As much of an ELF kernel as is looked at, and what tells one from another.
+macro_rules! kernel {
+    ($name:literal) => {
+        concat!("\x7fELF\x02\x01\0\0\0\0\0\0\0\0\0\0\0\0>\0", $name)
+    };
+}
+
 const GRUB: &str = "
 set default=0
 if [ x$feature = xy ]; then
@@ -69,14 +76,14 @@ menuentry 'recovery' {
 fn a_disk_boots_as_its_loader_would_boot_it() {
     let files = [
         ("boot/grub/grub.cfg", GRUB),
-        ("boot/vmlinuz-6.12", "kernel"),
+        ("boot/vmlinuz-6.12", kernel!("new")),
         ("boot/initrd.img-6.12", "initrd"),
         ("boot/vmlinuz-6.11", "old"),
         ("etc/fstab", ""),
     ];
     let Some(disk) = image(&files) else { return };
     let boot = find(disk.as_file()).unwrap();
-    assert_eq!(boot.kernel, b"kernel");
+    assert_eq!(boot.kernel, kernel!("new").as_bytes());
     assert_eq!(boot.initramfs.as_deref(), Some(b"initrd".as_slice()));
     assert_eq!(boot.cmdline, "root=PARTUUID=5f3a ro console=tty0 console=ttyS0,115200");
     assert_eq!(boot.found, "/boot/grub/grub.cfg of partition 2");
@@ -84,15 +91,24 @@ fn a_disk_boots_as_its_loader_would_boot_it() {
 
 #[test]
 fn without_a_loader_the_newest_kernel_is_taken() {
-    let files =
-        [("boot/vmlinuz-6.1", "a"), ("boot/vmlinuz-6.2", "b"), ("boot/initrd.img-6.2", "c")];
+    let files = [
+        ("boot/vmlinuz-6.9", "a"),
+        ("boot/vmlinuz-6.12", kernel!("b")),
+        ("boot/initrd.img-6.12", "c"),
+    ];
     let Some(disk) = image(&files) else { return };
     let boot = find(disk.as_file()).unwrap();
-    assert_eq!((boot.kernel, boot.initramfs), (b"b".to_vec(), Some(b"c".to_vec())));
+    assert_eq!(
+        (boot.kernel, boot.initramfs),
+        (kernel!("b").as_bytes().to_vec(), Some(b"c".to_vec()))
+    );
     assert_eq!(boot.cmdline, "ro root=PARTUUID=00000007-02 console=ttyS0");
     let Some(empty) = image(&[("etc/fstab", "")]) else { return };
     let why = find(empty.as_file()).unwrap_err().to_string();
     assert!(why.contains("no /boot") && why.contains("--kernel"), "{why}");
+    let Some(text) = image(&[("boot/vmlinuz-1", "no kernel at all")]) else { return };
+    let why = find(text.as_file()).unwrap_err().to_string();
+    assert!(why.contains("/boot/vmlinuz-1") && why.contains("bzImage"), "{why}");
     let Some(gone) = image(&[("boot/grub/grub.cfg", GRUB)]) else { return };
     let why = find(gone.as_file()).unwrap_err().to_string();
     assert!(why.contains("/boot/vmlinuz-6.12"), "{why}");
@@ -105,12 +121,15 @@ fn links_are_followed_inside_of_the_image_and_not_for_ever() {
         ("boot/grub/grub.cfg", entry),
         ("vmlinuz", "-> boot/../boot/./vmlinuz-1"),
         ("initrd.img", "-> /boot/../../../boot/initrd-1"),
-        ("boot/vmlinuz-1", "kernel"),
+        ("boot/vmlinuz-1", kernel!("linked")),
         ("boot/initrd-1", "initrd"),
     ];
     let Some(disk) = image(&sound) else { return };
     let boot = find(disk.as_file()).unwrap();
-    assert_eq!((boot.kernel, boot.initramfs), (b"kernel".to_vec(), Some(b"initrd".to_vec())));
+    assert_eq!(
+        (boot.kernel, boot.initramfs),
+        (kernel!("linked").as_bytes().to_vec(), Some(b"initrd".to_vec()))
+    );
     for (vmlinuz, says) in
         [("-> vmlinuz", "symbolic links"), ("-> /etc/hostname", "NotFound"), ("-> boot", "regular")]
     {
@@ -141,8 +160,11 @@ fn sizes_that_nobody_makes_are_not_believed() {
 /// However an image is damaged, it is read or refused.
 #[test]
 fn a_damaged_disk_is_survived() {
-    let files =
-        [("boot/grub/grub.cfg", GRUB), ("boot/vmlinuz-6.12", "k"), ("boot/initrd.img-6.12", "i")];
+    let files = [
+        ("boot/grub/grub.cfg", GRUB),
+        ("boot/vmlinuz-6.12", kernel!("k")),
+        ("boot/initrd.img-6.12", "i"),
+    ];
     let Some(disk) = image(&files) else { return };
     let sound = fs::read(disk.path()).unwrap();
     let damage =

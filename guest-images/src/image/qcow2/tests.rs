@@ -25,9 +25,9 @@ fn small() -> Vec<u8> {
     file[40..48].copy_from_slice(&(CLUSTER as u64).to_be_bytes());
     file[100..104].copy_from_slice(&104u32.to_be_bytes());
     let mut put = |at: usize, entry: u64| file[at..at + 8].copy_from_slice(&entry.to_be_bytes());
-    put(CLUSTER, 2 * CLUSTER as u64 | 1 << 63);
-    put(2 * CLUSTER, 3 * CLUSTER as u64 | 1 << 63);
-    put(2 * CLUSTER + 16, 4 * CLUSTER as u64 | ZERO);
+    put(CLUSTER, (2 * CLUSTER as u64) | (1 << 63));
+    put(2 * CLUSTER, (3 * CLUSTER as u64) | (1 << 63));
+    put(2 * CLUSTER + 16, (4 * CLUSTER as u64) | ZERO);
     put(2 * CLUSTER + 24, COMPRESSED | (5 * CLUSTER as u64 + 100));
     put(2 * CLUSTER + 32, 4 * CLUSTER as u64);
     file[3 * CLUSTER..4 * CLUSTER].fill(7);
