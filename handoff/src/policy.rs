@@ -28,6 +28,8 @@ pub struct Measurements {
     pub elapsed: Duration,
     /// Chunks dirty now.
     pub remaining_chunks: u64,
+    /// Those of them that another round would leave to the pause anyway.
+    pub held_chunks: u64,
     /// Rounds in a row, the last included, that left about as much as they began with: see
     /// [`stalled`].
     pub stalled_rounds: u32,
@@ -293,7 +295,8 @@ impl CutOverPolicy {
             Objective::Total if !cheap => self.max_remaining_share,
             _ => self.cheap_remaining_share,
         };
-        m.dirtied.at(transfer * share) <= m.remaining_chunks as f64 * bound
+        let left = m.dirtied.at(transfer * share).max(m.held_chunks as f64);
+        left <= m.remaining_chunks as f64 * bound
     }
 }
 
@@ -428,6 +431,22 @@ mod tests {
         link_bytes_per_s: MBPS_10,
         bytes_per_chunk: 640.0,
     };
+
+    #[test]
+    fn a_round_that_would_leave_most_to_the_pause_is_not_sent() {
+        let measured = |held_chunks| Measurements {
+            rounds: 2,
+            remaining_chunks: 1000,
+            held_chunks,
+            link_bytes_per_chunk: 1000.0,
+            link_bytes_per_s: 1e6,
+            ..Measurements::default()
+        };
+        let decide = |held| CutOverPolicy::default().decide(&measured(held));
+        assert!(matches!(decide(500), Decision::NextRound { .. }));
+        let reason = CutOverReason::NoLongerPays;
+        assert!(matches!(decide(900), Decision::CutOver { reason: why, .. } if why == reason));
+    }
 
     #[test]
     fn a_working_set_is_not_sent_again_and_again() {
@@ -584,6 +603,7 @@ mod tests {
             let mut m = Measurements {
                 rounds: 0,
                 elapsed: Duration::ZERO,
+                held_chunks: 0,
                 remaining_chunks: remaining,
                 stalled_rounds,
                 dirtied,

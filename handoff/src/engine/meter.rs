@@ -27,6 +27,16 @@ use crate::{
     wire::Resumed,
 };
 
+/// What is dirty after a round.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Dirty {
+    pub(super) chunks: u64,
+    /// Of which the target has no version.
+    pub(super) unsent: u64,
+    /// Which another round would leave to the pause.
+    pub(super) held: u64,
+}
+
 /// How often the live line is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// What a cutover costs whatever is dirty, besides its durable records (pause, save, load, resume), if
@@ -382,14 +392,15 @@ impl<'a> Meter<'a> {
     }
 
     /// For what share of the time the guest may run in the next round; none if the policy says to
-    /// pause it now, with `dirty` chunks left, `unsent` of them never sent, or the last round had to be
-    /// broken off for that.
-    pub(super) fn next_round(&mut self, dirty: u64, unsent: u64, broken_off: bool) -> Option<f64> {
+    /// pause it now, with so much left, or the last round had to be broken off for that.
+    pub(super) fn next_round(&mut self, dirty: Dirty, broken_off: bool) -> Option<f64> {
+        let Dirty { chunks: dirty, unsent, held } = dirty;
         if let Some(round) = self.rounds.last_mut() {
             round.dirty_after = dirty;
         }
         let link_bytes_per_chunk = self.bytes_per_chunk(dirty, unsent);
-        let measured = Measurements { link_bytes_per_chunk, ..self.measurements(dirty) };
+        let measured =
+            Measurements { link_bytes_per_chunk, held_chunks: held, ..self.measurements(dirty) };
         let policy = &self.options.policy;
         let mut decision = match policy.throttle && !self.can_throttle {
             true => CutOverPolicy { throttle: false, ..policy.clone() }.decide(&measured),
@@ -426,6 +437,7 @@ impl<'a> Meter<'a> {
             rounds: u32::try_from(self.rounds.len()).unwrap_or(u32::MAX),
             elapsed: now.saturating_sub(self.started),
             remaining_chunks: dirty,
+            held_chunks: 0,
             stalled_rounds: u32::try_from(stalled_rounds).unwrap_or(u32::MAX),
             dirtied: self.curve.clone(),
             run_share: self.run_share,

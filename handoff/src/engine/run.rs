@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    KeptReason, SendError, SendOptions, SendOutcome, again::Again, pipe::Pipe, worker::Job,
+    KeptReason, SendError, SendOptions, SendOutcome, again::Again, meter::Dirty, pipe::Pipe,
+    worker::Job,
 };
 use crate::{
     Bases, ChunkSet, Geometry, SourceVm, StateTable,
@@ -252,8 +253,8 @@ impl Run<'_> {
         Ok(broken_off.then(|| order.into_rest()))
     }
 
-    /// Leaves to the pause what was dirty in the last two harvests, where sending a version of it now
-    /// would save the pause nothing. What stays clean meanwhile goes with the next round.
+    /// Leaves to the pause what was dirty in two harvests in a row, where sending a version of it now
+    /// would save the pause nothing.
     fn hold_hot(&mut self, order: &mut RoundOrder) {
         if !self.guest.paused && !self.versions_pay() {
             let left_out = order.leave_out(&self.hot);
@@ -327,8 +328,9 @@ impl Run<'_> {
     /// For what share of the time the guest may run in the next round, with `dirty` left to send; none
     /// if it is to be paused now.
     pub(super) fn next_round(&mut self, dirty: &ChunkSet, broken_off: bool) -> Option<f64> {
-        let unsent = self.again.unsent(dirty);
-        self.pipe.meter.next_round(dirty.len(), unsent, broken_off)
+        let held = if self.versions_pay() { 0 } else { self.hot.len() };
+        let dirty = Dirty { chunks: dirty.len(), unsent: self.again.unsent(dirty), held };
+        self.pipe.meter.next_round(dirty, broken_off)
     }
 
     pub(super) fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {
@@ -343,6 +345,8 @@ impl Run<'_> {
             hot.insert(id);
         }
         self.pipe.meter.harvested(set.len(), hot.len());
+        // A round that left them out is over soon, and that they were not written in it says little.
+        hot.union(&self.held);
         (self.harvested, self.hot) = (set.clone(), hot);
         let none = ChunkSet::new(set.geometry());
         set.union(&std::mem::replace(&mut self.held, none));
