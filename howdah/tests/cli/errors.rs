@@ -40,7 +40,8 @@ fn wrong_words() {
     cloudlet.line("vm run a --vcpus 0").fails(2, &["--vcpus"]);
     cloudlet.line("vm run a --mac 01:02:03:04:05:06").fails(2, &["multicast"]);
     cloudlet.line("vm stop ../../etc").fails(2, &["../../etc"]);
-    cloudlet.line("base import a").fails(2, &["--disk", "--kernel"]);
+    cloudlet.line("base import a").fails(2, &["--disk"]);
+    cloudlet.line("base import a --disk d --memory m").fails(2, &["--kernel"]);
     cloudlet.line("receive --listen nowhere").fails(2, &["nowhere", "--listen"]);
     cloudlet.line("handoff a").fails(2, &["PEER"]);
     cloudlet.line("handoff a b:1 --without all").fails(2, &["all", "base-memory"]);
