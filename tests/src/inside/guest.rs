@@ -120,7 +120,8 @@ fn read_answer(stream: &mut impl BufRead) -> Result<String> {
     }
 }
 
-fn any_vm() -> Result<bool> {
+/// Whether there is a VM's process on either cloudlet.
+pub(crate) fn any_vm() -> Result<bool> {
     let here = |side| processes_of(side, &HOLDERS).map(|found| !found.is_empty());
     Ok(here(Side::A)? || here(Side::B)?)
 }

@@ -16,7 +16,7 @@ const EVERY: Duration = Duration::from_millis(200);
 /// Asks until a number of the answer is large enough; returns how long that took.
 ///
 /// A guest that is too busy to answer, as one that loads a large program on an emulated CPU can be for
-/// seconds, is asked again: what counts is what it has done in the end.
+/// seconds, is asked again: what counts is what it has done in the end. One whose VM has ended is not.
 pub(crate) fn wait_for(
     command: &str,
     field: &str,
@@ -28,6 +28,12 @@ pub(crate) fn wait_for(
         let value = guest::ask_once(command).and_then(|answer| number(&answer, field));
         if value.as_ref().is_ok_and(|value| *value >= at_least) {
             return Ok(started.elapsed());
+        }
+        let unreachable = value.as_ref().is_err_and(|error| error.is::<guest::Unreachable>());
+        if unreachable && !guest::any_vm()? {
+            return value
+                .map(|_| started.elapsed())
+                .with_context(|| format!("{command}: the guest's VM has ended"));
         }
         if started.elapsed() > within {
             let limit_s = within.as_secs_f64();

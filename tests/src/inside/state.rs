@@ -1,17 +1,21 @@
 //! The whole state of a paused guest, read from outside of howdah, for the offline encoder.
 //!
 //! RAM is read through the memory of the VM's process, where it is a private map of the base's
-//! memory; the disk is exported. Neither passes through what a handoff is made of.
+//! memory; the disk is exported. Neither passes through what a handoff is made of. Only pages that are
+//! the process's own are read: the others are the base's by what a private map is, and reading one
+//! would make it present, and so one more to look at for the handoff back.
 
 use std::{
     fs::{self, File},
+    ops::Range,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail};
 
 use super::product::{Cloudlet, VM};
-use crate::encode::{Encoded, Encoder, encode_file, read_up_to};
+use crate::encode::{CHUNK, Encoded, Encoder, encode_file, read_up_to};
 
 /// Parts of a base in which a handoff looks for equal chunks.
 const PARTS: [&str; 4] = ["disk.raw", "kernel", "initramfs", "memory.raw"];
@@ -62,6 +66,7 @@ fn encode_ram(encoder: &mut Encoder, pid: &str, base_memory: &Path) -> Result<()
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
         .with_context(|| format!("process {pid} of the VM is gone"))?;
     let memory = File::open(format!("/proc/{pid}/mem")).context("cannot read the VM's memory")?;
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).context("cannot read page tables")?;
     let before = File::open(base_memory)?;
     let size = before.metadata()?.len();
     let maps = guest_maps(&maps, size);
@@ -71,21 +76,51 @@ fn encode_ram(encoder: &mut Encoder, pid: &str, base_memory: &Path) -> Result<()
     }
     let (mut now, mut old) = (vec![0; PIECE], vec![0; PIECE]);
     for map in maps {
-        let mut done = 0;
-        while done < map.bytes {
-            let length = (map.bytes - done).min(PIECE as u64) as usize;
-            let (now, old) = (&mut now[..length], &mut old[..length]);
-            let places = [(&memory, &mut *now, map.address), (&before, &mut *old, map.offset)];
-            for (file, into, at) in places {
-                if read_up_to(file, into, at + done)? != length {
-                    bail!("guest RAM at {:#x} cannot be read", map.address + done);
+        for piece in (0..map.bytes).step_by(PIECE) {
+            let bytes = (map.bytes - piece).min(PIECE as u64);
+            for own in own_pages(&pagemap, map.address + piece, bytes)? {
+                let (at, length) = (piece + own.start, (own.end - own.start) as usize);
+                let (now, old) = (&mut now[..length], &mut old[..length]);
+                let places = [(&memory, &mut *now, map.address), (&before, &mut *old, map.offset)];
+                for (file, into, start) in places {
+                    if read_up_to(file, into, start + at)? != length {
+                        bail!("guest RAM at {:#x} cannot be read", map.address + at);
+                    }
                 }
+                encoder.take_changed(now, old)?;
             }
-            encoder.take_changed(now, old)?;
-            done += length as u64;
         }
     }
     Ok(())
+}
+
+/// Which bytes from `address` on are in pages of the process's own: present or swapped, and of no file.
+fn own_pages(pagemap: &File, address: u64, bytes: u64) -> Result<Vec<Range<u64>>> {
+    const ENTRY_BYTES: u64 = 8;
+    let page = CHUNK as u64;
+    let mut entries = vec![0; (bytes / page * ENTRY_BYTES) as usize];
+    pagemap
+        .read_exact_at(&mut entries, address / page * ENTRY_BYTES)
+        .context("cannot read the VM's page tables")?;
+    let entries = entries.chunks_exact(ENTRY_BYTES as usize);
+    let entries = entries.map(|entry| entry.try_into().map_or(u64::MAX, u64::from_le_bytes));
+    Ok(runs_of_own(entries))
+}
+
+fn runs_of_own(entries: impl Iterator<Item = u64>) -> Vec<Range<u64>> {
+    const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+    const FILE: u64 = 1 << 61;
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for (at, entry) in (0..).step_by(CHUNK).zip(entries) {
+        if entry & PRESENT_OR_SWAPPED == 0 || entry & FILE != 0 {
+            continue;
+        }
+        match runs.last_mut() {
+            Some(last) if last.end == at => last.end += CHUNK as u64,
+            _ => runs.push(at..at + CHUNK as u64),
+        }
+    }
+    runs
 }
 
 /// A piece of guest RAM in the VM's process.
@@ -139,6 +174,14 @@ fn parse_map(line: &str) -> Option<PrivateMap<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_of_its_own_are_those_that_are_there_and_of_no_file() {
+        let (present, swapped, file) = (1 << 63, 1 << 62, 1 << 61);
+        let entries = [0, present, swapped | 5, present | file, file, present | 7, 0];
+        let page = CHUNK as u64;
+        assert_eq!(runs_of_own(entries.into_iter()), [page..3 * page, 5 * page..6 * page]);
+    }
 
     #[test]
     fn guest_ram_is_the_private_map_of_base_memory() {
