@@ -371,6 +371,27 @@ fn what_is_waited_for_anyway_is_made_small() {
     assert!(part < 0.85, "{part}: {}", told(&adaptive));
 }
 
+/// A mode that is a little too strong to keep up is used as often as workers keep up with it.
+#[test]
+fn what_is_waited_for_takes_turns_with_what_is_stronger() {
+    let case = Case {
+        profile: |_| DEBIAN,
+        link: &[(0.0, 30.0 * MBPS)],
+        workers: 1,
+        bodies: 200,
+        slower: 4.0,
+        supply_s: Some(0.048),
+    };
+    let steady = run(&case, ModeChoice::Fixed("zstd:9".parse().unwrap()));
+    let adaptive = run(&case, ModeChoice::Auto);
+    let used = |name: &str| {
+        let mode: Mode = name.parse().unwrap();
+        adaptive.begun.iter().filter(|(_, begun)| *begun == mode).count()
+    };
+    assert!(used("zstd:9") > 10 && used("xz:0") > 50, "{}", told(&adaptive));
+    assert!(adaptive.seconds < 1.02 * steady.seconds, "{}", told(&adaptive));
+}
+
 /// Bodies come about as fast as slow workers take them: then none goes out as it is only because
 /// the link has nothing to do for a moment.
 #[test]

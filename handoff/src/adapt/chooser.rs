@@ -17,6 +17,8 @@ const LIGHTER: f64 = 1.002;
 const UNHURRIED: f64 = 1.1;
 /// How much of the time between bodies a mode may fill then, of workers and of link.
 const SPARE: f64 = 0.75;
+/// And how much of the workers' time while no body waits for one.
+const EAGER: f64 = 1.25;
 /// The rate of the link is news when it changed by this factor.
 const LINK_NEWS: f64 = 1.2;
 /// Decisions that are kept.
@@ -77,8 +79,9 @@ pub(super) struct Chooser {
     sampled_s: f64,
     /// The mode that the plan would have, were it known better.
     wanted: Option<Mode>,
-    /// The mode for as long as all wait for those who make the bodies.
-    unhurried: Option<Mode>,
+    /// The modes for as long as all wait for those who make the bodies: while bodies wait for a worker
+    /// all the same, and while none does.
+    unhurried: Option<(Mode, Mode)>,
     decisions: Vec<ModeDecision>,
     left_out: u64,
 }
@@ -216,7 +219,8 @@ impl Chooser {
     }
 
     /// The strongest mode that keeps nobody waiting, where workers and link wait for bodies anyway:
-    /// what it takes costs no time, and what it brings is not on the link.
+    /// what it takes costs no time, and what it brings is not on the link. And while no body waits for
+    /// a worker, one that is stronger still: should bodies begin to wait for it, the other's turn is next.
     fn unhurried(
         &mut self,
         now: Duration,
@@ -233,22 +237,35 @@ impl Chooser {
             self.unhurried = None;
             return None;
         };
-        let within = |mode: &&Estimate, share: f64| {
-            mode.s_per_byte <= share * supply * workers && mode.ratio <= share * supply * link
+        let within = |mode: &&Estimate, of_workers: f64, of_link: f64| {
+            mode.s_per_byte <= of_workers * supply * workers
+                && mode.ratio <= of_link * supply * link
         };
-        let best = usable
-            .iter()
-            .filter(|mode| within(mode, SPARE))
-            .min_by(|a, b| a.ratio.total_cmp(&b.ratio))?;
-        let old = self.unhurried.and_then(|old| usable.iter().find(|mode| mode.mode == old));
-        if let Some(old) = old.filter(|old| within(old, 1.0) && old.ratio < best.ratio * BETTER) {
-            return Some(old.mode);
+        let strongest = |of_workers: f64| {
+            usable
+                .iter()
+                .filter(|mode| within(mode, of_workers, SPARE))
+                .min_by(|a, b| a.ratio.total_cmp(&b.ratio))
+        };
+        let (steady, eager) = (strongest(SPARE)?, strongest(EAGER)?);
+        let known = |mode: Mode| usable.iter().find(|other| other.mode == mode);
+        let old = self.unhurried.and_then(|(one, other)| Some((known(one)?, known(other)?)));
+        let kept = old.filter(|(one, other)| {
+            within(one, 1.0, 1.0)
+                && one.ratio < steady.ratio * BETTER
+                && within(other, EAGER * BETTER, 1.0)
+                && other.ratio < eager.ratio * BETTER
+        });
+        let (steady, eager) = kept.unwrap_or((steady, eager));
+        let pair = Some((steady.mode, eager.mode));
+        if self.unhurried != pair {
+            self.unhurried = pair;
+            let at = |mode: Mode| modes.iter().position(|other| other.mode == mode);
+            let (fast, strong) = (at(steady.mode)?, at(eager.mode)?);
+            let plan = Plan { fast, strong, s_per_byte: supply };
+            self.record(now, workers, link, modes, plan, "link and workers wait for what is read");
         }
-        self.unhurried = Some(best.mode);
-        let at = modes.iter().position(|mode| mode.mode == best.mode)?;
-        let plan = Plan { fast: at, strong: at, s_per_byte: supply };
-        self.record(now, workers, link, modes, plan, "link and workers wait for what is read");
-        Some(best.mode)
+        Some(if view.queued_bodies == 0 { eager.mode } else { steady.mode })
     }
 
     fn record(

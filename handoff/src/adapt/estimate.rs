@@ -143,7 +143,7 @@ impl Estimates {
         let Some(at) = self.position(trial.mode) else { return };
         let Some(here) = savings(seen.ratio, self.ratio(&self.modes[at])) else { return };
         let off = here - self.savings;
-        self.compare(at, self.savings, seen.ratio, self.savings_var);
+        self.compare(at, self.savings, seen.ratio, self.savings_var, Of::Others);
         self.savings_bytes = (self.savings_bytes + seen.bytes).min(WINDOW_BYTES);
         let gain = (seen.bytes / self.savings_bytes).min(1.0);
         self.savings += gain * off;
@@ -160,7 +160,7 @@ impl Estimates {
         let rest = (whole.bytes / seen.bytes.max(1.0) - 1.0).clamp(0.0, MOST_PIECES);
         let noise = PAIRED_NOISE + PIECE_NOISE * rest;
         if let Some(at) = self.position(sample.mode) {
-            self.compare(at, here, seen.ratio, noise);
+            self.compare(at, here, seen.ratio, noise, Of::Same);
         }
     }
 
@@ -235,7 +235,11 @@ impl Estimates {
 
     /// A mode left `seen` of something of these savings, which are known with this variance. What is
     /// off is in part the level's, in part its codec's.
-    fn compare(&mut self, at: usize, savings: f64, seen: f64, noise: f64) {
+    ///
+    /// A body of another time is of other data: bodies next to each other are alike, and those of one
+    /// level may all be easier than those of another. So where levels have something in common, only
+    /// the same data tells how they stand to each other.
+    fn compare(&mut self, at: usize, savings: f64, seen: f64, noise: f64, of: Of) {
         let Some(state) = self.modes.get(at) else { return };
         let expected = ratio_at(savings, self.ratio(state));
         // How much of the mode's own ratio shows in what is left.
@@ -244,14 +248,25 @@ impl Estimates {
             return;
         }
         let off = (seen - expected) / shows;
+        let common = shared(state.mode.codec()) > 0.0;
         let codec = state.mode.codec() as usize;
         let var = state.ratio.var + self.codecs[codec].var + noise / (shows * shows);
-        for belief in [&mut self.modes[at].ratio, &mut self.codecs[codec]] {
+        let own = (of == Of::Same || !common).then_some(&mut self.modes[at].ratio);
+        for belief in own.into_iter().chain([&mut self.codecs[codec]]) {
             let gain = belief.var / var;
             belief.mean = (belief.mean + gain * off).clamp(-0.98, 0.98);
             belief.var *= 1.0 - gain;
         }
     }
+}
+
+/// What a mode is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Of {
+    /// Another mode on the same data.
+    Same,
+    /// What modes left of the data before.
+    Others,
 }
 
 /// What a mode leaves that leaves `ratio` at savings 1.
@@ -300,5 +315,52 @@ impl Seen {
             took_s,
             contention: if cpu_s > 0.0 { (took_s / cpu_s).clamp(1.0, 1e3) } else { 1.0 },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEVELS: [&str; 2] = ["zstd:1", "zstd:3"];
+
+    fn trial(mode: &str, ratio: f64) -> Trial {
+        let (mode, bytes_in) = (mode.parse().unwrap(), 1 << 20);
+        let took = Duration::from_millis(10);
+        Trial { mode, bytes_in, bytes_out: (bytes_in as f64 * ratio) as u64, took, cpu: took }
+    }
+
+    fn ratios(estimates: &Estimates) -> [f64; 2] {
+        LEVELS.map(|level| {
+            let mode: Mode = level.parse().unwrap();
+            estimates.all().find(|estimate| estimate.mode == mode).unwrap().ratio
+        })
+    }
+
+    #[test]
+    fn easy_data_makes_no_level_better_than_another() {
+        let mut estimates = Estimates::new(Mode::LADDER);
+        let mut now = Duration::ZERO;
+        for (level, ratio) in [("zstd:3", 0.35), ("zstd:1", 0.06), ("zstd:3", 0.3)] {
+            for _ in 0..20 {
+                now += Duration::from_millis(200);
+                estimates.body(now, trial(level, ratio));
+                let [light, strong] = ratios(&estimates);
+                assert!(strong < light, "{level}: {strong} against {light}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_data_tells_how_levels_stand_to_each_other() {
+        let mut estimates = Estimates::new(Mode::LADDER);
+        let mut now = Duration::ZERO;
+        for _ in 0..20 {
+            now += Duration::from_millis(200);
+            estimates.body(now, trial("zstd:1", 0.20));
+            estimates.sample(now, trial("zstd:3", 0.22), trial("zstd:1", 0.20));
+        }
+        let [light, strong] = ratios(&estimates);
+        assert!((light - 0.20).abs() < 0.01 && (strong - 0.22).abs() < 0.01, "{light} {strong}");
     }
 }

@@ -26,7 +26,7 @@ const HINTS_EVERY_GROUPS: u64 = 4;
 
 /// A version of a chunk that is dirty again pays if the delta takes at most this share of the chunk's
 /// own bytes: then it saves the pause at least as much as it costs in all.
-const DELTA_PAYS: f64 = 0.5;
+const DELTA_PAYS: f64 = 0.4;
 
 /// The guest, and what must be undone if the handoff fails.
 pub(super) struct HeldGuest<'a> {
