@@ -43,6 +43,8 @@ pub struct Measurements {
     pub link_bytes_per_s: f64,
     /// Chunks a second that reading, classifying and compressing manage; 0 if not known yet.
     pub stage_chunks_per_s: f64,
+    /// The same without the guest, which wants no CPU while it is paused; 0 if not known.
+    pub paused_stage_chunks_per_s: f64,
     /// Bytes made but not yet delivered: the last round queues behind them.
     pub queued_bytes: u64,
     /// The link's round-trip time.
@@ -221,7 +223,7 @@ impl CutOverPolicy {
     /// The first round is never skipped for lack of measurements: without a rate there is no
     /// prediction, and without a prediction only the limits end the rounds.
     pub fn decide(&self, m: &Measurements) -> Decision {
-        let transfer = transfer_time(m, m.remaining_chunks as f64);
+        let transfer = pause_time(m, m.remaining_chunks as f64);
         let predicted_downtime = transfer.map(|t| t + fixed_time(m)).and_then(duration);
         let cut_over = |reason| Decision::CutOver { reason, predicted_downtime };
         if m.rounds >= self.max_rounds {
@@ -239,10 +241,11 @@ impl CutOverPolicy {
         if transfer <= self.little(m) {
             return cut_over(CutOverReason::LittleLeft);
         }
-        if self.is_last_chance(m, transfer) {
+        let round = round_time(m, m.remaining_chunks as f64).unwrap_or(transfer);
+        if self.is_last_chance(m, round) {
             return cut_over(CutOverReason::Deadline);
         }
-        match self.next_share(m, transfer) {
+        match self.next_share(m, round) {
             Some(run_share) => Decision::NextRound { predicted_downtime, run_share },
             None => cut_over(CutOverReason::NoLongerPays),
         }
@@ -252,7 +255,7 @@ impl CutOverPolicy {
     /// peer by the deadline: `m` counts what is left of the round among what remains.
     pub fn must_break_off(&self, m: &Measurements) -> bool {
         let Objective::Deadline(deadline) = self.objective else { return false };
-        let Some(transfer) = transfer_time(m, m.remaining_chunks as f64) else { return false };
+        let Some(transfer) = pause_time(m, m.remaining_chunks as f64) else { return false };
         let needed = (transfer + fixed_time(m)) * DEADLINE_MARGIN;
         m.elapsed.as_secs_f64() + needed >= deadline.as_secs_f64()
     }
@@ -269,7 +272,7 @@ impl CutOverPolicy {
     /// Whether another round, and a cutover after it, would be over too late.
     fn is_last_chance(&self, m: &Measurements, transfer: f64) -> bool {
         let Objective::Deadline(deadline) = self.objective else { return false };
-        let after = transfer_time(m, m.dirtied.at(transfer * run_share(m))).unwrap_or(0.0);
+        let after = pause_time(m, m.dirtied.at(transfer * run_share(m))).unwrap_or(0.0);
         let needed = (transfer + after + fixed_time(m)) * DEADLINE_MARGIN;
         m.elapsed.as_secs_f64() + needed >= deadline.as_secs_f64()
     }
@@ -313,12 +316,24 @@ fn run_share(m: &Measurements) -> f64 {
     if known { m.run_share.clamp(LEAST_RUN_SHARE, 1.0) } else { 1.0 }
 }
 
+/// Seconds that a round of so many chunks takes, beside the guest.
+fn round_time(m: &Measurements, chunks: f64) -> Option<f64> {
+    transfer_time(m, chunks, m.stage_chunks_per_s)
+}
+
+/// Seconds that so many chunks take while the guest waits for them.
+fn pause_time(m: &Measurements, chunks: f64) -> Option<f64> {
+    let known = finite(m.paused_stage_chunks_per_s) > 0.0;
+    let per_s = if known { m.paused_stage_chunks_per_s } else { m.stage_chunks_per_s };
+    transfer_time(m, chunks, per_s)
+}
+
 /// Seconds until `chunks` and all that queues before them have left: the slower of link and stages.
-fn transfer_time(m: &Measurements, chunks: f64) -> Option<f64> {
+fn transfer_time(m: &Measurements, chunks: f64, stage_chunks_per_s: f64) -> Option<f64> {
     let known = m.link_bytes_per_s.is_finite() && m.link_bytes_per_s > 0.0;
     let rate = known.then_some(m.link_bytes_per_s)?;
     let bytes = m.queued_bytes as f64 + chunks * finite(m.link_bytes_per_chunk);
-    let stages = match finite(m.stage_chunks_per_s) {
+    let stages = match finite(stage_chunks_per_s) {
         0.0 => 0.0,
         per_s => chunks / per_s,
     };
@@ -446,6 +461,25 @@ mod tests {
         assert!(matches!(decide(500), Decision::NextRound { .. }));
         let reason = CutOverReason::NoLongerPays;
         assert!(matches!(decide(900), Decision::CutOver { reason: why, .. } if why == reason));
+    }
+
+    #[test]
+    fn a_paused_guest_leaves_its_cpu_to_the_last_round() {
+        let measured = |paused_stage_chunks_per_s| Measurements {
+            rounds: 40,
+            remaining_chunks: 1000,
+            link_bytes_per_chunk: 100.0,
+            link_bytes_per_s: 1e6,
+            stage_chunks_per_s: 1000.0,
+            paused_stage_chunks_per_s,
+            ..Measurements::default()
+        };
+        let downtime_s = |paused| match CutOverPolicy::default().decide(&measured(paused)) {
+            Decision::CutOver { predicted_downtime, .. } => predicted_downtime.unwrap(),
+            decision => panic!("{decision:?}"),
+        };
+        assert!(downtime_s(0.0) > Duration::from_millis(1200));
+        assert!(downtime_s(10_000.0) < Duration::from_millis(160));
     }
 
     #[test]
@@ -611,6 +645,7 @@ mod tests {
                 link_bytes_per_chunk: b,
                 link_bytes_per_s: c,
                 stage_chunks_per_s: d,
+                paused_stage_chunks_per_s: d,
                 queued_bytes: queued,
                 rtt: Duration::from_nanos(rtt),
                 round_trips: 1.5,

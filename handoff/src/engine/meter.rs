@@ -22,7 +22,7 @@ use crate::{
         Downtime, Outcome, Phase, Progress, Report, Round, Sample, class_shares, millis,
         stage_shares,
     },
-    stage::{Class, Stage, Stats},
+    stage::{Class, Stage, Stats, thread_cpu_ns},
     target::{ACK_AFTER, ACK_BYTES},
     wire::Resumed,
 };
@@ -62,6 +62,11 @@ const LEAST_WATER_BYTES: u64 = 16 << 10;
 const MOST_WATER_BYTES: u64 = 4 << 20;
 /// The state of a machine with a few vCPUs, compressed.
 const STATE_LINK_BYTES: u64 = 4 << 10;
+
+/// CPU time of the thread that drives the handoff.
+fn own_cpu() -> Duration {
+    Duration::from_nanos(thread_cpu_ns())
+}
 
 pub(super) struct Meter<'a> {
     clock: &'a dyn Clock,
@@ -279,7 +284,7 @@ impl<'a> Meter<'a> {
     pub(super) fn round_packed(&mut self, stats: &Stats) {
         let held = stats[Class::Unchanged].chunks + stats[Class::Known].chunks;
         self.sent = stats.chunks().saturating_sub(held);
-        self.pace.packed(self.clock.now());
+        self.pace.packed(self.clock.now(), own_cpu());
     }
 
     /// Everything of the round was given to the link, and taken but for a little.
@@ -301,6 +306,7 @@ impl<'a> Meter<'a> {
     fn reading(&self) -> Reading {
         Reading {
             now: self.clock.now(),
+            cpu: own_cpu(),
             looked_at: self.looked_at,
             sent: self.sent,
             segment_bytes: self.worker.seal.get().bytes_out,
@@ -444,6 +450,7 @@ impl<'a> Meter<'a> {
             link_bytes_per_chunk: self.pace.bytes_per_dirty_chunk(),
             link_bytes_per_s: self.link_rate().unwrap_or(0.0),
             stage_chunks_per_s: self.pace.chunks_per_s(),
+            paused_stage_chunks_per_s: self.pace.paused_chunks_per_s(),
             queued_bytes: queued,
             rtt: self.rtt(),
             round_trips: round_trips(self.early),

@@ -16,6 +16,8 @@ const ENOUGH_BYTES: u64 = 256 << 10;
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Reading {
     pub(super) now: Duration,
+    /// CPU time of the thread that reads, classifies and packs.
+    pub(super) cpu: Duration,
     /// Chunks that were looked at, and those of them that were not just what the target holds.
     pub(super) looked_at: u64,
     pub(super) sent: u64,
@@ -34,8 +36,9 @@ pub(super) struct Reading {
 #[derive(Clone, Copy, Debug)]
 struct Lap {
     began: Reading,
-    /// When its chunks were all given to the pipeline.
+    /// When its chunks were all given to the pipeline, and the CPU time until then.
     packed: Duration,
+    packed_cpu: Duration,
     ended: Reading,
 }
 
@@ -51,6 +54,12 @@ impl Lap {
     fn segment_bytes(&self) -> u64 {
         self.ended.segment_bytes - self.began.segment_bytes
     }
+
+    /// Time until all was packed, but for that in which nobody took it.
+    fn worked(&self) -> Duration {
+        let waited = self.ended.waited - self.began.waited;
+        self.packed.saturating_sub(self.began.now).saturating_sub(waited)
+    }
 }
 
 /// The rounds that are over, and the one under way.
@@ -61,13 +70,14 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn begins(&mut self, reading: Reading) {
-        self.laps.push(Lap { began: reading, packed: reading.now, ended: reading });
+        let (packed, packed_cpu) = (reading.now, reading.cpu);
+        self.laps.push(Lap { began: reading, packed, packed_cpu, ended: reading });
     }
 
     /// The round's chunks were all given to the pipeline.
-    pub(super) fn packed(&mut self, now: Duration) {
+    pub(super) fn packed(&mut self, now: Duration, cpu: Duration) {
         if let Some(lap) = self.laps.last_mut() {
-            lap.packed = now;
+            (lap.packed, lap.packed_cpu) = (now, cpu);
         }
     }
 
@@ -106,17 +116,28 @@ impl Pace {
         self.later().map_or(0.0, |lap| ratio(lap.sent() as f64, lap.looked_at() as f64))
     }
 
-    /// Chunks a second that reading, classifying and packing manage when nothing makes them wait;
-    /// 0 if not known.
+    /// Chunks a second that reading, classifying and packing manage beside the guest when nothing makes
+    /// them wait; 0 if not known.
     pub(super) fn chunks_per_s(&self) -> f64 {
-        // The newest that says enough: the first meets caches that are cold.
+        self.newest().map_or(0.0, |lap| ratio(lap.looked_at() as f64, lap.worked().as_secs_f64()))
+    }
+
+    /// The same where the guest wants no CPU. Waiting for a CPU and waiting for a page to be read are
+    /// told apart by the CPU time: what the last round looks at the guest has just written, so it is there.
+    pub(super) fn paused_chunks_per_s(&self) -> f64 {
+        let of = |lap: &Lap| {
+            let cpu = lap.packed_cpu.saturating_sub(lap.began.cpu);
+            // Where CPU time is not measured.
+            let busy = if cpu.is_zero() { lap.worked() } else { cpu.min(lap.worked()) };
+            ratio(lap.looked_at() as f64, busy.as_secs_f64())
+        };
+        self.newest().map_or(0.0, of)
+    }
+
+    /// The newest round that says enough: the first meets caches that are cold.
+    fn newest(&self) -> Option<&Lap> {
         let enough = |lap: &&Lap| lap.looked_at() >= ENOUGH_CHUNKS;
-        let newest = self.laps.iter().rev().find(enough).or(self.laps.last());
-        newest.map_or(0.0, |lap| {
-            let waited = lap.ended.waited - lap.began.waited;
-            let worked = lap.packed.saturating_sub(lap.began.now).saturating_sub(waited);
-            ratio(lap.looked_at() as f64, worked.as_secs_f64())
-        })
+        self.laps.iter().rev().find(enough).or(self.laps.last())
     }
 
     /// Bytes a second that the link took lately, by its own measure and over the time in which it
@@ -157,7 +178,8 @@ mod tests {
             pace.begins(at);
             at.now += 900 * MS;
             at.waited += 400 * MS;
-            pace.packed(at.now);
+            at.cpu += 100 * MS;
+            pace.packed(at.now, at.cpu);
             at.now += 100 * MS;
             at.looked_at += looked_at;
             at.sent += sent;
@@ -174,6 +196,11 @@ mod tests {
         let (pace, _) = pace(&[(10_000, 100, 200_000)]);
         assert_eq!(pace.bytes_per_dirty_chunk(), 2000.0);
         assert_eq!(pace.chunks_per_s(), 20_000.0);
+        assert_eq!(
+            pace.paused_chunks_per_s(),
+            100_000.0,
+            "what it waited for the CPU is the guest's"
+        );
     }
 
     #[test]
