@@ -51,7 +51,7 @@ fn has(head: &[u8], at: usize, magic: &[u8]) -> bool {
     head.get(at..).is_some_and(|rest| rest.starts_with(magic))
 }
 
-fn check_compressed(head: &[u8]) -> Result<(), FormatError> {
+pub(crate) fn check_compressed(head: &[u8]) -> Result<(), FormatError> {
     match COMPRESSED.iter().find(|(_, magic, _)| has(head, 0, magic)) {
         Some((name, _, command)) => Err(FormatError::Compressed(name, command)),
         None => Ok(()),

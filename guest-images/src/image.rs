@@ -1,16 +1,20 @@
-//! Disk images as they come: what is in them, read only, without trust.
+//! Images as they come, of disks and of containers: what is in them, read only, without trust.
 //!
 //! ```text
 //! file ─► qcow2? ─► Qcow2 ─┐                     ┌─► /boot: kernel, initrd, command line
 //!         raw ─────────────┴─► ReadAt ─► partitions ─► ext4 ─┘
+//!         oci ─► layers ─► tar ─► tree ─► mkfs ──► raw, with an ext4 file system
 //! ```
 //!
 //! Every number in an image is somebody else's: sizes are checked before room is made for them, offsets
 //! before they are read, and what is not understood is refused with a reason. Nothing here panics.
 
 pub mod boot;
+pub mod mkfs;
+pub mod oci;
 pub mod partitions;
 pub mod qcow2;
+mod tar;
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
