@@ -244,12 +244,28 @@ pub(crate) struct BaseImportArgs {
     #[arg(
         long,
         value_name = "DIR",
-        conflicts_with_all = ["disk", "kernel", "initramfs", "cmdline", "memory", "machine"]
+        conflicts_with_all = ["disk", "oci", "kernel", "initramfs", "cmdline", "memory", "machine"]
     )]
     pub(crate) from: Option<PathBuf>,
     /// Disk image, raw or qcow2
-    #[arg(long, value_name = "FILE", required_unless_present = "from")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["from", "oci"])]
     pub(crate) disk: Option<PathBuf>,
+    /// Container image: an OCI image layout, in a directory or a tar archive, or what `docker save`
+    /// writes
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["disk", "memory", "machine"])]
+    pub(crate) oci: Option<PathBuf>,
+    /// Which of the images of --oci: its name, or the tag behind the colon
+    #[arg(long = "ref", value_name = "NAME", requires = "oci", conflicts_with_all = ["disk", "from"])]
+    pub(crate) reference: Option<String>,
+    /// Size of the disk that is made of --oci, and so the most that its files may be [default: 4096]
+    #[arg(
+        long,
+        value_name = "MIB",
+        requires = "oci",
+        conflicts_with_all = ["disk", "from"],
+        value_parser = disk_mib()
+    )]
+    pub(crate) disk_mib: Option<u64>,
     /// Kernel: a bzImage or an ELF image [default: what the image's own boot loader starts]
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
@@ -257,7 +273,7 @@ pub(crate) struct BaseImportArgs {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initramfs: Option<PathBuf>,
     /// Kernel command line that boots the disk [default: that of the image's own boot loader; with
-    /// --kernel: console=ttyS0 root=/dev/vda rw]
+    /// --kernel: console=ttyS0 root=/dev/vda rw; with --oci: what starts what the image is for]
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
     /// Memory of a base with memory: `memory.raw` of one that was built with --boot
@@ -331,6 +347,11 @@ pub(crate) struct BootArgs {
 
 /// What a guest says on its serial console when its workload is up.
 pub(crate) const READY_TEXT: &str = "howdah: ready";
+
+/// What a disk that is made of an image may have.
+fn disk_mib() -> clap::builder::RangedU64ValueParser {
+    clap::value_parser!(u64).range(8..=4 << 20)
+}
 
 fn memory_mib() -> clap::builder::RangedU64ValueParser<u64> {
     clap::value_parser!(u64).range(32..=1 << 20)

@@ -9,6 +9,7 @@ mod journal;
 mod kernel;
 mod machine;
 mod manifest;
+mod oci;
 mod overlay;
 mod payload;
 mod ports;
@@ -64,6 +65,7 @@ pub const TARGETS: &[Target] = &[
     kernel::TARGET,
     image::QCOW2,
     image::DISK,
+    oci::TARGET,
     overlay::TARGET,
     journal::TARGET,
     table::TARGET,

@@ -4,10 +4,12 @@
 use std::{fs, net::TcpListener, os::unix::net::UnixListener, path::Path, thread};
 
 use howdah_api::SOCKET;
+use serde_json::json;
 
 use crate::{
     common::{Cloudlet, Ran, key_of},
     errors::{OWNER, committed, released, stopped},
+    oci,
     serve::Daemon,
 };
 
@@ -153,6 +155,7 @@ fn bases(cloudlet: &Cloudlet, all: &mut All) {
     cloudlet.file("damaged.qcow2", &encrypted);
     cloudlet.file("old.qcow2", b"QFI\xfb\0\0\0\x01");
     cloudlet.file("empty.raw", &[0; 4096]);
+    containers(cloudlet, all);
     stopped(cloudlet, "uses", OWNER);
     all(
         cloudlet,
@@ -183,6 +186,28 @@ fn bases(cloudlet: &Cloudlet, all: &mut All) {
     let other = Cloudlet::new();
     other.base_with_memory("warm", None).ok();
     all(&other, &["vm run a --base warm --memory-mib 512", "vm run a --base warm --tap t0"]);
+}
+
+fn containers(cloudlet: &Cloudlet, all: &mut All) {
+    oci::image(cloudlet, &[("app", b"static")], &json!({"Cmd": ["/app"]}));
+    let import = "base import x --kernel kernel --oci";
+    all(cloudlet, &[&format!("{import} image"), &format!("{import} text")]);
+    let large = [("bin/sh", &b"sh"[..]), ("large", &[7; 9 << 20])];
+    oci::image(cloudlet, &large, &json!({}));
+    all(
+        cloudlet,
+        &[
+            "base import x --oci image",
+            &format!("{import} image --ref other"),
+            &format!("{import} image --disk-mib 8"),
+        ],
+    );
+    let index = fs::read_to_string(cloudlet.path("image/index.json")).unwrap();
+    let digest = index.split("sha256:").nth(1).and_then(|rest| rest.get(..64)).unwrap();
+    let manifest = cloudlet.path("image/blobs/sha256").join(digest);
+    let other = fs::read_to_string(&manifest).unwrap().replace("layers", "Layers");
+    fs::write(&manifest, other).unwrap();
+    all(cloudlet, &[&format!("{import} image")]);
 }
 
 fn vms(cloudlet: &Cloudlet, all: &mut All) {

@@ -11,6 +11,7 @@ mod errors;
 mod guests;
 mod habits;
 mod jail;
+mod oci;
 mod peers;
 mod recover;
 mod saved;

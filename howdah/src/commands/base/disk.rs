@@ -27,6 +27,8 @@ pub(super) struct Found {
     pub(super) kernel: PathBuf,
     pub(super) initramfs: Option<PathBuf>,
     pub(super) cmdline: String,
+    /// Where that was found, for people.
+    pub(super) found: String,
 }
 
 /// The disk as a raw image: the file itself, or what is in it if it is qcow2.
@@ -67,12 +69,7 @@ pub(super) fn raw(given: &Path, staging: &Staging, output: Output) -> Result<Pat
 }
 
 /// Kernel, initramfs and command line as the disk's own boot loader has them. `given` is what its user calls it.
-pub(super) fn boot(
-    given: &Path,
-    disk: &Path,
-    staging: &Staging,
-    output: Output,
-) -> Result<Found, Failure> {
+pub(super) fn boot(given: &Path, disk: &Path, staging: &Staging) -> Result<Found, Failure> {
     let opening = |e: io::Error| Failure::file("open", given, &e);
     if fs::metadata(disk).map_err(opening)?.is_dir() {
         let way_out = "give a disk image";
@@ -87,7 +84,6 @@ pub(super) fn boot(
         BootError::Io(why) => Failure::file("read", given, &why),
         error => Failure::plain(Exit::Corrupt, given.display(), error),
     })?;
-    output.note(&format!("it boots with {}: {}", found.found, found.cmdline));
     let put = |part: Part, bytes: &[u8]| {
         let path = staging.0.join(part.file_name());
         fs::write(&path, bytes).map_err(|e| Failure::file("write", &path, &e)).map(|()| path)
@@ -96,5 +92,6 @@ pub(super) fn boot(
         kernel: put(Part::Kernel, &found.kernel)?,
         initramfs: found.initramfs.map(|bytes| put(Part::Initramfs, &bytes)).transpose()?,
         cmdline: found.cmdline,
+        found: found.found,
     })
 }

@@ -2,6 +2,7 @@
 
 mod build;
 mod disk;
+mod oci;
 mod sync;
 
 use std::{
@@ -42,9 +43,12 @@ pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::
     match command {
         BaseCommand::Import(args) => {
             let staging = Staging::new(home)?;
-            let spec = match args.from {
-                Some(dir) => spec_from(args.name, &dir)?,
-                None => spec_of(args, &staging, output)?,
+            let spec = if let Some(dir) = &args.from {
+                spec_from(args.name, dir)?
+            } else if args.oci.is_some() {
+                oci::spec(args, &staging, output)?
+            } else {
+                spec_of(args, &staging, output)?
             };
             import(&spec, home, output)
         }
@@ -69,7 +73,7 @@ pub(crate) fn allowed(home: &Home, peer: &Peer, id: BaseId) -> bool {
 }
 
 fn spec_of(args: BaseImportArgs, staging: &Staging, output: Output) -> Result<ImportSpec, Failure> {
-    let BaseImportArgs { name, from: _, disk, kernel, initramfs, cmdline, memory, machine } = args;
+    let BaseImportArgs { name, disk, kernel, initramfs, cmdline, memory, machine, .. } = args;
     let memory = match memory.zip(machine) {
         Some((ram, machine)) => Some(MemorySpec { ram, machine: read_machine(&machine)? }),
         None => None,
@@ -78,7 +82,8 @@ fn spec_of(args: BaseImportArgs, staging: &Staging, output: Output) -> Result<Im
     let given = disk.unwrap_or_default();
     let disk = disk::raw(&given, staging, output)?;
     let Some(kernel) = kernel else {
-        let found = disk::boot(&given, &disk, staging, output)?;
+        let found = disk::boot(&given, &disk, staging)?;
+        output.note(&format!("it boots with {}: {}", found.found, found.cmdline));
         let cmdline = cmdline.unwrap_or(found.cmdline);
         let (kernel, initramfs) = (found.kernel, found.initramfs);
         return Ok(ImportSpec { name, disk, kernel, initramfs, cmdline, memory });
