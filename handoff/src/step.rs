@@ -18,8 +18,8 @@
 //! after verified: both go on at once.
 //!
 //! A [`StepHook`] is called at each of them, by the thread that does the step, before anything
-//! follows from it. Fault tests stop or kill a process there; otherwise there is no hook, and a step
-//! costs a test of a pointer.
+//! follows from it. Fault tests stop or kill a process there, and a target tells that a guest comes;
+//! without a hook a step costs a test of a pointer.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -251,6 +251,11 @@ impl StepHook {
     pub(crate) fn reached(&self, step: impl Into<Option<Step>>) {
         let Some(step) = step.into() else { return };
         tracing::debug!(%step, "reached");
+        self.call(step);
+    }
+
+    /// Calls the hook, if there is one: for a hook that is made of another.
+    pub fn call(&self, step: Step) {
         if let Some(hook) = &self.0 {
             hook(step);
         }

@@ -194,6 +194,21 @@ impl Home {
         self.root.join("networks.json")
     }
 
+    /// Held by who brings the host's network to what VMs are.
+    pub(crate) fn networks_lock(&self) -> PathBuf {
+        self.root.join("networks.lock")
+    }
+
+    /// Where it is noted where guests came from and went to.
+    pub(crate) fn trails(&self) -> PathBuf {
+        self.root.join("trails.json")
+    }
+
+    /// What tells this cloudlet from others on its host: eight hexadecimal digits.
+    pub(crate) fn tag(&self) -> String {
+        blake3::hash(self.root.as_os_str().as_encoded_bytes()).to_hex()[..8].to_owned()
+    }
+
     /// Where receiving processes log; creates its directory.
     pub(crate) fn receive_log(&self) -> Result<PathBuf, Failure> {
         self.create()?;

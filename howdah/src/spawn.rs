@@ -23,10 +23,12 @@ use crate::{
 /// No such message is longer.
 const MAX_READY_BYTES: u64 = 64 << 10;
 
-/// What a started process says, once, on its stdout.
+/// What a started process says on its stdout: how it went, once.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Ready {
+    /// A guest begins to come in; how it went follows.
+    Coming,
     /// The guest runs; what a reception knows of its transfer.
     Running(Option<serde_json::Value>),
     /// It will not.
@@ -55,24 +57,38 @@ pub(crate) fn start(arguments: Vec<OsString>, stdin: Stdio, log: &Path) -> Resul
 }
 
 /// Waits until the process says how it went.
-pub(crate) fn await_ready(
+pub(crate) fn await_ready(child: Child, log: &Path) -> Result<Option<serde_json::Value>, Failure> {
+    await_ready_noting(child, log, || {})
+}
+
+/// As [`await_ready`], and does `coming` when its guest begins to come in.
+pub(crate) fn await_ready_noting(
     mut child: Child,
     log: &Path,
+    mut coming: impl FnMut(),
 ) -> Result<Option<serde_json::Value>, Failure> {
-    let mut said = String::new();
+    let mut said = None;
     if let Some(stdout) = child.stdout.take() {
-        let _ = stdout.take(MAX_READY_BYTES).read_to_string(&mut said);
+        let words = serde_json::Deserializer::from_reader(stdout.take(MAX_READY_BYTES));
+        for word in words.into_iter::<Ready>() {
+            match word {
+                Ok(Ready::Coming) => coming(),
+                Ok(word) => said = Some(word),
+                // It ended in the midst of a word.
+                Err(_) => break,
+            }
+        }
     }
-    match serde_json::from_str(&said) {
-        Ok(Ready::Running(details)) => {
+    match said {
+        Some(Ready::Running(details)) => {
             children().push(child);
             Ok(details)
         }
-        Ok(Ready::Failed(failure)) => {
+        Some(Ready::Failed(failure)) => {
             let _ = child.wait();
             Err(failure)
         }
-        Err(_) => {
+        Some(Ready::Coming) | None => {
             let ended = child.wait();
             let killed = ended.as_ref().is_ok_and(|s| s.signal() == Some(nix::libc::SIGKILL));
             let ended = ended.map_or_else(|e| e.to_string(), |status| status.to_string());
@@ -116,13 +132,22 @@ fn open_log(log: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(log)
 }
 
-/// Says how it went, and closes stdout, which the starter waits for.
-pub(crate) fn say(ready: &Ready) {
+/// Says that a guest begins to come in.
+pub(crate) fn say_coming() {
+    write_word(&Ready::Coming);
+}
+
+fn write_word(word: &Ready) {
     let mut stdout = io::stdout();
-    if let Ok(text) = serde_json::to_string(ready) {
+    if let Ok(text) = serde_json::to_string(word) {
         // A starter that is gone no longer wants to know.
         let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
     }
+}
+
+/// Says how it went, and closes stdout, which the starter waits for.
+pub(crate) fn say(ready: &Ready) {
+    write_word(ready);
     if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
         let _ = nix::unistd::dup2_stdout(null);
     }

@@ -34,7 +34,7 @@ mod vcpu;
 
 pub use codec::CodecError;
 pub use devices::virtio::{
-    net::{Tap, TapError},
+    net::{Tap, TapError, gratuitous_arp},
     rate::Rate,
 };
 pub use handoff::{AnyVm, IncomingVm, VmSource};

@@ -8,10 +8,11 @@ use handoff::tls::Identity;
 use super::Cli;
 
 /// Pages with commands in them, below the project's root.
-const PAGES: [&str; 8] = [
+const PAGES: [&str; 9] = [
     "README.md",
     "docs/tutorial/first-handoff.md",
     "docs/howto/set-up-a-cloudlet.md",
+    "docs/howto/networks.md",
     "docs/howto/peers.md",
     "docs/howto/watch.md",
     "docs/howto/handoff-failed.md",

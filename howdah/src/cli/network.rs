@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use clap::{Args, Subcommand};
 
-use crate::net::{NetworkName, Published, Subnet};
+use crate::net::{FORWARD_FOR_S, NetworkName, Published, Subnet};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum NetworkCommand {
@@ -33,6 +33,10 @@ pub(crate) struct NetworkAddArgs {
     /// Let guests reach the world beyond, under this host's address
     #[arg(long)]
     pub(crate) nat: bool,
+    /// How long traffic for a guest that left goes on to the cloudlet where it is; 0 is not at all
+    #[arg(long, value_name = "S", default_value_t = FORWARD_FOR_S,
+        value_parser = clap::value_parser!(u32).range(..=86_400))]
+    pub(crate) forward_for_s: u32,
 }
 
 /// A VM's place in a network.

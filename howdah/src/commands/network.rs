@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 
+use handoff::tls::PeerKey;
 use serde::Serialize;
 
 use crate::{
@@ -39,8 +40,8 @@ pub(crate) fn run(command: NetworkCommand, home: &Home, output: Output) -> anyho
 }
 
 fn add(args: NetworkAddArgs, home: &Home) -> Result<Network, Failure> {
-    let NetworkAddArgs { name, subnet, nat } = args;
-    let network = Network { name, subnet, nat };
+    let NetworkAddArgs { name, subnet, nat, forward_for_s } = args;
+    let network = Network { name, subnet, nat, forward_for_s };
     let mut networks = Networks::read(home)?;
     networks.put(network.clone())?;
     net::bring_up(&network)?;
@@ -78,20 +79,33 @@ struct Member {
     address: Option<Ipv4Addr>,
     mac: Option<String>,
     publish: Vec<Published>,
+    /// Where its traffic goes on to, of a guest that left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forwarded: Option<Forwarded>,
+}
+
+#[derive(Debug, Serialize)]
+struct Forwarded {
+    peer: PeerKey,
+    address: Ipv4Addr,
+    for_s: u64,
 }
 
 fn list(home: &Home) -> Result<Vec<Shown>, Failure> {
     let members = net::attached(home)?;
-    let of = |name: &NetworkName| {
-        let mine = members.iter().filter(|(.., attachment)| attachment.network == *name);
-        mine.map(|(vm, config, attachment)| Member {
-            vm: vm.clone(),
-            address: attachment.address,
-            mac: config.mac.clone(),
-            publish: attachment.publish.clone(),
-        })
-        .collect()
-    };
+    let of =
+        |network: &Network| {
+            let mine = members.iter().filter(|(.., attachment)| attachment.network == network.name);
+            mine.map(|(vm, config, attachment)| Member {
+                vm: vm.clone(),
+                address: attachment.address,
+                mac: config.mac.clone(),
+                publish: attachment.publish.clone(),
+                forwarded: net::forwarded(home, network, vm)
+                    .map(|(peer, address, for_s)| Forwarded { peer, address, for_s }),
+            })
+            .collect()
+        };
     let networks = Networks::read(home)?;
     Ok(networks
         .all()
@@ -99,7 +113,7 @@ fn list(home: &Home) -> Result<Vec<Shown>, Failure> {
         .map(|network| Shown {
             network: network.clone(),
             gateway: network.subnet.gateway(),
-            vms: of(&network.name),
+            vms: of(network),
         })
         .collect())
 }
@@ -112,7 +126,7 @@ fn show(shown: &[Shown]) -> String {
         let head = [network.name.to_string(), network.subnet.to_string(), nat.to_owned()];
         let [name, subnet, nat] = head;
         if vms.is_empty() {
-            rows.push([name.clone(), subnet.clone(), nat.clone(), dash(), dash(), dash()]);
+            rows.push([name.clone(), subnet.clone(), nat.clone(), dash(), dash(), dash(), dash()]);
         }
         for member in vms {
             let ports: Vec<_> = member.publish.iter().map(Published::to_string).collect();
@@ -123,8 +137,12 @@ fn show(shown: &[Shown]) -> String {
                 member.vm.to_string(),
                 member.address.map_or_else(dash, |address| address.to_string()),
                 if ports.is_empty() { dash() } else { ports.join(",") },
+                member
+                    .forwarded
+                    .as_ref()
+                    .map_or_else(dash, |to| format!("to {} for {} s", to.address, to.for_s)),
             ]);
         }
     }
-    table(["NETWORK", "SUBNET", "NAT", "VM", "ADDRESS", "PUBLISHED"], &rows)
+    table(["NETWORK", "SUBNET", "NAT", "VM", "ADDRESS", "PUBLISHED", "FORWARDED"], &rows)
 }

@@ -10,7 +10,7 @@ use vmm::Tap;
 use super::{
     book::Network,
     netlink::{Netlink, NetlinkError},
-    nft,
+    plan::{Plan, alone},
 };
 use crate::{
     failure::{Exit, Failure},
@@ -93,14 +93,14 @@ pub(crate) fn attach(home: &Home, vm: &VmName, network: &Network) -> Result<Tap,
     Ok(tap)
 }
 
-/// Brings the host's packet filter to what networks and VMs are now. Where nothing needs it, a host
-/// without one will do.
+/// Brings the host's packet filter, and the ways to guests that moved, to what networks and VMs are now.
+/// Where nothing needs them, a host without will do.
 pub(crate) fn refresh(home: &Home) -> Result<(), Failure> {
     if !home.networks().exists() {
         return Ok(());
     }
-    let rules = super::ports::rules(home)?;
-    nft::load(home, &rules)
+    let _alone = alone(home)?;
+    Plan::make(home)?.apply(home)
 }
 
 #[cfg(test)]

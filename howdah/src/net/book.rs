@@ -13,6 +13,12 @@ use crate::{
 const VERSION: u32 = 1;
 /// More networks than this make no sense on one host.
 const MAX_NETWORKS: usize = 64;
+/// How long traffic follows a guest that left, if nothing else is said.
+pub(crate) const FORWARD_FOR_S: u32 = 600;
+
+fn forward_for_s() -> u32 {
+    FORWARD_FOR_S
+}
 
 /// A network's name: part of an interface's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -72,6 +78,9 @@ pub(crate) struct Network {
     pub(crate) subnet: Subnet,
     /// Whether guests reach the world beyond, under this host's address.
     pub(crate) nat: bool,
+    /// How long traffic for a guest that left goes on to where it is; 0 is not at all.
+    #[serde(default = "forward_for_s")]
+    pub(crate) forward_for_s: u32,
 }
 
 /// What a VM has of a network, wherever it runs.
@@ -199,7 +208,8 @@ mod tests {
     use super::*;
 
     fn network(name: &str, subnet: &str) -> Network {
-        Network { name: name.parse().unwrap(), subnet: subnet.parse().unwrap(), nat: true }
+        let (name, subnet) = (name.parse().unwrap(), subnet.parse().unwrap());
+        Network { name, subnet, nat: true, forward_for_s: FORWARD_FOR_S }
     }
 
     #[test]

@@ -7,14 +7,19 @@ use std::{
 };
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage as Message,
     address::{AddressAttribute, AddressMessage},
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope,
+        RouteType,
+    },
+    rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
@@ -48,15 +53,16 @@ pub(crate) struct Link {
     pub(crate) kind: Option<InfoKind>,
     /// The bridge that it is a port of.
     pub(crate) controller: Option<u32>,
+    /// The other end, of a VXLAN interface with one.
+    pub(crate) remote: Option<Ipv4Addr>,
 }
 
 /// A way to a destination.
-#[cfg_attr(not(test), allow(dead_code, reason = "forwarding of guests that moved uses it"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Route {
     pub(crate) to: Ipv4Addr,
     pub(crate) prefix: u8,
-    /// Over this neighbour.
+    /// Over this neighbour; with `out` too it is one of that interface, whatever its addresses are.
     pub(crate) via: Option<Ipv4Addr>,
     /// Out of this interface.
     pub(crate) out: Option<u32>,
@@ -64,7 +70,6 @@ pub(crate) struct Route {
     pub(crate) table: u32,
 }
 
-#[cfg_attr(not(test), allow(dead_code, reason = "forwarding of guests that moved uses it"))]
 impl Route {
     /// The main table.
     pub(crate) const MAIN: u32 = 254;
@@ -77,6 +82,9 @@ impl Route {
         header.protocol = RouteProtocol::Static;
         header.scope = if self.via.is_some() { RouteScope::Universe } else { RouteScope::Link };
         header.kind = RouteType::Unicast;
+        if self.via.is_some() && self.out.is_some() {
+            header.flags = RouteFlags::Onlink;
+        }
         let attributes = &mut message.attributes;
         attributes.push(RouteAttribute::Table(self.table));
         if self.prefix > 0 {
@@ -84,6 +92,52 @@ impl Route {
         }
         let via = self.via.map(|via| RouteAttribute::Gateway(RouteAddress::Inet(via)));
         attributes.extend(via.into_iter().chain(self.out.map(RouteAttribute::Oif)));
+        message
+    }
+
+    /// As the kernel describes it; none of one that is not of the kind that is made here.
+    fn described(message: &RouteMessage) -> Option<Self> {
+        let header = &message.header;
+        let mut found = Self {
+            to: Ipv4Addr::UNSPECIFIED,
+            prefix: header.destination_prefix_length,
+            via: None,
+            out: None,
+            table: header.table.into(),
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(to)) => found.to = *to,
+                RouteAttribute::Gateway(RouteAddress::Inet(via)) => found.via = Some(*via),
+                RouteAttribute::Oif(out) => found.out = Some(*out),
+                RouteAttribute::Table(table) => found.table = *table,
+                _ => {}
+            }
+        }
+        (header.address_family == AddressFamily::Inet && header.kind == RouteType::Unicast)
+            .then_some(found)
+    }
+}
+
+/// Packets with this mark go by that table, before the main one is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MarkRule {
+    pub(crate) mark: u32,
+    pub(crate) table: u32,
+}
+
+impl MarkRule {
+    /// Before the main table's rule, behind the host's own addresses.
+    const PRIORITY: u32 = 6877;
+
+    fn message(self) -> RuleMessage {
+        let mut message = RuleMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.action = RuleAction::ToTable;
+        message.attributes.push(RuleAttribute::Priority(Self::PRIORITY));
+        message.attributes.push(RuleAttribute::FwMark(self.mark));
+        message.attributes.push(RuleAttribute::FwMask(u32::MAX));
+        message.attributes.push(RuleAttribute::Table(self.table));
         message
     }
 }
@@ -191,11 +245,69 @@ impl Netlink {
     }
 
     /// Adds a route, in place of one to the same destination.
-    #[cfg_attr(not(test), allow(dead_code, reason = "forwarding of guests that moved uses it"))]
     pub(crate) fn add_route(&mut self, route: Route) -> Result<(), NetlinkError> {
         let what = format!("add the route to {}/{}", route.to, route.prefix);
         let flags = NLM_F_CREATE | NLM_F_REPLACE;
         self.change(Message::NewRoute(route.message()), flags, &what)
+    }
+
+    /// Removes a route: whether it was there.
+    pub(crate) fn remove_route(&mut self, route: Route) -> Result<bool, NetlinkError> {
+        let what = format!("remove the route to {}/{}", route.to, route.prefix);
+        match self.change(Message::DelRoute(route.message()), 0, &what) {
+            Err(e) if e.is(libc::ESRCH) => Ok(false),
+            removed => removed.map(|()| true),
+        }
+    }
+
+    /// Routes out of an interface, of all tables.
+    pub(crate) fn routes_out_of(&mut self, index: u32) -> Result<Vec<Route>, NetlinkError> {
+        let mut ask = RouteMessage::default();
+        ask.header.address_family = AddressFamily::Inet;
+        let what = "list the routes";
+        let all = self.exchange(Message::GetRoute(ask), NLM_F_DUMP);
+        let all = all.map_err(|source| NetlinkError { what: what.into(), source })?;
+        let routes = all.iter().filter_map(|message| match message {
+            Message::NewRoute(route) => Route::described(route),
+            _ => None,
+        });
+        Ok(routes.filter(|route| route.out == Some(index)).collect())
+    }
+
+    /// Has packets with a mark go by a table of their own.
+    pub(crate) fn add_rule(&mut self, rule: MarkRule) -> Result<(), NetlinkError> {
+        let what = format!("add the rule for packets marked {:#x}", rule.mark);
+        match self.change(Message::NewRule(rule.message()), NLM_F_CREATE | NLM_F_EXCL, &what) {
+            Err(e) if e.is(libc::EEXIST) => Ok(()),
+            added => added,
+        }
+    }
+
+    /// Removes such a rule, if it is there.
+    pub(crate) fn remove_rule(&mut self, rule: MarkRule) -> Result<(), NetlinkError> {
+        let what = format!("remove the rule for packets marked {:#x}", rule.mark);
+        match self.change(Message::DelRule(rule.message()), 0, &what) {
+            Err(e) if e.is(libc::ENOENT) => Ok(()),
+            removed => removed,
+        }
+    }
+
+    /// Says for good which MAC address a neighbour has.
+    pub(crate) fn set_neighbour(
+        &mut self,
+        index: u32,
+        address: Ipv4Addr,
+        mac: [u8; 6],
+    ) -> Result<(), NetlinkError> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.ifindex = index;
+        message.header.state = NeighbourState::Permanent;
+        let destination = NeighbourAddress::Inet(address);
+        message.attributes.push(NeighbourAttribute::Destination(destination));
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+        let what = format!("say where the neighbour {address} is");
+        self.change(Message::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE, &what)
     }
 
     pub(super) fn change(
@@ -215,10 +327,11 @@ impl Netlink {
         what: &str,
     ) -> Result<Option<Message>, NetlinkError> {
         self.exchange(message, flags)
+            .map(|mut answers| answers.pop())
             .map_err(|source| NetlinkError { what: what.to_owned(), source })
     }
 
-    fn exchange(&mut self, message: Message, flags: u16) -> io::Result<Option<Message>> {
+    fn exchange(&mut self, message: Message, flags: u16) -> io::Result<Vec<Message>> {
         self.sequence += 1;
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
@@ -228,7 +341,7 @@ impl Netlink {
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
-        let mut answer = None;
+        let mut answers = Vec::new();
         loop {
             let (datagram, _) = self.socket.recv_from_full()?;
             let mut rest = datagram.get(..datagram.len().min(MAX_ANSWER_BYTES)).unwrap_or_default();
@@ -241,9 +354,10 @@ impl Netlink {
                     continue;
                 }
                 match message.payload {
-                    NetlinkPayload::Error(e) if e.code.is_none() => return Ok(answer),
+                    NetlinkPayload::Error(e) if e.code.is_none() => return Ok(answers),
                     NetlinkPayload::Error(e) => return Err(e.to_io()),
-                    NetlinkPayload::InnerMessage(inner) => answer = Some(inner),
+                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::InnerMessage(inner) => answers.push(inner),
                     _ => {}
                 }
             }
@@ -252,17 +366,25 @@ impl Netlink {
 }
 
 fn described(link: &LinkMessage) -> Link {
-    let mut found =
-        Link { index: link.header.index, mac: Vec::new(), kind: None, controller: None };
+    let index = link.header.index;
+    let mut found = Link { index, mac: Vec::new(), kind: None, controller: None, remote: None };
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::Address(mac) => found.mac.clone_from(mac),
             LinkAttribute::Controller(bridge) => found.controller = Some(*bridge),
             LinkAttribute::LinkInfo(infos) => {
-                found.kind = infos.iter().find_map(|info| match info {
-                    LinkInfo::Kind(kind) => Some(kind.clone()),
-                    _ => None,
-                });
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(kind) => found.kind = Some(kind.clone()),
+                        LinkInfo::Data(InfoData::Vxlan(said)) => {
+                            found.remote = said.iter().find_map(|one| match one {
+                                InfoVxlan::Group(remote) => Some(*remote),
+                                _ => None,
+                            });
+                        }
+                        _ => {}
+                    }
+                }
             }
             _ => {}
         }

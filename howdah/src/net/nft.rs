@@ -7,7 +7,12 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::{book::Network, publish::Published};
+use super::{
+    book::Network,
+    plan::now_s,
+    publish::Published,
+    ways::{self, Way},
+};
 use crate::{
     failure::{Exit, Failure},
     home::Home,
@@ -19,16 +24,21 @@ pub(crate) struct Rules {
     pub(crate) networks: Vec<Network>,
     /// Ports of the host, and whose they are.
     pub(crate) published: Vec<(Published, Ipv4Addr)>,
+    /// Ways of guests that moved.
+    pub(super) ways: Vec<Way>,
 }
 
 impl Rules {
     /// Whether the host needs none of it.
     pub(crate) fn is_empty(&self) -> bool {
-        self.published.is_empty() && self.networks.iter().all(|network| !network.nat)
+        let nat = self.networks.iter().any(|network| network.nat);
+        self.published.is_empty() && self.ways.is_empty() && !nat
     }
 
-    /// The table, as `nft -f` reads it. The kernel takes all of it or nothing.
-    fn text(&self, table: &str) -> String {
+    /// The table of the cloudlet with this tag, as `nft -f` reads it. The kernel takes all of it or
+    /// nothing.
+    fn text(&self, tag: &str, now_s: u64) -> String {
+        let table = format!("howdah_{tag}");
         let mut text = String::new();
         // Made, so that it is there to be removed.
         let _ = writeln!(text, "table ip {table} {{}}\ndelete table ip {table}");
@@ -36,11 +46,15 @@ impl Rules {
             return text;
         }
         let _ = writeln!(text, "table ip {table} {{");
+        text += &ways::chains(&self.ways, tag, now_s);
+        let elsewhere = ways::published(&self.ways);
         // Priorities as numbers: before translation of destinations, and of sources. Their names are not
         // known in every hook.
         for hook in ["prerouting", "output"] {
             let _ = writeln!(text, "  chain {hook} {{\n    type nat hook {hook} priority -100;");
-            for (Published { host, guest, protocol }, address) in &self.published {
+            for (Published { host, guest, protocol }, address) in
+                self.published.iter().chain(&elsewhere)
+            {
                 let _ = writeln!(
                     text,
                     "    fib daddr type local ip daddr != 127.0.0.0/8 {protocol} dport {host} dnat to {address}:{guest}"
@@ -50,6 +64,7 @@ impl Rules {
         }
         let _ =
             writeln!(text, "  chain postrouting {{\n    type nat hook postrouting priority 100;");
+        text += &ways::translations(&self.ways, tag);
         for network in &self.networks {
             let (subnet, bridge) = (network.subnet, network.name.bridge());
             // A guest that speaks to its own host's published port, or to another guest's.
@@ -69,15 +84,9 @@ impl Rules {
     }
 }
 
-/// This cloudlet's table: another one on the host has its own.
-fn table(home: &Home) -> String {
-    let hash = blake3::hash(home.root().as_os_str().as_encoded_bytes()).to_hex();
-    format!("howdah_{}", &hash[..8])
-}
-
 /// Gives the kernel these rules in place of those that it had from here.
 pub(super) fn load(home: &Home, rules: &Rules) -> Result<(), Failure> {
-    match feed(&rules.text(&table(home))) {
+    match feed(&rules.text(&home.tag(), now_s())) {
         // Nothing to hold, and nobody to hold it.
         Err(NftError::Missing) if rules.is_empty() => Ok(()),
         Err(error) => {
@@ -138,10 +147,12 @@ mod tests {
                 name: "edge".parse().unwrap(),
                 subnet: "10.77.0.0/24".parse().unwrap(),
                 nat: true,
+                forward_for_s: 600,
             }],
             published: vec![("8080:80".parse().unwrap(), Ipv4Addr::new(10, 77, 0, 5))],
+            ways: Vec::new(),
         };
-        let text = rules.text("howdah_x");
+        let text = rules.text("x", 0);
         assert!(
             text.starts_with("table ip howdah_x {}\ndelete table ip howdah_x\ntable ip"),
             "{text}"
@@ -153,7 +164,7 @@ mod tests {
             assert!(text.contains(rule), "{text}");
         }
         assert_eq!(text.matches('{').count(), text.matches('}').count());
-        let none = Rules::default().text("howdah_x");
+        let none = Rules::default().text("x", 0);
         assert_eq!(none, "table ip howdah_x {}\ndelete table ip howdah_x\n");
     }
 }

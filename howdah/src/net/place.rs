@@ -127,7 +127,7 @@ mod tests {
 
     fn network() -> Network {
         let (name, subnet) = ("edge".parse().unwrap(), "10.77.0.0/24".parse().unwrap());
-        Network { name, subnet, nat: false }
+        Network { name, subnet, nat: false, forward_for_s: 0 }
     }
 
     /// A cloudlet whose VM `old` has an address and a port.

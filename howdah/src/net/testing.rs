@@ -9,8 +9,9 @@ use std::{
     time::Duration,
 };
 
-use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage},
 };
 use nix::{
     sched::{CloneFlags, unshare},
@@ -73,6 +74,30 @@ impl Host {
             up(name);
         });
         other.run(move || up(there));
+    }
+
+    /// Plugs the end of a cable that is here into another host, as a port of a bridge there.
+    pub(super) fn replug(&self, name: &'static str, other: &Self, bridge: &'static str) {
+        let pid = other.pid;
+        self.run(move || {
+            let mut netlink = Netlink::open().unwrap();
+            let mut link = LinkMessage::default();
+            link.header.index = netlink.link(name).unwrap().unwrap().index;
+            link.attributes.push(LinkAttribute::NetNsPid(pid));
+            netlink.change(RouteNetlinkMessage::SetLink(link), 0, "move it").unwrap();
+        });
+        other.plug(name, bridge);
+    }
+
+    /// Makes an interface a port of a bridge.
+    pub(super) fn plug(&self, name: &'static str, bridge: &'static str) {
+        self.run(move || {
+            let mut netlink = Netlink::open().unwrap();
+            let port = netlink.link(name).unwrap().unwrap().index;
+            let bridge = netlink.link(bridge).unwrap().unwrap().index;
+            netlink.join(port, bridge, name).unwrap();
+            up(name);
+        });
     }
 
     /// Gives an interface an address.

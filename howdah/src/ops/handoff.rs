@@ -60,11 +60,12 @@ impl Handoff {
             match client::next_reply(&self.dir, &mut self.channel)? {
                 Reply::Progress(now) => progress(now),
                 Reply::Moved(report) => {
+                    // What comes for it goes on to the peer from now, also while its process still
+                    // writes what it keeps.
+                    ops::vm::refresh_network(&self.home);
                     if let Err(e) = ops::vm::await_exit(&self.dir, ops::vm::KEEP_TIMEOUT) {
                         tracing::warn!("{e}");
                     }
-                    // Its ports are the peer's to publish now.
-                    ops::vm::refresh_network(&self.home);
                     return Ok(report);
                 }
                 Reply::Failed(failure) => return Err(failure),

@@ -280,8 +280,8 @@ pub(crate) fn remove(dir: &VmDir, home: &Home) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Brings published ports to what VMs are now. What was done is done: a host that cannot is told of.
-pub(super) fn refresh_network(home: &Home) {
+/// Brings published ports, and ways to guests that moved, to what VMs are now. What was done is done: a host that cannot is told of.
+pub(crate) fn refresh_network(home: &Home) {
     if let Err(failure) = net::refresh(home) {
         tracing::warn!("{failure}");
     }

@@ -15,6 +15,7 @@ use handoff::{
     Refusal,
     engine::{self, Incoming, Limits, ReceiveError, ReceiveOptions, accept},
     ownership::{Question, Record, State, target},
+    step::{Step, StepHook},
     tcp::MonotonicClock,
     tls::{Guarded, PeerKey, Session, TlsLink},
 };
@@ -211,7 +212,7 @@ fn receive(
     let mut options = ReceiveOptions::new(peer.to_string());
     options.limits = args.wait.limits();
     options.workers = args.workers.map_or(options.workers, usize::from);
-    options.steps = steps::from_env()?;
+    options.steps = told_when_it_comes(steps::from_env()?);
     options.newer = newer;
     let (tell, details) = bounded(1);
     std::thread::spawn(move || {
@@ -228,6 +229,17 @@ fn receive(
     });
     let end = process.run(Coming { phase: Phase::Receiving, links: Some(links), ready });
     vmproc::finish(dir, end, &shown, &server)
+}
+
+/// The hook, and before it a word to the listener once the offer is taken: what there is to know of the
+/// guest's network is on disk then.
+fn told_when_it_comes(hook: StepHook) -> StepHook {
+    StepHook::new(move |step| {
+        if step == Step::OfferDurable {
+            spawn::say_coming();
+        }
+        hook.call(step);
+    })
 }
 
 /// Receives the guest; what is known of the transfer goes to `details`.

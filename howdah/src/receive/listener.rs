@@ -84,6 +84,7 @@ pub(crate) fn listen(
         let _ = done.send(event.clone());
     };
     start(args, home, output, verbose, Arc::new(tell))?;
+    net::keep(home);
     loop {
         match ended.recv() {
             Ok(Event::Received { .. }) if once => return Ok(()),
@@ -337,15 +338,19 @@ impl Listener {
         Err(Refusal::Other(why))
     }
 
+    /// Brings the host's network to what VMs are now: their processes cannot, they are confined.
+    fn refresh_network(&self, vm: &VmName) {
+        if let Err(failure) = net::refresh(&self.home) {
+            tracing::warn!("network of VM {vm}: {failure}");
+        }
+    }
+
     /// Starts a process that receives the VM, and waits for how it went.
     fn new_handoff(&self, name: &VmName, peer: String, handed: Handed) -> Event {
         let vm = name.to_string();
         match self.spawn(name, &handed) {
             Ok(details) => {
-                // Its process cannot: it is confined.
-                if let Err(failure) = net::refresh(&self.home) {
-                    tracing::warn!("ports of VM {vm}: {failure}");
-                }
+                self.refresh_network(name);
                 Event::Received { vm, peer, details }
             }
             Err(failure) => {
@@ -379,7 +384,8 @@ impl Listener {
             spawn::start(self.child_arguments(name), Stdio::from(OwnedFd::from(theirs)), &log)?;
         let mut channel = Channel::new(ours, Some(TAKE_TIMEOUT)).map_err(failed)?;
         channel.send(&handed.envelope(), Some(handed.socket.as_fd())).map_err(failed)?;
-        spawn::await_ready(child, &log)
+        // What its guest says first, when it runs here, must find the way back already.
+        spawn::await_ready_noting(child, &log, || self.refresh_network(name))
     }
 
     fn child_arguments(&self, name: &VmName) -> Vec<OsString> {

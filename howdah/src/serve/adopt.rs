@@ -30,6 +30,7 @@ pub(super) async fn run(daemon: Arc<Daemon>) {
         let cancel = Arc::new(move || ops::handoff::cancel(&given_up));
         let begun = daemon.operations.begin(about, Some(cancel), move |work| {
             let ended = follow(&dir, |progress| work.handoff(progress));
+            ops::vm::refresh_network(&shared.home);
             shared.vms_changed();
             ended
         });

@@ -31,6 +31,7 @@ use crate::{
     failure::{Exit, Failure},
     home::Home,
     lock::Lock,
+    net,
     output::Output,
     receive, spawn,
 };
@@ -89,6 +90,7 @@ async fn serve(
     tokio::spawn(watch::run(Arc::clone(&daemon)));
     tokio::spawn(adopt::run(Arc::clone(&daemon)));
     tokio::spawn(reap(signal(SignalKind::child())?));
+    net::keep(home);
     receive(settings, &daemon, output)?;
     let router = routes::router(Arc::clone(&daemon));
     output.note(&format!("howdah: serving at {}", path.display()));

@@ -1,14 +1,18 @@
 //! Networks in the kernel, in namespaces of the tests' own.
 
 use super::{
-    super::{netlink::Route, nft::Rules, testing::Host},
+    super::{
+        netlink::Route,
+        nft::{self, Rules},
+        testing::Host,
+    },
     *,
 };
 use crate::net::Published;
 
 fn network() -> Network {
     let (name, subnet) = ("edge".parse().unwrap(), "10.77.0.0/24".parse().unwrap());
-    Network { name, subnet, nat: true }
+    Network { name, subnet, nat: true, forward_for_s: 600 }
 }
 
 /// A cloudlet's host with a guest on its bridge: a namespace with the guest's address.
@@ -84,7 +88,7 @@ fn a_published_port_leads_to_the_guest() {
         let home = Home::new(dir.path()).unwrap();
         let port: Published = "8080:80".parse().unwrap();
         let published = vec![(port, std::net::Ipv4Addr::new(10, 77, 0, 5))];
-        nft::load(&home, &Rules { networks: vec![network()], published })
+        nft::load(&home, &Rules { networks: vec![network()], published, ways: Vec::new() })
     });
     match loaded {
         Err(failure) if failure.message.contains("there is no `nft`") => {

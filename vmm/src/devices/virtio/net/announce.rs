@@ -89,7 +89,7 @@ impl Announcer {
 
     fn say(&self) -> io::Result<()> {
         self.send(rarp(self.mac))?;
-        self.addresses.iter().try_for_each(|address| self.send(garp(self.mac, *address)))
+        self.addresses.iter().try_for_each(|address| self.send(gratuitous_arp(self.mac, *address)))
     }
 
     fn send(&self, frame: [u8; FRAME_BYTES]) -> io::Result<()> {
@@ -108,7 +108,7 @@ fn rarp(mac: [u8; 6]) -> [u8; FRAME_BYTES] {
 }
 
 /// A gratuitous ARP: "who has `address`?", asked of everyone by who has it (RFC 5227, announcement).
-fn garp(mac: [u8; 6], address: Ipv4Addr) -> [u8; FRAME_BYTES] {
+pub fn gratuitous_arp(mac: [u8; 6], address: Ipv4Addr) -> [u8; FRAME_BYTES] {
     arp(ETHERTYPE_ARP, ARP_REQUEST, mac, address, ([0; 6], address))
 }
 
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn an_announcement_is_a_request_for_the_senders_own_address() {
-        let frame = garp(MAC, Ipv4Addr::new(10, 77, 0, 5));
+        let frame = gratuitous_arp(MAC, Ipv4Addr::new(10, 77, 0, 5));
         assert_eq!(frame[12..22], [0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 1]);
         assert_eq!((&frame[22..28], &frame[28..32]), (&MAC[..], &[10, 77, 0, 5][..]));
         assert_eq!((&frame[32..38], &frame[38..42]), (&[0; 6][..], &[10, 77, 0, 5][..]));

@@ -25,7 +25,7 @@ use virtio_bindings::{
 };
 
 pub use self::{
-    announce::Announcer,
+    announce::{Announcer, gratuitous_arp},
     tap::{Tap, TapError},
 };
 use super::{
