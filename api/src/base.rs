@@ -28,6 +28,43 @@ pub struct BaseRemoved {
     pub id: String,
 }
 
+/// Which bases are to be removed: those that nothing uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BasesGc {
+    /// Those with a name too, if no VM is made from them and nothing has them open.
+    #[serde(default)]
+    pub named: bool,
+    /// Only say what would be removed.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// A base, and what a collection made of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BaseJudged {
+    /// Its id.
+    pub id: String,
+    /// What it is called here.
+    pub names: Vec<String>,
+    /// What it takes on disk.
+    pub bytes: u64,
+    /// Why it stays; not said of one that does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<String>,
+}
+
+/// What a collection did, or would do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BasesCollected {
+    /// Every base.
+    pub bases: Vec<BaseJudged>,
+    /// What was freed, or would be.
+    pub freed_bytes: u64,
+    /// Whether nothing was removed, as was asked for.
+    pub dry_run: bool,
+}
+
 /// How a base is sent to a peer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -22,7 +22,9 @@ mod peer;
 mod problem;
 mod vm;
 
-pub use base::{Base, BaseHeal, BaseMoved, BasePull, BasePush, BaseRemoved};
+pub use base::{
+    Base, BaseHeal, BaseJudged, BaseMoved, BasePull, BasePush, BaseRemoved, BasesCollected, BasesGc,
+};
 pub use client::{Client, ClientError, Events};
 pub use event::Event;
 pub use host::{Disk, Host, Kvm, Receiving};

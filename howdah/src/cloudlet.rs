@@ -4,7 +4,8 @@
 //! what is printed does not tell one from the other.
 
 use howdah_api::{
-    Base, Client, ClientError, Operation, Pinged, Problem, SOCKET, State, Vm, VmRun, VmRunning,
+    Base, BasesCollected, BasesGc, Client, ClientError, Operation, Peer, PeerSpec, Pinged, Problem,
+    SOCKET, State, Vm, VmRun, VmRunning,
 };
 
 use crate::{
@@ -12,6 +13,7 @@ use crate::{
     failure::{Exit, Failure},
     home::{Home, VmName},
     ops,
+    peers::identity,
 };
 
 /// If it is set, commands do by themselves what they are asked.
@@ -126,6 +128,48 @@ impl<'a> Cloudlet<'a> {
             Some(daemon) => Ok(daemon.bases()?),
             None => ops::base::list(self.home),
         }
+    }
+
+    /// Removes the bases that nothing uses, or says which those are.
+    pub(crate) fn collect_bases(&self, asked: BasesGc) -> Result<BasesCollected, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.collect_bases(asked)?),
+            None => ops::gc::gc(self.home, asked),
+        }
+    }
+
+    /// The cloudlet's key.
+    pub(crate) fn key(&self) -> Result<String, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.host()?.key),
+            None => Ok(identity(self.home)?.key().to_string()),
+        }
+    }
+
+    /// Every peer that is known.
+    pub(crate) fn peers(&self) -> Result<Vec<Peer>, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.peers()?),
+            None => ops::peer::list(self.home),
+        }
+    }
+
+    /// Lets a peer in, or changes what is said of one.
+    pub(crate) fn put_peer(&self, name: &VmName, spec: PeerSpec) -> Result<Peer, Failure> {
+        match &self.daemon {
+            Some(daemon) => Ok(daemon.put_peer(name.as_ref(), &spec)?),
+            None => ops::peer::put(&ops::peer::described(name.as_ref(), spec)?, self.home),
+        }
+    }
+
+    /// Forgets a peer, which must be known.
+    pub(crate) fn remove_peer(&self, name: &VmName) -> Result<Peer, Failure> {
+        let removed = match &self.daemon {
+            Some(daemon) => daemon.remove_peer(name.as_ref())?,
+            None => ops::peer::remove(name, self.home)?,
+        };
+        // The API is content with one that is not known; who typed its name is not.
+        removed.ok_or_else(|| ops::peer::unknown(name))
     }
 
     /// Removes a base; its id.

@@ -4,8 +4,8 @@ use http::Method;
 
 use super::{Client, ClientError};
 use crate::{
-    Base, BaseHeal, BasePull, BasePush, BaseRemoved, HandoffSpec, Host, Operation, Peer, PeerSpec,
-    Pinged, Vm, VmRun, VmRunning,
+    Base, BaseHeal, BasePull, BasePush, BaseRemoved, BasesCollected, BasesGc, HandoffSpec, Host,
+    Operation, Peer, PeerSpec, Pinged, Vm, VmRun, VmRunning,
 };
 
 type Called<T> = Result<T, ClientError>;
@@ -98,6 +98,11 @@ impl Client {
         self.call(Method::DELETE, &format!("/v1/bases/{}", part(name)), NOTHING)
     }
 
+    /// Removes the bases that nothing uses, or says which those are.
+    pub fn collect_bases(&self, gc: BasesGc) -> Called<BasesCollected> {
+        self.call(Method::POST, "/v1/store/gc", Some(&gc))
+    }
+
     /// Every peer that is known.
     pub fn peers(&self) -> Called<Vec<Peer>> {
         self.call(Method::GET, "/v1/peers", NOTHING)
@@ -108,8 +113,8 @@ impl Client {
         self.call(Method::PUT, &format!("/v1/peers/{}", part(name)), Some(peer))
     }
 
-    /// Forgets a peer.
-    pub fn remove_peer(&self, name: &str) -> Called<Peer> {
+    /// Forgets a peer; none if it was not known.
+    pub fn remove_peer(&self, name: &str) -> Called<Option<Peer>> {
         self.call(Method::DELETE, &format!("/v1/peers/{}", part(name)), NOTHING)
     }
 

@@ -96,7 +96,7 @@ impl Host for Guard<'_> {
 }
 
 /// What files below a directory take on disk.
-pub(super) fn allocated_bytes(dir: &Path) -> u64 {
+pub(crate) fn allocated_bytes(dir: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(dir) else { return 0 };
     let of = |entry: fs::DirEntry| match entry.file_type() {
         Ok(kind) if kind.is_dir() => allocated_bytes(&entry.path()),

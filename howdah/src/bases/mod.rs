@@ -5,12 +5,11 @@
 //!        └────────────────────── base_sync: one gives, one takes ──────────────────────┘
 //! ```
 
-mod gc;
 mod guard;
 mod ops;
 mod serve;
 
-pub(crate) use gc::{Collected, gc};
+pub(crate) use guard::allocated_bytes;
 pub(crate) use ops::{Watch, check_name, find, heal, pull, push};
 pub(crate) use serve::{Bounds, Session, serve};
 

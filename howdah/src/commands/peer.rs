@@ -1,33 +1,35 @@
 //! `howdah identity` and `howdah peer`: who this cloudlet is, and whom it knows.
 
+use howdah_api::{Peer, PeerSpec};
 use serde::Serialize;
 
 use crate::{
     cli::{PeerAddArgs, PeerCommand},
-    home::Home,
-    ops,
+    cloudlet::Cloudlet,
+    home::{Home, VmName},
     output::{Output, table},
-    peers::{Book, BookFile, Peer, identity, now},
+    peers::{Rights, now},
 };
 
 const DAY_S: u64 = 24 * 60 * 60;
 
 /// Runs a `howdah peer` command.
 pub(crate) fn run(command: PeerCommand, home: &Home, output: Output) -> anyhow::Result<()> {
-    let file = BookFile::of(home);
     match command {
         PeerCommand::Add(args) => {
-            let peer = described(args);
-            ops::peer::put(&peer, home)?;
-            output.done(&peer, |peer| format!("peer {} may {}", peer.name, peer.rights));
+            let (name, spec) = described(args);
+            let peer = Cloudlet::of(home).put_peer(&name, spec)?;
+            output.done(&peer, |peer| {
+                format!("peer {} may {}", peer.name, Rights::from(peer.rights))
+            });
         }
         PeerCommand::Ls => {
-            let book = file.read()?;
-            output.list(book.peers(), |peer| peer.name.clone(), |_| list(&book));
+            let peers = Cloudlet::of(home).peers()?;
+            output.list(&peers, |peer| peer.name.clone(), list);
         }
         PeerCommand::Ping { peer } => super::ping::run(&peer, home, output)?,
         PeerCommand::Rm { name } => {
-            let peer = file.change(home, |book| book.remove(&name))?;
+            let peer = Cloudlet::of(home).remove_peer(&name)?;
             output.done(&peer, |peer| format!("peer {} removed", peer.name));
         }
     }
@@ -40,35 +42,35 @@ pub(crate) fn show_identity(home: &Home, output: Output) -> anyhow::Result<()> {
     struct Shown {
         key: String,
     }
-    let shown = Shown { key: identity(home)?.key().to_string() };
+    let shown = Shown { key: Cloudlet::of(home).key()? };
     output.result(&shown, |shown| shown.key.clone());
     Ok(())
 }
 
-fn described(args: PeerAddArgs) -> Peer {
+fn described(args: PeerAddArgs) -> (VmName, PeerSpec) {
     let PeerAddArgs { name, key, address, may, bases, for_days } = args;
     let until = for_days.map(|days| now().saturating_add(u64::from(days) * DAY_S));
-    Peer { address, rights: may, bases, until, ..Peer::new(name, key) }
+    let rights = Some(may.into());
+    (name, PeerSpec { key: key.to_string(), address, rights, bases, until })
 }
 
-fn list(book: &Book) -> String {
+fn list(peers: &[Peer]) -> String {
     let now = now();
-    let rows: Vec<_> = book
-        .peers()
+    let rows: Vec<_> = peers
         .iter()
         .map(|peer| {
             let until = match peer.until {
                 None => "ever".to_owned(),
-                Some(_) if peer.is_over(now) => "over".to_owned(),
+                Some(until) if until <= now => "over".to_owned(),
                 Some(until) => format!("{} days", (until - now).div_ceil(DAY_S)),
             };
             [
-                peer.name.to_string(),
+                peer.name.clone(),
                 peer.address.clone().unwrap_or_else(|| "-".into()),
-                peer.rights.to_string(),
+                Rights::from(peer.rights).to_string(),
                 peer.bases.as_ref().map_or_else(|| "all".into(), |bases| bases.join(",")),
                 until,
-                peer.key.to_string(),
+                peer.key.clone(),
             ]
         })
         .collect();

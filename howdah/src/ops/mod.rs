@@ -10,6 +10,7 @@
 //! prints nothing. Verbs block.
 
 pub(crate) mod base;
+pub(crate) mod gc;
 pub(crate) mod handoff;
 pub(crate) mod host;
 pub(crate) mod peer;

@@ -4,7 +4,7 @@ use howdah_api as api;
 
 use crate::{
     failure::{Exit, Failure},
-    home::Home,
+    home::{Home, VmName},
     peers::{BookFile, Peer, Rights, check_address, identity},
 };
 
@@ -17,15 +17,26 @@ const MAX_BASES: usize = 64;
 
 impl From<&Peer> for api::Peer {
     fn from(peer: &Peer) -> Self {
-        let Rights { send, receive, push, pull } = peer.rights;
         Self {
             name: peer.name.to_string(),
             key: peer.key.to_string(),
             address: peer.address.clone(),
-            rights: api::Rights { send, receive, push, pull },
+            rights: peer.rights.into(),
             bases: peer.bases.clone(),
             until: peer.until,
         }
+    }
+}
+
+impl From<Rights> for api::Rights {
+    fn from(Rights { send, receive, push, pull }: Rights) -> Self {
+        Self { send, receive, push, pull }
+    }
+}
+
+impl From<api::Rights> for Rights {
+    fn from(api::Rights { send, receive, push, pull }: api::Rights) -> Self {
+        Self { send, receive, push, pull }
     }
 }
 
@@ -39,17 +50,35 @@ pub(crate) fn described(name: &str, spec: api::PeerSpec) -> Result<Peer, Failure
     if until.is_some_and(|until| until > MAX_UNTIL) {
         return Err(usage(&"`until` is later than the year 9999"));
     }
-    let rights = rights.map_or(Rights::VMS, |api::Rights { send, receive, push, pull }| Rights {
-        send,
-        receive,
-        push,
-        pull,
-    });
+    let rights = rights.map_or(Rights::VMS, Rights::from);
     Ok(Peer { address, rights, bases, until, ..peer })
 }
 
+/// Every peer that is known, by name.
+pub(crate) fn list(home: &Home) -> Result<Vec<api::Peer>, Failure> {
+    Ok(BookFile::of(home).read()?.peers().iter().map(api::Peer::from).collect())
+}
+
+/// One of them.
+pub(crate) fn look(name: &VmName, home: &Home) -> Result<api::Peer, Failure> {
+    let book = BookFile::of(home).read()?;
+    book.by_name(name.as_ref()).map(api::Peer::from).ok_or_else(|| unknown(name))
+}
+
+/// Forgets a peer; none if it was not known.
+pub(crate) fn remove(name: &VmName, home: &Home) -> Result<Option<api::Peer>, Failure> {
+    let removed = BookFile::of(home).change(home, |book| Ok(book.remove(name)))?;
+    Ok(removed.as_ref().map(api::Peer::from))
+}
+
+/// There is no such peer.
+pub(crate) fn unknown(name: &VmName) -> Failure {
+    let why = "there is none of that name";
+    Failure::new(Exit::NotFound, format!("peer {name}"), why, "`howdah peer ls` lists them")
+}
+
 /// Lets a peer in, or changes what is said of one.
-pub(crate) fn put(peer: &Peer, home: &Home) -> Result<(), Failure> {
+pub(crate) fn put(peer: &Peer, home: &Home) -> Result<api::Peer, Failure> {
     if let Some(address) = &peer.address {
         check_address(address)?;
     }
@@ -66,5 +95,6 @@ pub(crate) fn put(peer: &Peer, home: &Home) -> Result<(), Failure> {
         let why = "that is this cloudlet's own key";
         return Err(Failure::new(Exit::Usage, what(), why, way_out));
     }
-    BookFile::of(home).change(home, |book| book.put(peer.clone()))
+    BookFile::of(home).change(home, |book| book.put(peer.clone()))?;
+    Ok(peer.into())
 }

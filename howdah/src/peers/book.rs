@@ -231,13 +231,10 @@ impl Book {
         Ok(())
     }
 
-    /// Removes a peer.
-    pub(crate) fn remove(&mut self, name: &VmName) -> Result<Peer, Failure> {
-        let at = self.peers.iter().position(|peer| peer.name == *name);
-        at.map(|at| self.peers.remove(at)).ok_or_else(|| {
-            let why = "there is none of that name";
-            Failure::new(Exit::NotFound, format!("peer {name}"), why, "`howdah peer ls` lists them")
-        })
+    /// Removes a peer, if there is one of that name.
+    pub(crate) fn remove(&mut self, name: &VmName) -> Option<Peer> {
+        let at = self.peers.iter().position(|peer| peer.name == *name)?;
+        Some(self.peers.remove(at))
     }
 }
 
@@ -362,7 +359,8 @@ mod tests {
         let book = other.read().unwrap();
         assert_eq!(book.by_name("b"), Some(&full));
         assert_eq!(book.by_key(full.key), Some(&full));
-        file.change(&home, |book| book.remove(&"b".parse().unwrap())).unwrap();
+        let removed = file.change(&home, |book| Ok(book.remove(&"b".parse().unwrap()))).unwrap();
+        assert_eq!(removed, Some(full));
         assert_eq!(other.read().unwrap().peers().len(), 1);
         fs::write(home.peers(), "{\"version\": 9, \"peers\": []}").unwrap();
         assert_eq!(other.read().unwrap_err().exit, Exit::Corrupt);

@@ -108,15 +108,30 @@ fn commands_say_the_same_with_and_without_a_daemon() {
         "base pull edge 127.0.0.1:9",
         "base pull edge away@127.0.0.1:1",
         "base verify edge --heal nobody",
+        "base gc --dry-run",
+        "base gc --dry-run --named --json",
+        "identity",
+        "identity --json",
+        "peer rm nobody",
+        "peer add again howdah:OWN",
+        "peer add deaf howdah:AWAY",
+        "peer add away howdah:AWAY --address nowhere",
+        "peer add away howdah:AWAY --may send,pull --bases edge --for-days 7",
+        "peer add away howdah:AWAY --address 127.0.0.1:1 --json",
+        "peer ls",
+        "peer ls --json",
+        "peer ls --quiet",
         "peer ping nobody",
         "peer ping away@127.0.0.1:1",
     ];
-    for name in ["deaf", "away"] {
-        let key = key_of(&Cloudlet::new());
+    let [deaf, away] = [0; 2].map(|_| key_of(&Cloudlet::new()));
+    for (name, key) in [("deaf", &deaf), ("away", &away)] {
         cloudlet.line(&format!("peer add {name} {key}")).ok();
     }
+    let own = key_of(&cloudlet);
     let ran = |line: &&str| {
-        let ran = cloudlet.line(line);
+        let line = line.replace("howdah:OWN", &own).replace("howdah:AWAY", &away);
+        let ran = cloudlet.line(&line);
         (ran.code, ran.stdout, ran.stderr)
     };
     let without: Vec<_> = lines.iter().map(ran).collect();
@@ -124,6 +139,8 @@ fn commands_say_the_same_with_and_without_a_daemon() {
     for (line, without) in lines.iter().zip(without) {
         assert_eq!(ran(line), without, "{line}");
     }
+    assert!(cloudlet.line("peer rm deaf").ok().stdout.contains("peer deaf removed"));
+    assert!(daemon.client.peers().unwrap().iter().all(|peer| peer.name != "deaf"));
     cloudlet.line("base rm edge").ok();
     assert!(daemon.client.bases().unwrap().is_empty());
 }

@@ -3,11 +3,14 @@
 use std::{io::IsTerminal, sync::atomic::AtomicBool, time::Duration};
 
 use guest_images::CHUNK_SIZE;
-use howdah_api::{BaseHeal, BaseMoved, BasePull, BasePush, Client, ClientError, Operation};
+use howdah_api::{
+    BaseHeal, BaseMoved, BasePull, BasePush, BasesCollected, BasesGc, Client, ClientError,
+    Operation,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    bases::{self, Collected, Watch},
+    bases::{self, Watch},
     cli::{BaseGcArgs, BasePushArgs},
     cloudlet::{Cloudlet, follow},
     commands::interrupt::Interrupts,
@@ -65,12 +68,13 @@ pub(super) fn heal(
 
 /// Runs `howdah base gc`.
 pub(super) fn gc(args: &BaseGcArgs, home: &Home, output: Output) -> anyhow::Result<()> {
-    let collected = bases::gc(home, args.named, args.dry_run)?;
+    let asked = BasesGc { named: args.named, dry_run: args.dry_run };
+    let collected = Cloudlet::of(home).collect_bases(asked)?;
     output.done(&collected, collection);
     Ok(())
 }
 
-fn collection(collected: &Collected) -> String {
+fn collection(collected: &BasesCollected) -> String {
     let verb = if collected.dry_run { "would be removed" } else { "removed" };
     let rows: Vec<_> = collected
         .bases

@@ -11,7 +11,8 @@ use axum::{
     http::{HeaderName, StatusCode},
 };
 use howdah_api::{
-    Base, BaseHeal, BaseMoved, BasePull, BasePush, BaseRemoved, Kind, Operation, Progress,
+    Base, BaseHeal, BaseMoved, BasePull, BasePush, BaseRemoved, BasesCollected, BasesGc, Kind,
+    Operation, Progress,
 };
 use utoipa::IntoParams;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -40,6 +41,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(push))
         .routes(routes!(pull))
         .routes(routes!(heal))
+        .routes(routes!(collect))
 }
 
 /// The base in the path.
@@ -163,6 +165,19 @@ async fn heal(
         })
     });
     Ok(accepted(operation.await?))
+}
+
+/// Remove the bases that nothing uses
+///
+/// In use is what a VM is made from, what a process has open and, unless that is asked for, what has a name.
+#[utoipa::path(post, path = "/v1/store/gc", tag = "bases", operation_id = "collect_bases",
+    request_body = BasesGc,
+    responses((status = 200, description = "What was removed, and what stays why.", body = BasesCollected), Problems))]
+async fn collect(
+    State(daemon): State<Arc<Daemon>>,
+    Body(asked): Body<BasesGc>,
+) -> Answer<Json<BasesCollected>> {
+    blocking(move || ops::gc::gc(&daemon.home, asked)).await.map(Json)
 }
 
 /// A base that is to come or go.

@@ -10,10 +10,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{Problems, vms::VmPath as PeerPath};
 use crate::{
-    failure::{Exit, Failure},
-    home::{Home, VmName},
     ops,
-    peers::BookFile,
     serve::{
         answer::{Answer, Asked, Body, Name, Refused, blocking},
         daemon::Daemon,
@@ -31,23 +28,14 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Daemon>> {
 #[utoipa::path(get, path = "/v1/peers", tag = "peers", operation_id = "list_peers",
     responses((status = 200, description = "Every peer, by name.", body = Vec<Peer>), Problems))]
 async fn list(State(daemon): State<Arc<Daemon>>) -> Answer<Json<Vec<Peer>>> {
-    let peers = blocking(move || BookFile::of(&daemon.home).read()).await?;
-    Ok(Json(peers.peers().iter().map(Peer::from).collect()))
+    blocking(move || ops::peer::list(&daemon.home)).await.map(Json)
 }
 
 /// Look at a peer
 #[utoipa::path(get, path = "/v1/peers/{name}", tag = "peers", operation_id = "inspect_peer", params(PeerPath),
     responses((status = 200, description = "What is said of it.", body = Peer), Problems))]
 async fn inspect(State(daemon): State<Arc<Daemon>>, Name(name): Name) -> Answer<Json<Peer>> {
-    blocking(move || look(&name, &daemon.home)).await.map(Json)
-}
-
-fn look(name: &VmName, home: &Home) -> Result<Peer, Failure> {
-    let book = BookFile::of(home).read()?;
-    book.by_name(name.as_ref()).map(Peer::from).ok_or_else(|| {
-        let why = "there is none of that name";
-        Failure::new(Exit::NotFound, format!("peer {name}"), why, "`howdah peer ls` lists them")
-    })
+    blocking(move || ops::peer::look(&name, &daemon.home)).await.map(Json)
 }
 
 /// Let a cloudlet in by its key, or change what is said of one
@@ -60,11 +48,7 @@ async fn put(
     Body(spec): Body<PeerSpec>,
 ) -> Answer<Json<Peer>> {
     let peer = ops::peer::described(name.as_ref(), spec).map_err(Refused::form)?;
-    let put = blocking(move || {
-        ops::peer::put(&peer, &daemon.home)?;
-        Ok(Peer::from(&peer))
-    });
-    put.await.map(Json)
+    blocking(move || ops::peer::put(&peer, &daemon.home)).await.map(Json)
 }
 
 /// Forget a cloudlet: its links are refused from now on
@@ -78,16 +62,8 @@ async fn remove(
     State(daemon): State<Arc<Daemon>>,
     Name(name): Name,
 ) -> Answer<Result<Json<Peer>, StatusCode>> {
-    let removed = blocking(move || {
-        let removed = BookFile::of(&daemon.home).change(&daemon.home, |book| book.remove(&name));
-        match removed {
-            Ok(peer) => Ok(Some(peer)),
-            Err(failure) if failure.exit == Exit::NotFound => Ok(None),
-            Err(failure) => Err(failure),
-        }
-    })
-    .await?;
-    Ok(removed.as_ref().map(Peer::from).map(Json).ok_or(StatusCode::NO_CONTENT))
+    let removed = blocking(move || ops::peer::remove(&name, &daemon.home)).await?;
+    Ok(removed.map(Json).ok_or(StatusCode::NO_CONTENT))
 }
 
 /// Where a peer is asked.
