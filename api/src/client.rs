@@ -4,11 +4,7 @@ mod calls;
 mod events;
 mod link;
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
@@ -17,16 +13,18 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::Problem;
 pub use events::Events;
+use link::Way;
+pub use link::{At, Connection, Dial};
 
 /// No answer is longer: reports of long handoffs are the largest.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// How long the daemon may take for an answer: a VM that is stopped flushes its disk first.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(900);
 
-/// Speaks with the daemon behind one Unix socket. Each call makes a connection of its own.
+/// Speaks with one daemon. Each call makes a connection of its own.
 #[derive(Clone, Debug)]
 pub struct Client {
-    socket: PathBuf,
+    way: Way,
     key: Option<String>,
 }
 
@@ -34,18 +32,18 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No daemon listens there.
-    #[error("no daemon answers at {}: {source}", socket.display())]
+    #[error("no daemon answers at {at}: {source}")]
     Unreachable {
         /// Where it was looked for.
-        socket: PathBuf,
+        at: At,
         /// Why it was not found.
         source: io::Error,
     },
     /// The connection broke.
-    #[error("the daemon at {} ended the connection: {why}", socket.display())]
+    #[error("the daemon at {at} ended the connection: {why}")]
     Broken {
-        /// The daemon's socket.
-        socket: PathBuf,
+        /// Where the daemon is.
+        at: At,
         /// How.
         why: String,
     },
@@ -67,7 +65,12 @@ pub enum ClientError {
 impl Client {
     /// A client of the daemon that listens at `socket`.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), key: None }
+        Self { way: Way::Socket(socket.into()), key: None }
+    }
+
+    /// A client of a daemon that is elsewhere.
+    pub fn over(dial: Arc<dyn Dial>) -> Self {
+        Self { way: Way::Dial(dial), key: None }
     }
 
     /// The same client, for one POST that may have to be sent again: with the same key it is done once.
@@ -75,14 +78,22 @@ impl Client {
         Self { key: Some(key.into()), ..self.clone() }
     }
 
-    /// Where the daemon listens.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// Whether a daemon listens at its socket; one that is elsewhere is not asked.
+    pub fn answers(&self) -> bool {
+        match &self.way {
+            Way::Socket(path) => link::connect(path).is_ok(),
+            Way::Dial(_) => true,
+        }
     }
 
-    /// Whether a daemon listens there.
-    pub fn answers(&self) -> bool {
-        link::connect(&self.socket).is_ok()
+    fn broken(&self, why: impl ToString) -> ClientError {
+        ClientError::Broken { at: self.way.at(), why: why.to_string() }
+    }
+
+    /// Connects, where tokio runs.
+    fn connect(&self) -> Result<Box<dyn Connection>, ClientError> {
+        let unreachable = |source| ClientError::Unreachable { at: self.way.at(), source };
+        self.way.connect().map_err(unreachable)
     }
 
     /// Asks for `path`; a body goes along as JSON.
@@ -112,7 +123,6 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<Request<Full<Bytes>>, ClientError> {
-        let broken = |why: String| ClientError::Broken { socket: self.socket.clone(), why };
         let mut request =
             Request::builder().method(method).uri(path).header(header::HOST, "howdah");
         if let Some(key) = &self.key {
@@ -121,29 +131,26 @@ impl Client {
         let body = match body {
             Some(body) => {
                 request = request.header(header::CONTENT_TYPE, "application/json");
-                Bytes::from(serde_json::to_vec(body).map_err(|e| broken(e.to_string()))?)
+                Bytes::from(serde_json::to_vec(body).map_err(|e| self.broken(e))?)
             }
             None => Bytes::new(),
         };
-        request.body(Full::new(body)).map_err(|e| broken(e.to_string()))
+        request.body(Full::new(body)).map_err(|e| self.broken(e))
     }
 
     fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), ClientError> {
-        let broken = |why: String| ClientError::Broken { socket: self.socket.clone(), why };
-        let stream = link::connect(&self.socket)
-            .map_err(|source| ClientError::Unreachable { socket: self.socket.clone(), source })?;
-        let runtime = link::runtime().map_err(|e| broken(e.to_string()))?;
+        let runtime = link::runtime().map_err(|e| self.broken(e))?;
         let exchange = async {
-            let response = link::send(stream, request).await?;
+            let response = link::send(self.connect()?, request).await;
+            let response = response.map_err(|e| self.broken(e))?;
             let status = response.status();
             let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
-            Ok((status, body.map_err(|e| e.to_string())?.to_bytes()))
+            Ok((status, body.map_err(|e| self.broken(e))?.to_bytes()))
         };
-        let answered = runtime.block_on(async {
-            tokio::time::timeout(ANSWER_TIMEOUT, exchange)
-                .await
-                .unwrap_or_else(|_| Err(format!("no answer within {ANSWER_TIMEOUT:?}")))
-        });
-        answered.map_err(broken)
+        runtime.block_on(async {
+            let answered = tokio::time::timeout(ANSWER_TIMEOUT, exchange).await;
+            let late = |_| Err(self.broken(format_args!("no answer within {ANSWER_TIMEOUT:?}")));
+            answered.unwrap_or_else(late)
+        })
     }
 }

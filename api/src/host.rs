@@ -33,6 +33,9 @@ pub struct Host {
     /// The listener for peers, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receive: Option<Receiving>,
+    /// Where this API listens for peers, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api: Option<String>,
 }
 
 /// A file system.

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The types here are the messages; the OpenAPI document that the daemon serves at `/openapi.json` is
-//! made of them. [`Client`] speaks over the Unix socket and blocks, so that callers need no runtime.
+//! made of them. [`Client`] speaks over the Unix socket, or a connection that is made for it ([`Dial`]), and
+//! blocks, so that callers need no runtime.
 //!
 //! Whatever takes long is an [`Operation`]: it is begun, looked at, waited for and cancelled by its
 //! id, and goes on whoever asked for it. What fails is a [`Problem`] (RFC 9457), with the exit code
@@ -25,7 +26,7 @@ mod vm;
 pub use base::{
     Base, BaseHeal, BaseJudged, BaseMoved, BasePull, BasePush, BaseRemoved, BasesCollected, BasesGc,
 };
-pub use client::{Client, ClientError, Events};
+pub use client::{At, Client, ClientError, Connection, Dial, Events};
 pub use event::Event;
 pub use host::{Disk, Host, Kvm, Receiving};
 pub use operation::{Kind, Operation, Progress, State};

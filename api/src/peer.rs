@@ -17,6 +17,12 @@ pub struct Rights {
     /// Have bases of this cloudlet.
     #[serde(default)]
     pub pull: bool,
+    /// Look at this cloudlet through its API.
+    #[serde(default)]
+    pub observe: bool,
+    /// Do through its API what an operator can do.
+    #[serde(default)]
+    pub operate: bool,
 }
 
 /// A cloudlet that is known.
@@ -29,6 +35,9 @@ pub struct Peer {
     /// Where it listens, `HOST:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
+    /// Where its API listens for peers, `HOST:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api: Option<String>,
     /// What it may do.
     pub rights: Rights,
     /// The bases of the VMs that may go from or to it, by name or id; all, if it does not say.
@@ -50,7 +59,11 @@ pub struct PeerSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?:[1-9][0-9]{0,3}$")]
     pub address: Option<String>,
-    /// What it may do; all, if not said.
+    /// Where its API listens for peers, `HOST:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?:[1-9][0-9]{0,3}$")]
+    pub api: Option<String>,
+    /// What it may do; hand VMs off to here and be handed VMs, if not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rights: Option<Rights>,
     /// The bases of the VMs that may go from or to it, by name or id; all, if not said.

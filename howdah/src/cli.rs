@@ -7,6 +7,7 @@ mod link;
 mod network;
 mod peer;
 mod pipeline;
+mod reach;
 mod report;
 mod serve;
 mod trace;
@@ -58,6 +59,13 @@ pub(crate) struct Cli {
     /// Directory that holds this cloudlet's bases and VMs
     #[arg(long, global = true, env = "HOWDAH_HOME", default_value = DEFAULT_HOME, value_name = "DIR")]
     pub(crate) home: PathBuf,
+
+    /// Ask this peer's API instead of this cloudlet: its name, or NAME@HOST:PORT
+    ///
+    /// It must let this cloudlet (`howdah peer add NAME KEY --may observe` or `operate`, there). Whatever works on
+    /// files, devices or a terminal is done on its own host.
+    #[arg(long, global = true, env = "HOWDAH_CLOUDLET", value_name = "PEER")]
+    pub(crate) cloudlet: Option<String>,
 
     /// Print one JSON document on stdout instead of text
     #[arg(long, global = true)]

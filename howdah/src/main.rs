@@ -15,6 +15,7 @@ use clap::Parser;
 
 use crate::{
     cli::{Cli, Command, OverlayCommand},
+    cloudlet::Cloudlet,
     home::Home,
     output::Output,
     spawn::Ready,
@@ -71,13 +72,15 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
     let home = Home::new(&cli.home)?;
+    let elsewhere = cli.elsewhere()?.map(str::to_owned);
+    let cloudlet = || Cloudlet::meant(&home, elsewhere.as_deref());
     match cli.command {
-        Command::Base(command) => commands::base::run(command, &home, output),
-        Command::Vm(command) => commands::vm::run(command, &home, output, cli.verbose),
+        Command::Base(command) => commands::base::run(command, &cloudlet()?, output),
+        Command::Vm(command) => commands::vm::run(command, &cloudlet()?, output, cli.verbose),
         Command::Network(command) => commands::network::run(command, &home, output),
-        Command::Peer(command) => commands::peer::run(command, &home, output),
-        Command::Identity => commands::peer::show_identity(&home, output),
-        Command::Handoff(args) => commands::handoff::run(args, &home, output),
+        Command::Peer(command) => commands::peer::run(command, &cloudlet()?, output),
+        Command::Identity => commands::peer::show_identity(&cloudlet()?, output),
+        Command::Handoff(args) => commands::handoff::run(args, &cloudlet()?, output),
         Command::Serve(args) => serve::run(&args, &home, output, cli.verbose),
         Command::Config(command) => config::run(command, &home, output),
         Command::Receive(args) => receive::listen(args, &home, output, cli.verbose),

@@ -25,6 +25,7 @@ fn host() -> Host {
         disk: Disk { total_bytes: 100 << 30, free_bytes: 60 << 30 },
         kvm: Kvm { usable: true, hardware: true, why_not: None },
         receive: Some(Receiving { address: "10.0.0.1:7070".into(), plain: false }),
+        api: None,
     }
 }
 
@@ -127,7 +128,15 @@ pub(crate) fn snapshot() -> Snapshot {
             name: "b".into(),
             key: "howdah:xyz".into(),
             address: Some("10.0.0.2:7070".into()),
-            rights: Rights { send: true, receive: true, push: false, pull: false },
+            api: None,
+            rights: Rights {
+                send: true,
+                receive: true,
+                push: false,
+                pull: false,
+                observe: false,
+                operate: true,
+            },
             bases: None,
             until: None,
         }],

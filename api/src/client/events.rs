@@ -21,12 +21,11 @@ pub struct Events {
 impl Client {
     /// Follows what happens.
     pub fn events(&self) -> Result<Events, ClientError> {
-        let broken = |why: String| ClientError::Broken { socket: self.socket.clone(), why };
-        let stream = link::connect(&self.socket)
-            .map_err(|source| ClientError::Unreachable { socket: self.socket.clone(), source })?;
-        let runtime = link::runtime().map_err(|e| broken(e.to_string()))?;
+        let runtime = link::runtime().map_err(|e| self.broken(e))?;
         let request = self.request(http::Method::GET, "/v1/events", None::<&()>)?;
-        let response = runtime.block_on(link::send(stream, request)).map_err(broken)?;
+        let response = runtime.block_on(async {
+            link::send(self.connect()?, request).await.map_err(|e| self.broken(e))
+        })?;
         if !response.status().is_success() {
             let status = response.status().as_u16();
             let (what, why) = ("events".into(), "no events are sent".into());

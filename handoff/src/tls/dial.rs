@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    handshake,
+    handshake::{self, Handshake, Speech},
     key::{Identity, PeerKey},
     link::TlsLink,
 };
@@ -25,12 +25,30 @@ pub struct TlsConnect {
     tcp: TcpConnect,
     identity: Arc<Identity>,
     peer: PeerKey,
+    speech: Speech,
 }
 
 impl TlsConnect {
     /// To the cloudlet of key `peer` at `address` (`host:port`), and to no other.
     pub fn new(address: impl Into<String>, identity: Arc<Identity>, peer: PeerKey) -> Self {
-        Self { tcp: TcpConnect::new(address), identity, peer }
+        Self { tcp: TcpConnect::new(address), identity, peer, speech: Speech::Frames }
+    }
+
+    /// The same, to speak something else than frames.
+    pub fn speaking(self, speech: Speech) -> Self {
+        Self { speech, ..self }
+    }
+
+    /// Connects within `timeout`: what was agreed on, and the connection below, which goes on behind it.
+    pub fn shake(&mut self, timeout: Duration) -> io::Result<(Handshake, TcpLink)> {
+        let begun = Instant::now();
+        let link = self.tcp.connect(timeout)?;
+        let left = timeout.saturating_sub(begun.elapsed()).max(LEAST_HANDSHAKE);
+        let (mut stream, clock) = (link.stream(), MonotonicClock::default());
+        let (own, peer) = (&self.identity, self.peer);
+        handshake::connect_for(self.speech, &mut stream, own, peer, left, &clock)
+            .map(|done| (done, link))
+            .map_err(io::Error::other)
     }
 
     /// From now on, links are given up when the peer's host has not answered for so long.
@@ -48,13 +66,6 @@ impl Connect for TlsConnect {
     type Link = TlsLink<TcpLink>;
 
     fn connect(&mut self, timeout: Duration) -> io::Result<Self::Link> {
-        let begun = Instant::now();
-        let link = self.tcp.connect(timeout)?;
-        let left = timeout.saturating_sub(begun.elapsed()).max(LEAST_HANDSHAKE);
-        let clock = MonotonicClock::default();
-        let mut stream = link.stream();
-        handshake::connect(&mut stream, &self.identity, self.peer, left, &clock)
-            .map(|done| done.over(link))
-            .map_err(io::Error::other)
+        self.shake(timeout).map(|(done, link)| done.over(link))
     }
 }

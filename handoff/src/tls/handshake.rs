@@ -26,8 +26,24 @@ use super::{
 };
 use crate::Clock;
 
-/// The protocol inside, so that no other server of the same key can be meant.
-const ALPN: &[u8] = b"howdah";
+/// What is spoken inside (ALPN), so that no other server of the same key can be meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speech {
+    /// Frames: handoffs, and the services that are called.
+    Frames,
+    /// HTTP: the API of a cloudlet's daemon.
+    Api,
+}
+
+impl Speech {
+    fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::Frames => b"howdah",
+            Self::Api => b"howdah-api",
+        }
+    }
+}
+
 /// More than this nobody needs to say before it is known who speaks.
 pub const MAX_HANDSHAKE_BYTES: usize = 16 << 10;
 /// What a peer without TLS begins with: the type of a Hello, behind its length.
@@ -87,6 +103,12 @@ pub enum TlsError {
     /// The peer showed no key, or means another protocol.
     #[error("the peer is no cloudlet: it {0}")]
     Stranger(&'static str),
+    /// The peer speaks TLS, and inside it something else.
+    #[error(
+        "another protocol is spoken there: handoffs and the API have ports of their own \
+         (`howdah receive`, `howdah serve --api-listen`)"
+    )]
+    OtherSpeech,
     /// The peer said why it does not go on.
     #[error("the peer ended the TLS handshake: {0:?}")]
     Alert(AlertDescription),
@@ -104,6 +126,8 @@ pub enum TlsError {
 impl From<rustls::Error> for TlsError {
     fn from(error: rustls::Error) -> Self {
         match error {
+            rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)
+            | rustls::Error::NoApplicationProtocol => Self::OtherSpeech,
             rustls::Error::AlertReceived(alert) => Self::Alert(alert),
             error => Self::Tls(error),
         }
@@ -116,9 +140,21 @@ impl From<RecordError> for TlsError {
     }
 }
 
+/// As the side that calls, for [`Speech::Frames`]: see [`connect_for`].
+pub fn connect<S: Read + Write>(
+    stream: &mut S,
+    identity: &Identity,
+    expected: PeerKey,
+    within: Duration,
+    clock: &dyn Clock,
+) -> Result<Handshake, TlsError> {
+    connect_for(Speech::Frames, stream, identity, expected, within, clock)
+}
+
 /// As the side that calls: nobody but `expected` is spoken to. `stream` is to return from a read at
 /// least every [`READ_TICK`](crate::link::READ_TICK).
-pub fn connect<S: Read + Write>(
+pub fn connect_for<S: Read + Write>(
+    speech: Speech,
     stream: &mut S,
     identity: &Identity,
     expected: PeerKey,
@@ -133,23 +169,34 @@ pub fn connect<S: Read + Write>(
         .dangerous()
         .with_custom_certificate_verifier(pinned.clone())
         .with_client_cert_resolver(Arc::new(resolver));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![speech.alpn().to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
     config.enable_secret_extraction = true;
     // Not looked at: the key is pinned.
     let name = ServerName::try_from("cloudlet").map_err(|_| TlsError::NotTls)?;
     let connection = Connection::Client(ClientConnection::new(Arc::new(config), name)?);
-    let done = Shaking::new(connection, stream, within, clock).run();
+    let done = Shaking::new(speech, connection, stream, within, clock).run();
     match (done, pinned.wrong()) {
         (Err(_), Some(found)) => Err(TlsError::WrongKey { expected, found }),
         (done, _) => done,
     }
 }
 
+/// As the side that is called, for [`Speech::Frames`]: see [`accept_for`].
+pub fn accept<S: Read + Write>(
+    stream: &mut S,
+    identity: &Identity,
+    within: Duration,
+    clock: &dyn Clock,
+) -> Result<Handshake, TlsError> {
+    accept_for(Speech::Frames, stream, identity, within, clock)
+}
+
 /// As the side that is called. Whether the peer whose key comes back may say anything is for the
 /// caller to decide, before it reads on.
-pub fn accept<S: Read + Write>(
+pub fn accept_for<S: Read + Write>(
+    speech: Speech,
     stream: &mut S,
     identity: &Identity,
     within: Duration,
@@ -162,13 +209,13 @@ pub fn accept<S: Read + Write>(
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(proven)
         .with_cert_resolver(Arc::new(resolver));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![speech.alpn().to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
     config.enable_secret_extraction = true;
     let connection = Connection::Server(ServerConnection::new(Arc::new(config))?);
-    Shaking::new(connection, stream, within, clock).run()
+    Shaking::new(speech, connection, stream, within, clock).run()
 }
 
 /// What is offered and taken: authenticated ciphers and X25519.
@@ -184,6 +231,7 @@ fn provider() -> Arc<CryptoProvider> {
 
 /// A handshake under way.
 struct Shaking<'a, S> {
+    speech: Speech,
     connection: Connection,
     stream: &'a mut S,
     within: Duration,
@@ -195,13 +243,14 @@ struct Shaking<'a, S> {
 
 impl<'a, S: Read + Write> Shaking<'a, S> {
     fn new(
+        speech: Speech,
         connection: Connection,
         stream: &'a mut S,
         within: Duration,
         clock: &'a dyn Clock,
     ) -> Self {
         let deadline = clock.now() + within;
-        Self { connection, stream, within, deadline, clock, sent: 0, received: 0 }
+        Self { speech, connection, stream, within, deadline, clock, sent: 0, received: 0 }
     }
 
     fn run(mut self) -> Result<Handshake, TlsError> {
@@ -227,7 +276,7 @@ impl<'a, S: Read + Write> Shaking<'a, S> {
         let certificates = self.connection.peer_certificates().unwrap_or_default();
         let peer = certificates.first().map(|spki| PeerKey::of(spki));
         let peer = peer.ok_or(TlsError::Stranger("showed no key"))?;
-        if self.connection.alpn_protocol() != Some(ALPN) {
+        if self.connection.alpn_protocol() != Some(self.speech.alpn()) {
             return Err(TlsError::Stranger("means another protocol"));
         }
         let session = Session::of(self.connection.dangerous_extract_secrets()?)?;

@@ -24,7 +24,9 @@ mod tests;
 mod verify;
 
 pub use dial::TlsConnect;
-pub use handshake::{Handshake, MAX_HANDSHAKE_BYTES, TlsError, accept, connect};
+pub use handshake::{
+    Handshake, MAX_HANDSHAKE_BYTES, Speech, TlsError, accept, accept_for, connect, connect_for,
+};
 pub use key::{Identity, IdentityError, PeerKey, PeerKeyError};
 pub use link::{Guarded, GuardedRx, GuardedTx, TlsLink, TlsRx, TlsTx};
 pub use record::{Session, SessionError};

@@ -168,6 +168,23 @@ fn only_the_pinned_key_is_spoken_to() {
 }
 
 /// A recorded link is of no use: the answer to its Hello would be another.
+/// Who means the API does not come to speak with a listener for handoffs, nor the other way round.
+#[test]
+fn a_link_is_for_one_protocol() {
+    let (a, b) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    for (asked, spoken) in [(Speech::Api, Speech::Frames), (Speech::Frames, Speech::Api)] {
+        let ((near, far), clock) = (pair(), MonotonicClock::default());
+        let (called, answered) = thread::scope(|scope| {
+            let answered =
+                scope.spawn(|| accept_for(spoken, &mut &far, &b, PATIENCE, &clock).map(drop));
+            let called = connect_for(asked, &mut &near, &a, b.key(), PATIENCE, &clock).map(drop);
+            (called, answered.join().unwrap())
+        });
+        assert!(matches!(answered.unwrap_err(), TlsError::OtherSpeech), "{spoken:?}");
+        assert!(matches!(called.unwrap_err(), TlsError::OtherSpeech), "{asked:?}");
+    }
+}
+
 #[test]
 fn what_was_recorded_cannot_be_said_again() {
     let (a, b) = (Identity::generate().unwrap(), Identity::generate().unwrap());

@@ -8,12 +8,13 @@ use handoff::tls::Identity;
 use super::Cli;
 
 /// Pages with commands in them, below the project's root.
-const PAGES: [&str; 9] = [
+const PAGES: [&str; 10] = [
     "README.md",
     "docs/tutorial/first-handoff.md",
     "docs/howto/set-up-a-cloudlet.md",
     "docs/howto/networks.md",
     "docs/howto/peers.md",
+    "docs/howto/operate-another-cloudlet.md",
     "docs/howto/watch.md",
     "docs/howto/handoff-failed.md",
     "docs/howto/install.md",

@@ -37,8 +37,12 @@ pub(crate) struct PeerAddArgs {
     /// Where its `howdah receive` listens
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) address: Option<String>,
-    /// What it may do: send VMs to here, receive VMs from here, push bases to here, pull bases from here
-    #[arg(long, default_value_t = Rights::VMS, value_name = "send,receive,push,pull")]
+    /// Where its daemon's API listens for peers (`howdah serve --api-listen`)
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) api: Option<String>,
+    /// What it may do: send VMs to here, receive VMs from here, push bases to here, pull bases from here, observe
+    /// this cloudlet by its API, operate it
+    #[arg(long, default_value_t = Rights::VMS, value_name = "send,receive,push,pull,observe,operate")]
     pub(crate) may: Rights,
     /// Only these bases and VMs of them, by name or id [default: all]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]

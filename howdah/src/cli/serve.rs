@@ -38,6 +38,10 @@ pub(crate) struct Settings {
     /// Group of that socket, for a mode that lets a group in [default: the daemon's]
     #[arg(long, env = "HOWDAH_API_SOCKET_GROUP", value_name = "GROUP")]
     pub(crate) api_socket_group: Option<String>,
+    /// Address and port where peers that may (`peer add --may observe`, `operate`) use the API, over TLS [default:
+    /// nowhere]
+    #[arg(long, env = "HOWDAH_API_LISTEN", value_name = "ADDR:PORT")]
+    pub(crate) api_listen: Option<SocketAddr>,
     /// Address and port to listen on for VMs that peers hand off to this cloudlet [default: none come]
     #[arg(long, env = "HOWDAH_RECEIVE_LISTEN", value_name = "ADDR:PORT")]
     pub(crate) receive_listen: Option<SocketAddr>,

@@ -1,23 +1,30 @@
 //! `howdah handoff`: asks a VM's process to send it, and shows how it goes.
 
-use howdah_api::HandoffSpec;
+use howdah_api::{Client, HandoffSpec, Kind, State};
 
 use super::{interrupt::Interrupts, shown::Shown};
 use crate::{
     cli::HandoffArgs,
     cloudlet::{Cloudlet, follow},
     control::{HandoffRequest, Request},
-    failure::Failure,
-    home::Home,
+    failure::{Exit, Failure},
+    home::VmName,
     ops,
     output::{Output, bytes, shares},
 };
 
 /// Runs `howdah handoff`.
-pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Result<()> {
-    let dir = home.existing(&args.vm)?;
+pub(crate) fn run(args: HandoffArgs, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
+    // A VM's process is asked itself on its own host, and by its daemon from another.
+    let dir = match cloudlet.elsewhere() {
+        None => Ok(cloudlet.home().existing(&args.vm)?),
+        Some(daemon) => Err(daemon),
+    };
     let Some(peer) = args.peer.filter(|_| !args.cancel) else {
-        ops::handoff::cancel(&dir)?;
+        match dir {
+            Ok(dir) => ops::handoff::cancel(&dir)?,
+            Err(daemon) => cancel(daemon, &args.vm)?,
+        }
         return super::vm::say(output, &args.vm, "handoff cancelled, the guest goes on here");
     };
     // Before anything is begun: its threads must not take the signals.
@@ -33,17 +40,23 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
     };
     let mut shown = Shown::new(output);
     let question = Some("Give up this handoff? The guest goes on here.");
-    let watch = |shown: &Shown| {
-        interrupts.watch(&dir, Request::CancelHandoff, output, question, shown.quiet());
-    };
-    let cloudlet = Cloudlet::of(home);
     let spec = HandoffSpec { peer, plain: args.plain, ..HandoffSpec::from(&request) };
     // What only this command can say (means that are left out for measuring) it says to the VM itself.
     let sayable = HandoffRequest::try_from(&spec).is_ok_and(|said| said == request);
-    let (shown_peer, ended) = match cloudlet.daemon().filter(|_| sayable) {
-        Some(daemon) => {
+    let (shown_peer, ended) = match (cloudlet.daemon().filter(|_| sayable), dir) {
+        (Some(daemon), dir) => {
             let begun = daemon.handoff(args.vm.as_ref(), &spec).map_err(Failure::from)?;
-            watch(&shown);
+            let quiet = shown.quiet();
+            match dir {
+                Ok(dir) => {
+                    interrupts.watch(&dir, Request::CancelHandoff, output, question, quiet);
+                }
+                Err(daemon) => {
+                    let (daemon, id) = (daemon.clone(), begun.id.clone());
+                    let give_up = move || Ok(daemon.cancel(&id).map(drop)?);
+                    interrupts.tell(output, question, quiet, give_up);
+                }
+            }
             let peer = begun.peer.clone().unwrap_or(spec.peer);
             let ended = follow(daemon, begun, |operation| {
                 if let Some(progress) = operation.handoff.clone() {
@@ -52,16 +65,37 @@ pub(crate) fn run(args: HandoffArgs, home: &Home, output: Output) -> anyhow::Res
             });
             (peer, ended)
         }
-        None => {
-            let handoff = ops::handoff::begin(&dir, &spec.peer, args.plain, request, home)?;
-            watch(&shown);
+        (None, Ok(dir)) => {
+            let (plain, home) = (args.plain, cloudlet.home());
+            let handoff = ops::handoff::begin(&dir, &spec.peer, plain, request, home)?;
+            interrupts.watch(&dir, Request::CancelHandoff, output, question, shown.quiet());
             (handoff.peer.clone(), handoff.follow(|progress| shown.show(&progress)))
+        }
+        (None, Err(_)) => {
+            let why = "flags that are for measuring are not in the API";
+            let way_out = "leave them out, or type it on that VM's host";
+            return Err(Failure::new(Exit::Usage, "--cloudlet", why, way_out).into());
         }
     };
     shown.clear();
     let report = ended?;
     output.result(&report, |report| summary(&args.vm, &shown_peer, report));
     Ok(())
+}
+
+/// Gives up the handoff of a VM of another cloudlet.
+fn cancel(daemon: &Client, vm: &VmName) -> Result<(), Failure> {
+    let running = daemon.operations()?.into_iter().find(|operation| {
+        let of_vm = operation.kind == Kind::Handoff && operation.subject == vm.as_ref();
+        of_vm && operation.state == State::Running
+    });
+    match running {
+        Some(operation) => Ok(daemon.cancel(&operation.id).map(drop)?),
+        None => {
+            let way_out = "`howdah vm inspect` shows how it is";
+            Err(Failure::new(Exit::Conflict, format!("VM {vm}"), "it is not handed off", way_out))
+        }
+    }
 }
 
 /// What a report says in a few lines.

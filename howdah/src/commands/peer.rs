@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::{
     cli::{PeerAddArgs, PeerCommand},
     cloudlet::Cloudlet,
-    home::{Home, VmName},
+    home::VmName,
     output::{Output, table},
     peers::{Rights, now},
 };
@@ -14,22 +14,22 @@ use crate::{
 const DAY_S: u64 = 24 * 60 * 60;
 
 /// Runs a `howdah peer` command.
-pub(crate) fn run(command: PeerCommand, home: &Home, output: Output) -> anyhow::Result<()> {
+pub(crate) fn run(command: PeerCommand, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
     match command {
         PeerCommand::Add(args) => {
             let (name, spec) = described(args);
-            let peer = Cloudlet::of(home).put_peer(&name, spec)?;
+            let peer = cloudlet.put_peer(&name, spec)?;
             output.done(&peer, |peer| {
                 format!("peer {} may {}", peer.name, Rights::from(peer.rights))
             });
         }
         PeerCommand::Ls => {
-            let peers = Cloudlet::of(home).peers()?;
+            let peers = cloudlet.peers()?;
             output.list(&peers, |peer| peer.name.clone(), list);
         }
-        PeerCommand::Ping { peer } => super::ping::run(&peer, home, output)?,
+        PeerCommand::Ping { peer } => super::ping::run(&peer, cloudlet, output)?,
         PeerCommand::Rm { name } => {
-            let peer = Cloudlet::of(home).remove_peer(&name)?;
+            let peer = cloudlet.remove_peer(&name)?;
             output.done(&peer, |peer| format!("peer {} removed", peer.name));
         }
     }
@@ -37,21 +37,21 @@ pub(crate) fn run(command: PeerCommand, home: &Home, output: Output) -> anyhow::
 }
 
 /// Runs `howdah identity`.
-pub(crate) fn show_identity(home: &Home, output: Output) -> anyhow::Result<()> {
+pub(crate) fn show_identity(cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
     #[derive(Serialize)]
     struct Shown {
         key: String,
     }
-    let shown = Shown { key: Cloudlet::of(home).key()? };
+    let shown = Shown { key: cloudlet.key()? };
     output.result(&shown, |shown| shown.key.clone());
     Ok(())
 }
 
 fn described(args: PeerAddArgs) -> (VmName, PeerSpec) {
-    let PeerAddArgs { name, key, address, may, bases, for_days } = args;
+    let PeerAddArgs { name, key, address, api, may, bases, for_days } = args;
     let until = for_days.map(|days| now().saturating_add(u64::from(days) * DAY_S));
     let rights = Some(may.into());
-    (name, PeerSpec { key: key.to_string(), address, rights, bases, until })
+    (name, PeerSpec { key: key.to_string(), address, api, rights, bases, until })
 }
 
 fn list(peers: &[Peer]) -> String {

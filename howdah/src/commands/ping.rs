@@ -4,13 +4,12 @@ use howdah_api::{CouldGo, HeldBase, Pinged};
 
 use crate::{
     cloudlet::Cloudlet,
-    home::Home,
     output::{Output, bytes, table},
 };
 
 /// Runs `howdah peer ping`.
-pub(crate) fn run(peer: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let pinged = Cloudlet::of(home).ping(peer)?;
+pub(crate) fn run(peer: &str, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
+    let pinged = cloudlet.ping(peer)?;
     output.result(&pinged, show);
     Ok(())
 }

@@ -6,20 +6,25 @@ use super::vm::say;
 use crate::{
     cli::VmRunArgs,
     cloudlet::Cloudlet,
-    home::Home,
     ops,
     output::Output,
     vmproc::{self, End, Front, Origin},
 };
 
 /// Runs `howdah vm run`. In the foreground the VM is this very process, so that no daemon has a part in it.
-pub(crate) fn run(args: VmRunArgs, home: &Home, output: Output, verbose: u8) -> anyhow::Result<()> {
+pub(crate) fn run(
+    args: VmRunArgs,
+    cloudlet: &Cloudlet,
+    output: Output,
+    verbose: u8,
+) -> anyhow::Result<()> {
     let warn = || vmproc::warn_of_slow_host(output);
     if args.detach {
-        let running = Cloudlet::of(home).run(&args, verbose, warn)?;
+        let running = cloudlet.run(&args, verbose, warn)?;
         say_running(output, &running);
         return Ok(());
     }
+    let home = cloudlet.home();
     ops::run::prepare(&args, home)?;
     warn();
     let end = vmproc::run(&home.vm(&args.name), home, Front::Terminal, &args.jail)?;

@@ -17,7 +17,7 @@ use crate::{
     lock::Probe,
     output::{Output, bytes, table},
     partial::Partial,
-    peers::BookFile,
+    peers::name_all,
 };
 
 /// How long the export of a disk may take.
@@ -26,30 +26,31 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Runs a `howdah vm` command.
 pub(crate) fn run(
     command: VmCommand,
-    home: &Home,
+    cloudlet: &Cloudlet,
     output: Output,
     verbose: u8,
 ) -> anyhow::Result<()> {
+    let home = cloudlet.home();
     match command {
-        VmCommand::Run(args) => run::run(*args, home, output, verbose),
-        VmCommand::Ls => list(home, output),
-        VmCommand::Inspect(vm) => inspect(&vm.name, home, output),
+        VmCommand::Run(args) => run::run(*args, cloudlet, output, verbose),
+        VmCommand::Ls => list(cloudlet, output),
+        VmCommand::Inspect(vm) => inspect(&vm.name, cloudlet, output),
         VmCommand::Console(vm) => console::attach(&home.existing(&vm.name)?, output),
         VmCommand::Logs(args) => logs::show(&home.existing(&args.name)?, &args, output),
         VmCommand::Pause(vm) => {
-            Cloudlet::of(home).pause(&vm.name)?;
+            cloudlet.pause(&vm.name)?;
             say(output, &vm.name, "paused")
         }
         VmCommand::Resume(vm) => {
-            Cloudlet::of(home).resume(&vm.name)?;
+            cloudlet.resume(&vm.name)?;
             say(output, &vm.name, "running")
         }
         VmCommand::Stop { vm, force } => {
-            Cloudlet::of(home).stop(&vm.name, force)?;
+            cloudlet.stop(&vm.name, force)?;
             say(output, &vm.name, "stopped")
         }
         VmCommand::Rm(vm) => {
-            Cloudlet::of(home).remove(&vm.name)?;
+            cloudlet.remove(&vm.name)?;
             say(output, &vm.name, "removed")
         }
         VmCommand::ExportDisk { vm, file } => {
@@ -78,9 +79,10 @@ fn kept(vm: &Vm) -> Option<String> {
     vm.kept_bytes.map(|kept| format!("keeps {} for its way back", bytes(kept)))
 }
 
-fn list(home: &Home, output: Output) -> anyhow::Result<()> {
-    let seen = Cloudlet::of(home).vms()?;
-    let book = BookFile::of(home).read()?;
+fn list(cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
+    let seen = cloudlet.vms()?;
+    let peers = cloudlet.peers()?;
+    let known = peers.iter().map(|peer| (&peer.key, &peer.name));
     output.list(
         &seen,
         |vm| vm.name.clone(),
@@ -98,7 +100,7 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
                             (_, Some(problem)) => one_line(problem),
                             (Some(record), None) => {
                                 let kept = kept(vm).map(|kept| format!("; {kept}"));
-                                let owner = book.name_all(&record.ownership);
+                                let owner = name_all(known.clone(), &record.ownership);
                                 format!("{owner}{}", kept.unwrap_or_default())
                             }
                             (None, None) if vm.process.is_some() => "nobody's yet".into(),
@@ -116,8 +118,10 @@ fn list(home: &Home, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn inspect(name: &VmName, home: &Home, output: Output) -> anyhow::Result<()> {
-    let (vm, dir) = (Cloudlet::of(home).vm(name)?, home.vm(name));
+fn inspect(name: &VmName, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
+    let vm = cloudlet.vm(name)?;
+    // Where files of another host are would help nobody here.
+    let dir = cloudlet.elsewhere().is_none().then(|| cloudlet.home().vm(name));
     output.result(&vm, |vm| {
         let mut lines = vec![format!("VM {}: {}", vm.name, vm.state.name())];
         let mut line = |key: &str, value: String| lines.push(format!("  {key:<10} {value}"));
@@ -148,9 +152,11 @@ fn inspect(name: &VmName, home: &Home, output: Output) -> anyhow::Result<()> {
                 );
             }
         }
-        line("files", dir.path().display().to_string());
-        if vm.last_report.is_some() {
-            line("report", dir.report().display().to_string());
+        if let Some(dir) = &dir {
+            line("files", dir.path().display().to_string());
+            if vm.last_report.is_some() {
+                line("report", dir.report().display().to_string());
+            }
         }
         vm.problems.iter().for_each(|problem| line("problem", problem.clone()));
         lines.join("\n")

@@ -21,6 +21,7 @@ impl From<&Peer> for api::Peer {
             name: peer.name.to_string(),
             key: peer.key.to_string(),
             address: peer.address.clone(),
+            api: peer.api.clone(),
             rights: peer.rights.into(),
             bases: peer.bases.clone(),
             until: peer.until,
@@ -29,20 +30,21 @@ impl From<&Peer> for api::Peer {
 }
 
 impl From<Rights> for api::Rights {
-    fn from(Rights { send, receive, push, pull }: Rights) -> Self {
-        Self { send, receive, push, pull }
+    fn from(Rights { send, receive, push, pull, observe, operate }: Rights) -> Self {
+        Self { send, receive, push, pull, observe, operate }
     }
 }
 
 impl From<api::Rights> for Rights {
-    fn from(api::Rights { send, receive, push, pull }: api::Rights) -> Self {
-        Self { send, receive, push, pull }
+    fn from(rights: api::Rights) -> Self {
+        let api::Rights { send, receive, push, pull, observe, operate } = rights;
+        Self { send, receive, push, pull, observe, operate }
     }
 }
 
 /// What is said of a peer of this name, checked.
 pub(crate) fn described(name: &str, spec: api::PeerSpec) -> Result<Peer, Failure> {
-    let api::PeerSpec { key, address, rights, bases, until } = spec;
+    let api::PeerSpec { key, address, api, rights, bases, until } = spec;
     let what = || format!("peer {name}");
     let way_out = "correct it and try again";
     let usage = |why: &dyn std::fmt::Display| Failure::new(Exit::Usage, what(), why, way_out);
@@ -51,7 +53,7 @@ pub(crate) fn described(name: &str, spec: api::PeerSpec) -> Result<Peer, Failure
         return Err(usage(&"`until` is later than the year 9999"));
     }
     let rights = rights.map_or(Rights::VMS, Rights::from);
-    Ok(Peer { address, rights, bases, until, ..peer })
+    Ok(Peer { address, api, rights, bases, until, ..peer })
 }
 
 /// Every peer that is known, by name.
@@ -79,7 +81,7 @@ pub(crate) fn unknown(name: &VmName) -> Failure {
 
 /// Lets a peer in, or changes what is said of one.
 pub(crate) fn put(peer: &Peer, home: &Home) -> Result<api::Peer, Failure> {
-    if let Some(address) = &peer.address {
+    for address in [&peer.address, &peer.api].into_iter().flatten() {
         check_address(address)?;
     }
     let what = || format!("peer {}", peer.name);

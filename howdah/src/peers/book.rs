@@ -37,6 +37,10 @@ pub(crate) enum Right {
     Push,
     /// Have bases of this cloudlet.
     Pull,
+    /// Look at this cloudlet through its API.
+    Observe,
+    /// Do through its API what an operator can do.
+    Operate,
 }
 
 /// What a peer may do.
@@ -53,11 +57,24 @@ pub(crate) struct Rights {
     /// Have bases of this cloudlet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) pull: bool,
+    /// Look at this cloudlet through its API.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) observe: bool,
+    /// Do through its API what an operator can do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) operate: bool,
 }
 
 impl Rights {
     /// None.
-    const NONE: Self = Self { send: false, receive: false, push: false, pull: false };
+    const NONE: Self = Self {
+        send: false,
+        receive: false,
+        push: false,
+        pull: false,
+        observe: false,
+        operate: false,
+    };
     /// Those of a peer of which nothing else is said: VMs come and go; what they are made of does not.
     pub(crate) const VMS: Self = Self { send: true, receive: true, ..Self::NONE };
 
@@ -67,6 +84,9 @@ impl Rights {
             Right::Receive => self.receive,
             Right::Push => self.push,
             Right::Pull => self.pull,
+            // Who may do all may look.
+            Right::Observe => self.observe || self.operate,
+            Right::Operate => self.operate,
         }
     }
 }
@@ -78,6 +98,8 @@ impl fmt::Display for Rights {
             (self.receive, "receive"),
             (self.push, "push"),
             (self.pull, "pull"),
+            (self.observe, "observe"),
+            (self.operate, "operate"),
         ];
         let words: Vec<_> = words.iter().filter(|(has, _)| *has).map(|(_, word)| *word).collect();
         f.write_str(if words.is_empty() { "nothing".into() } else { words.join(",") }.as_str())
@@ -95,7 +117,12 @@ impl FromStr for Rights {
                 "receive" => rights.receive = true,
                 "push" => rights.push = true,
                 "pull" => rights.pull = true,
-                other => return Err(format!("{other:?} is none of send, receive, push, pull")),
+                "observe" => rights.observe = true,
+                "operate" => rights.operate = true,
+                other => {
+                    let words = "send, receive, push, pull, observe, operate";
+                    return Err(format!("{other:?} is none of {words}"));
+                }
             }
         }
         Ok(rights)
@@ -113,6 +140,9 @@ pub(crate) struct Peer {
     /// Where its `howdah receive` listens: `HOST:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) address: Option<String>,
+    /// Where its daemon's API listens for peers: `HOST:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) api: Option<String>,
     /// What it may do.
     pub(crate) rights: Rights,
     /// The bases that may go from or to it, and whose VMs may, by name or id; all, if it does not say.
@@ -126,7 +156,8 @@ pub(crate) struct Peer {
 impl Peer {
     /// A peer that may hand VMs off and receive them.
     pub(crate) fn new(name: VmName, key: PeerKey) -> Self {
-        Self { name, key, address: None, rights: Rights::VMS, bases: None, until: None }
+        let rights = Rights::VMS;
+        Self { name, key, address: None, api: None, rights, bases: None, until: None }
     }
 
     /// Whether it may do that, now.
@@ -148,6 +179,12 @@ impl Peer {
             Right::Pull if !self.rights.has(right) => {
                 refused("it may not pull bases from here (--may pull)")
             }
+            Right::Observe if !self.rights.has(right) => {
+                refused("it may not use the API of here (--may observe, --may operate)")
+            }
+            Right::Operate if !self.rights.has(right) => {
+                refused("it may look at this cloudlet and change nothing (--may operate)")
+            }
             _ => Ok(()),
         }
     }
@@ -162,6 +199,16 @@ impl Peer {
         let Some(bases) = &self.bases else { return true };
         bases.iter().any(|base| *base == id.to_string() || id_of(base) == Some(id))
     }
+}
+
+/// A text for people, in which the keys of endpoints are replaced by these names.
+pub(crate) fn name_all<K: fmt::Display, N: fmt::Display>(
+    peers: impl Iterator<Item = (K, N)>,
+    text: &str,
+) -> String {
+    peers.fold(text.to_owned(), |text, (key, name)| {
+        text.replace(&format!("{key}@"), &format!("{name} at "))
+    })
 }
 
 /// Seconds since 1970, as this host's clock has it.
@@ -206,9 +253,7 @@ impl Book {
 
     /// A text for people, in which the keys of endpoints that are known are replaced by names.
     pub(crate) fn name_all(&self, text: &str) -> String {
-        self.peers.iter().fold(text.to_owned(), |text, peer| {
-            text.replace(&format!("{}@", peer.key), &format!("{} at ", peer.name))
-        })
+        name_all(self.peers.iter().map(|peer| (peer.key, &peer.name)), text)
     }
 
     /// Adds a peer, or changes what is said of one. Neither a name nor a key moves to another.
@@ -348,6 +393,7 @@ mod tests {
         assert_eq!(*file.read().unwrap(), Book::default());
         let full = Peer {
             address: Some("b:7070".into()),
+            api: Some("b:7071".into()),
             rights: "receive".parse().unwrap(),
             bases: Some(vec!["web".into()]),
             until: Some(5),
@@ -400,6 +446,13 @@ mod tests {
         let sender = Peer { rights: "send".parse().unwrap(), ..peer("a") };
         sender.check(Right::Send).unwrap();
         sender.check(Right::Receive).unwrap_err();
+        let watcher = Peer { rights: "observe".parse().unwrap(), ..peer("a") };
+        watcher.check(Right::Observe).unwrap();
+        watcher.check(Right::Operate).unwrap_err();
+        let operator = Peer { rights: "operate".parse().unwrap(), ..peer("a") };
+        operator.check(Right::Observe).unwrap();
+        operator.check(Right::Operate).unwrap();
+        operator.check(Right::Send).unwrap_err();
         for bad in ["", "all", "send,", "send receive"] {
             bad.parse::<Rights>().unwrap_err();
         }

@@ -97,7 +97,8 @@ pub(crate) fn resolve_for(
     Ok(Endpoint { key: Some(peer.key), address: address.into() })
 }
 
-fn named<'a>(book: &'a Book, name: &str) -> Result<&'a Peer, Failure> {
+/// The peer of a name.
+pub(super) fn named<'a>(book: &'a Book, name: &str) -> Result<&'a Peer, Failure> {
     book.by_name(name).ok_or_else(|| {
         let way_out = "`howdah peer ls` shows those there are; an address is HOST:PORT";
         Failure::new(Exit::NotFound, format!("peer {name}"), "there is none of that name", way_out)

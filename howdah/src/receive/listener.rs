@@ -30,8 +30,6 @@ use super::{
     events::Event,
     link::Peek,
     newer::GivenUp,
-    quota::{self, Place, Quota},
-    refusals::Refusals,
 };
 use crate::{
     about::{self, About},
@@ -44,11 +42,11 @@ use crate::{
     lock::{Lock, Probe},
     net,
     output::Output,
-    peers::{Peer, Right},
+    peers::{Peer, Place, Quota, QuotaLimits, Refusals, Right, bind},
     spawn, vmproc,
 };
 
-/// Links of peers that are served at once; strangers have bounds of their own ([`quota`]).
+/// Links of peers that are served at once; strangers have bounds of their own ([`Quota`]).
 const MAX_LINKS: usize = 64;
 /// How long a process just started may take to take its link.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -106,7 +104,7 @@ pub(crate) fn start(
     tell: Tell,
 ) -> anyhow::Result<SocketAddr> {
     let door = Door::new(home, args.plain)?;
-    let listener = bind(args.listen)?;
+    let listener = bind(args.listen, "--listen")?;
     vmproc::check_host()?;
     vmproc::warn_of_slow_host(output);
     if args.plain && !args.listen.ip().is_loopback() {
@@ -131,7 +129,7 @@ pub(crate) fn start(
         verbose,
         args,
         door,
-        quota: Quota::new(quota::Limits::DEFAULT),
+        quota: Quota::new(QuotaLimits::DEFAULT),
         refusals: Refusals::default(),
         given_up: GivenUp::default(),
         clock: MonotonicClock::default(),
@@ -167,20 +165,6 @@ fn accept_links(listener: &TcpListener, shared: &Arc<Listener>) {
             std::thread::sleep(Duration::from_millis(100));
         }
     }
-}
-
-fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
-    TcpListener::bind(address).map_err(|e| {
-        let way_out = match e.kind() {
-            io::ErrorKind::AddrInUse => {
-                "another program listens there: choose another with --listen"
-            }
-            io::ErrorKind::AddrNotAvailable => "no interface of this host has that address",
-            io::ErrorKind::PermissionDenied => "ports below 1024 need root: choose a higher one",
-            _ => "choose another with --listen",
-        };
-        Failure::new(Exit::Failed, format!("listen on {address}"), e, way_out)
-    })
 }
 
 impl Listener {

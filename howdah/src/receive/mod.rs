@@ -17,8 +17,6 @@ mod link;
 mod listener;
 mod newer;
 mod oom;
-mod quota;
-mod refusals;
 mod room;
 mod watched;
 

@@ -1,6 +1,7 @@
 //! What all handlers share.
 
 use std::{
+    net::SocketAddr,
     sync::{Arc, OnceLock},
     time::Instant,
 };
@@ -9,7 +10,7 @@ use howdah_api::{Event, Receiving};
 use tokio::sync::{Notify, broadcast, watch};
 
 use super::{keys::Keys, operations::Operations};
-use crate::{cli::JailArgs, home::Home};
+use crate::{cli::JailArgs, home::Home, peers::BookFile};
 
 /// Events that a slow client may be behind by; then it is told that it lost some.
 const MAX_EVENTS_BEHIND: usize = 1024;
@@ -28,6 +29,10 @@ pub(crate) struct Daemon {
     pub(crate) operations: Operations,
     /// What was answered to POSTs with a key.
     pub(super) keys: Keys,
+    /// The peers that are known.
+    pub(super) book: BookFile,
+    /// Where the API listens for peers, once it does.
+    pub(crate) listening: OnceLock<SocketAddr>,
     /// The listener for peers, once it listens.
     pub(crate) receiving: OnceLock<Receiving>,
     /// When the daemon started.
@@ -43,6 +48,8 @@ impl Daemon {
     pub(super) fn new(home: Home, verbose: u8, jail: JailArgs) -> Arc<Self> {
         let events = broadcast::Sender::new(MAX_EVENTS_BEHIND);
         Arc::new(Self {
+            book: BookFile::of(&home),
+            listening: OnceLock::new(),
             home,
             verbose,
             jail,

@@ -17,7 +17,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
-use super::{answer::Refused, daemon::Daemon};
+use super::{access::Caller, answer::Refused, daemon::Daemon};
 use crate::failure::{Exit, Failure};
 
 /// The header.
@@ -112,6 +112,7 @@ impl Keys {
 /// Does a request once for each key.
 pub(super) async fn once(
     State(daemon): State<Arc<Daemon>>,
+    caller: Caller,
     request: Request,
     next: Next,
 ) -> Response {
@@ -120,7 +121,10 @@ pub(super) async fn once(
         _ => return next.run(request).await,
     };
     let key = match key.to_str() {
-        Ok(key) if (1..=MAX_KEY_BYTES).contains(&key.len()) => key.to_owned(),
+        Ok(key) if (1..=MAX_KEY_BYTES).contains(&key.len()) => {
+            // Nobody is answered what another one asked.
+            format!("{} {key}", caller.namespace())
+        }
         _ => {
             let why = format!("it has 1 to {MAX_KEY_BYTES} visible ASCII characters");
             return Refused::usage("Idempotency-Key", why).into_response();

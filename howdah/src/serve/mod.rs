@@ -1,18 +1,20 @@
 //! `howdah serve`: the daemon of a cloudlet.
 //!
 //! ```text
-//! HOME/api.sock ─► socket ─► routes ─► ops ─► HOME/vms/*/control.sock ─► processes of VMs
-//!                               │
-//!                               └─► operations (threads) ─► events ─► /v1/events
+//! HOME/api.sock ─► socket ─► access ─► routes ─► ops ─► HOME/vms/*/control.sock ─► processes of VMs
+//! --api-listen ─► door ──┘               │
+//!                                        └─► operations (threads) ─► events ─► /v1/events
 //! ```
 //!
 //! It holds no guest and no state that matters: VMs outlive it, and what it knows it reads from their
 //! directories. Only here code is async; what is done is done by blocking verbs ([`crate::ops`]), on threads
 //! where they hold nobody up.
 
+mod access;
 mod adopt;
 mod answer;
 mod daemon;
+mod door;
 mod keys;
 mod operations;
 mod routes;
@@ -33,6 +35,7 @@ use crate::{
     lock::Lock,
     net,
     output::Output,
+    peers::{Peer, Right},
     receive, spawn,
 };
 use daemon::Daemon;
@@ -93,12 +96,42 @@ async fn serve(
     net::keep(home);
     receive(settings, &daemon, output)?;
     let router = routes::router(Arc::clone(&daemon));
+    let peers = listen(settings, &daemon, output)?;
     output.note(&format!("howdah: serving at {}", path.display()));
     notify(NotifyState::Ready);
-    socket::serve(listener, router, daemon).await;
+    let here =
+        socket::serve(listener, socket::MAX_CONNECTIONS, router.clone(), Arc::clone(&daemon));
+    match peers {
+        Some(peers) => {
+            tokio::join!(here, socket::serve(peers, door::MAX_LINKS, router, daemon));
+        }
+        None => here.await,
+    }
     // A tidy directory says more.
     let _ = std::fs::remove_file(&path);
     Ok(())
+}
+
+/// Listens for peers that use the API, if that is wanted.
+fn listen(
+    settings: &Settings,
+    daemon: &Arc<Daemon>,
+    output: Output,
+) -> Result<Option<door::Admission>, Failure> {
+    let Some(address) = settings.api_listen else { return Ok(None) };
+    let (address, peers) = door::open(address, &daemon.home)?;
+    // Once: there is one listener.
+    let _ = daemon.listening.set(address);
+    let everywhere = if address.ip().is_unspecified() { ", on all interfaces" } else { "" };
+    output.note(&format!("howdah: serving peers at {address}{everywhere}"));
+    let may = |peer: &Peer| peer.check(Right::Observe).is_ok();
+    if !daemon.book.read()?.peers().iter().any(may) {
+        output.note(
+            "howdah: no peer may use the API; `howdah peer add NAME KEY --may observe` (or operate) lets \
+             one, also while this listens",
+        );
+    }
+    Ok(Some(peers))
 }
 
 /// Listens for peers, if that is wanted; what happens is told to those who follow, and logged.

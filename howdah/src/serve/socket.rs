@@ -9,7 +9,11 @@ use std::{
 };
 
 use axum::Router;
-use hyper::server::conn::http1;
+use hyper::{
+    Request,
+    server::conn::http1,
+    service::{Service, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
@@ -20,14 +24,14 @@ use tokio::{
     sync::Semaphore,
 };
 
-use super::daemon::Daemon;
+use super::{access::Caller, daemon::Daemon};
 use crate::{
     control::channel::with_socket_path,
     failure::{Exit, Failure},
 };
 
 /// Connections that are open at once.
-const MAX_CONNECTIONS: usize = 256;
+pub(super) const MAX_CONNECTIONS: usize = 256;
 /// How long a client may take to say what it wants.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long requests that are being answered may take when the daemon is to end.
@@ -73,36 +77,52 @@ fn give_to(path: &Path, group: &str) -> Result<(), Failure> {
         .map_err(|e| Failure::file("give to the group", path, &e.into()))
 }
 
+/// A connection.
+pub(super) struct Incoming<S> {
+    pub(super) stream: S,
+    /// Who is at its other end.
+    pub(super) caller: Caller,
+    /// What is held as long as it is open.
+    pub(super) held: Option<Box<dyn Send>>,
+}
+
 /// Something that connections come from.
 pub(super) trait Accept: Send + 'static {
-    /// A connection.
+    /// What is read and written.
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
     /// The next one.
-    fn next(&mut self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    fn next(&mut self) -> impl Future<Output = io::Result<Incoming<Self::Stream>>> + Send;
 }
 
 impl Accept for tokio::net::UnixListener {
     type Stream = tokio::net::UnixStream;
 
-    async fn next(&mut self) -> io::Result<Self::Stream> {
-        self.accept().await.map(|(stream, _)| stream)
+    async fn next(&mut self) -> io::Result<Incoming<Self::Stream>> {
+        let (stream, _) = self.accept().await?;
+        Ok(Incoming { stream, caller: Caller::Operator, held: None })
     }
 }
 
-/// Serves what `listener` brings until the daemon is to end, and then what is being answered.
-pub(super) async fn serve(mut listener: impl Accept, router: Router, daemon: Arc<Daemon>) {
-    let open = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+/// Serves what `listener` brings, `most` connections at once, until the daemon is to end; and then what is
+/// being answered.
+pub(super) async fn serve(
+    mut listener: impl Accept,
+    most: usize,
+    router: Router,
+    daemon: Arc<Daemon>,
+) {
+    let open = Arc::new(Semaphore::new(most));
     let graceful = GracefulShutdown::new();
     loop {
         // Whoever comes when all places are taken waits in the listener's backlog.
         let Ok(place) = Arc::clone(&open).acquire_owned().await else { break };
-        let stream = tokio::select! {
-            stream = listener.next() => stream,
+        let incoming = tokio::select! {
+            incoming = listener.next() => incoming,
             () = daemon.stopped() => break,
         };
-        let stream = match stream {
-            Ok(stream) => stream,
+        let Incoming { stream, caller, held } = match incoming {
+            Ok(incoming) => incoming,
             Err(error) => {
                 // Out of descriptors, most likely: let some connections end.
                 tracing::warn!("a connection could not be taken: {error}");
@@ -110,16 +130,21 @@ pub(super) async fn serve(mut listener: impl Accept, router: Router, daemon: Arc
                 continue;
             }
         };
+        let answering = TowerToHyperService::new(router.clone());
+        let service = service_fn(move |mut request: Request<_>| {
+            request.extensions_mut().insert(caller.clone());
+            answering.call(request)
+        });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+            .serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!("connection: {error}");
             }
-            drop(place);
+            drop((place, held));
         });
     }
     drop(listener);

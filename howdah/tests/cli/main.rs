@@ -14,6 +14,7 @@ mod jail;
 mod oci;
 mod peers;
 mod recover;
+mod remote;
 mod saved;
 mod serve;
 mod stage;

@@ -154,6 +154,7 @@ fn peers_and_operations_by_api() {
     let spec = PeerSpec {
         key: key.clone(),
         address: Some("10.0.0.2:7070".into()),
+        api: None,
         rights: None,
         bases: None,
         until: None,
@@ -238,7 +239,8 @@ fn a_vm_outlives_its_daemon_and_goes_on_to_another_cloudlet() {
     assert_eq!(here.client.resume("a").unwrap().state, VmState::Running);
 
     let address = there.client.host().unwrap().receive.unwrap().address;
-    let spec = |key, address| PeerSpec { key, address, rights: None, bases: None, until: None };
+    let spec =
+        |key, address| PeerSpec { key, address, api: None, rights: None, bases: None, until: None };
     there.client.put_peer("here", &spec(key_of(&site.0), None)).unwrap();
     here.client.put_peer("there", &spec(key_of(&twin.0), Some(address))).unwrap();
     let mut events = there.client.events().unwrap();

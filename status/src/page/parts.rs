@@ -1,6 +1,6 @@
 //! The parts of the page, from what is most urgent to what changes least.
 
-use howdah_api::{HandoffProgress, Operation, State, Vm};
+use howdah_api::{HandoffProgress, Operation, Rights, State, Vm};
 use maud::{Markup, html};
 use serde_json::Value;
 
@@ -180,12 +180,17 @@ pub(super) fn peers(seen: &Snapshot) -> Markup {
     let columns =
         [("Name", true), ("Address", true), ("May", true), ("Bases", true), ("Key", true)];
     let rows = seen.peers.iter().map(|peer| {
-        let may = match (peer.rights.send, peer.rights.receive) {
-            (true, true) => "send, receive",
-            (true, false) => "send",
-            (false, true) => "receive",
-            (false, false) => "nothing",
-        };
+        let Rights { send, receive, push, pull, observe, operate } = peer.rights;
+        let rights = [
+            (send, "send"),
+            (receive, "receive"),
+            (push, "push"),
+            (pull, "pull"),
+            (observe, "observe"),
+            (operate, "operate"),
+        ];
+        let may: Vec<_> = rights.iter().filter(|(has, _)| *has).map(|(_, word)| *word).collect();
+        let may = if may.is_empty() { "nothing".to_owned() } else { may.join(", ") };
         let bases = peer.bases.as_ref().map_or("all".to_owned(), |bases| bases.join(", "));
         html! {
             th scope="row" { (peer.name) }

@@ -39,7 +39,8 @@ const MAX_MANIFEST_BYTES: u64 = 64 << 10;
 const MAX_MACHINE_BYTES: u64 = 64 << 20;
 
 /// Runs a `howdah base` command.
-pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::Result<()> {
+pub(crate) fn run(command: BaseCommand, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
+    let home = cloudlet.home();
     match command {
         BaseCommand::Import(args) => {
             let staging = Staging::new(home)?;
@@ -53,12 +54,12 @@ pub(crate) fn run(command: BaseCommand, home: &Home, output: Output) -> anyhow::
             import(&spec, home, output)
         }
         BaseCommand::Build(args) => build::run(args, home, output),
-        BaseCommand::Ls => list(home, output),
-        BaseCommand::Push(args) => sync::push(&args, home, output),
-        BaseCommand::Pull(args) => sync::pull(&args, home, output),
-        BaseCommand::Verify { name, heal } => verify(&name, heal.as_deref(), home, output),
-        BaseCommand::Gc(args) => sync::gc(&args, home, output),
-        BaseCommand::Rm { name } => remove(&name, home, output),
+        BaseCommand::Ls => list(cloudlet, output),
+        BaseCommand::Push(args) => sync::push(&args, cloudlet, output),
+        BaseCommand::Pull(args) => sync::pull(&args, cloudlet, output),
+        BaseCommand::Verify { name, heal } => verify(&name, heal.as_deref(), cloudlet, output),
+        BaseCommand::Gc(args) => sync::gc(&args, cloudlet, output),
+        BaseCommand::Rm { name } => remove(&name, cloudlet, output),
     }
 }
 
@@ -147,8 +148,8 @@ fn import(spec: &ImportSpec, home: &Home, output: Output) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn list(home: &Home, output: Output) -> anyhow::Result<()> {
-    let lines = Cloudlet::of(home).bases()?;
+fn list(cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
+    let lines = cloudlet.bases()?;
     output.list(
         &lines,
         |line| line.names.first().unwrap_or(&line.id).clone(),
@@ -180,11 +181,15 @@ struct Named {
     id: String,
 }
 
-fn verify(name: &str, heal: Option<&str>, home: &Home, output: Output) -> anyhow::Result<()> {
+fn verify(
+    name: &str,
+    heal: Option<&str>,
+    cloudlet: &Cloudlet,
+    output: Output,
+) -> anyhow::Result<()> {
     let verified = with_bar(output, "verifying", |progress| {
-        let cloudlet = Cloudlet::of(home);
         let Some(daemon) = cloudlet.daemon() else {
-            return Ok(ops::base::verify(name, home, progress)?.to_string());
+            return Ok(ops::base::verify(name, cloudlet.home(), progress)?.to_string());
         };
         let verified = follow(daemon, daemon.verify_base(name)?, |operation| {
             let howdah_api::Progress { done_bytes, total_bytes, .. } = operation.progress;
@@ -194,7 +199,7 @@ fn verify(name: &str, heal: Option<&str>, home: &Home, output: Output) -> anyhow
     });
     let id = match (verified, heal) {
         (Err(damage), Some(peer)) if damage.exit == Exit::Corrupt => {
-            return sync::heal(name, &damage, peer, home, output);
+            return sync::heal(name, &damage, peer, cloudlet, output);
         }
         (verified, _) => verified?,
     };
@@ -202,8 +207,8 @@ fn verify(name: &str, heal: Option<&str>, home: &Home, output: Output) -> anyhow
     Ok(())
 }
 
-fn remove(name: &str, home: &Home, output: Output) -> anyhow::Result<()> {
-    let id = Cloudlet::of(home).remove_base(name)?;
+fn remove(name: &str, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
+    let id = cloudlet.remove_base(name)?;
     output.done(&Named { id }, |v| format!("removed base {}", v.id));
     Ok(())
 }

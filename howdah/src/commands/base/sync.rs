@@ -15,17 +15,16 @@ use crate::{
     cloudlet::{Cloudlet, follow},
     commands::interrupt::Interrupts,
     failure::Failure,
-    home::Home,
     output::{Output, bytes, table},
 };
 
 /// Runs `howdah base push`.
-pub(super) fn push(args: &BasePushArgs, home: &Home, output: Output) -> anyhow::Result<()> {
+pub(super) fn push(args: &BasePushArgs, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
     let BasePushArgs { name, peer, called } = args;
     let asked = BasePush { peer: peer.clone(), called: called.clone() };
     let begin = |daemon: &Client| daemon.push_base(name, &asked);
-    let moved = moved(output, "sending", home, begin, |watch| {
-        bases::push(home, name, called.as_deref(), peer, watch)
+    let moved = moved(output, "sending", cloudlet, begin, |watch| {
+        bases::push(cloudlet.home(), name, called.as_deref(), peer, watch)
     })?;
     output.done(&moved, |moved| match moved.already {
         true => format!("peer {} has base {} already", moved.peer, moved.id),
@@ -35,12 +34,12 @@ pub(super) fn push(args: &BasePushArgs, home: &Home, output: Output) -> anyhow::
 }
 
 /// Runs `howdah base pull`.
-pub(super) fn pull(args: &BasePushArgs, home: &Home, output: Output) -> anyhow::Result<()> {
+pub(super) fn pull(args: &BasePushArgs, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
     let BasePushArgs { name, peer, called } = args;
     let asked = BasePull { peer: peer.clone(), called: called.clone() };
     let begin = |daemon: &Client| daemon.pull_base(name, &asked);
-    let moved = moved(output, "fetching", home, begin, |watch| {
-        bases::pull(home, name, called.as_deref(), peer, watch)
+    let moved = moved(output, "fetching", cloudlet, begin, |watch| {
+        bases::pull(cloudlet.home(), name, called.as_deref(), peer, watch)
     })?;
     output.done(&moved, |moved| match moved.already {
         true => format!("base {} was here already", moved.id),
@@ -54,22 +53,23 @@ pub(super) fn heal(
     name: &str,
     damage: &Failure,
     peer: &str,
-    home: &Home,
+    cloudlet: &Cloudlet,
     output: Output,
 ) -> anyhow::Result<()> {
     output.note(&format!("{damage}; fetching what is damaged from {peer}"));
     let asked = BaseHeal { peer: peer.to_owned() };
     let begin = |daemon: &Client| daemon.heal_base(name, &asked);
-    let moved =
-        moved(output, "healing", home, begin, |watch| bases::heal(home, name, peer, watch))?;
+    let moved = moved(output, "healing", cloudlet, begin, |watch| {
+        bases::heal(cloudlet.home(), name, peer, watch)
+    })?;
     output.done(&moved, |moved| told(moved, "healed"));
     Ok(())
 }
 
 /// Runs `howdah base gc`.
-pub(super) fn gc(args: &BaseGcArgs, home: &Home, output: Output) -> anyhow::Result<()> {
+pub(super) fn gc(args: &BaseGcArgs, cloudlet: &Cloudlet, output: Output) -> anyhow::Result<()> {
     let asked = BasesGc { named: args.named, dry_run: args.dry_run };
-    let collected = Cloudlet::of(home).collect_bases(asked)?;
+    let collected = cloudlet.collect_bases(asked)?;
     output.done(&collected, collection);
     Ok(())
 }
@@ -124,11 +124,10 @@ fn told(moved: &BaseMoved, verb: &str) -> String {
 fn moved(
     output: Output,
     what: &'static str,
-    home: &Home,
+    cloudlet: &Cloudlet,
     begin: impl FnOnce(&Client) -> Result<Operation, ClientError>,
     directly: impl FnOnce(Watch<'_>) -> Result<BaseMoved, Failure>,
 ) -> anyhow::Result<BaseMoved> {
-    let cloudlet = Cloudlet::of(home);
     let Some(daemon) = cloudlet.daemon() else {
         let bar = bar(output, what);
         // Ctrl-C ends this process, and what came stays.

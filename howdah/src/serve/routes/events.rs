@@ -15,6 +15,7 @@ use super::Problems;
 use crate::{
     ops,
     serve::{
+        access::Caller,
         answer::{Answer, blocking},
         daemon::Daemon,
     },
@@ -35,6 +36,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Daemon>> {
     responses((status = 200, description = "Events as they happen.", content_type = "text/event-stream", body = String), Problems))]
 async fn events(
     State(daemon): State<Arc<Daemon>>,
+    caller: Caller,
 ) -> Answer<Sse<impl Stream<Item = Result<Message, Infallible>>>> {
     // Before it is looked at what there is: what changes in between is told.
     let coming = BroadcastStream::new(daemon.subscribe()).map(|event| match event {
@@ -50,8 +52,13 @@ async fn events(
     let present: Vec<Event> = vms.chain(operations).collect();
     daemon.vms_changed();
     let all = stream::iter(present).chain(coming).map(|event| Ok(message(&event)));
-    let until_stopped = all.take_until(async move { daemon.stopped().await });
-    Ok(Sse::new(until_stopped).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    let until_over = all.take_until(async move {
+        tokio::select! {
+            () = daemon.stopped() => {}
+            () = caller.shut_out(Arc::clone(&daemon)) => {}
+        }
+    });
+    Ok(Sse::new(until_over).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
 fn message(event: &Event) -> Message {

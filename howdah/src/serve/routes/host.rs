@@ -46,5 +46,6 @@ pub(super) fn look(daemon: &Daemon) -> Result<Host, Failure> {
         disk: ops::host::disk(&daemon.home),
         kvm: ops::host::kvm(),
         receive: daemon.receiving.get().cloned(),
+        api: daemon.listening.get().map(ToString::to_string),
     })
 }

@@ -29,7 +29,7 @@ use utoipa::{
 };
 use utoipa_axum::router::OpenApiRouter;
 
-use super::{answer::Refused, daemon::Daemon, keys};
+use super::{access, answer::Refused, daemon::Daemon, keys};
 use crate::failure::{Exit, Failure};
 
 /// No request is longer.
@@ -56,6 +56,8 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .method_not_allowed_fallback(not_that_way)
         .layer(middleware::from_fn_with_state(Arc::clone(&daemon), keys::once))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        // Before anything else is looked at.
+        .layer(middleware::from_fn_with_state(Arc::clone(&daemon), access::check))
         .with_state(daemon)
 }
 
@@ -110,6 +112,10 @@ impl IntoResponses for Problems {
     fn responses() -> std::collections::BTreeMap<String, RefOr<Documented>> {
         let said = [
             ("400", "The request is none: the problem says what is wrong with it."),
+            (
+                "403",
+                "Not for this caller: a peer without the right, or what is said on the cloudlet itself.",
+            ),
             ("404", "There is no such thing."),
             ("409", "Not in this state: of the VM, the peer, or the host."),
             ("422", "The request contradicts itself, or what is there."),

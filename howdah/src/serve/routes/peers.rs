@@ -12,6 +12,7 @@ use super::{Problems, vms::VmPath as PeerPath};
 use crate::{
     ops,
     serve::{
+        access::Caller,
         answer::{Answer, Asked, Body, Name, Refused, blocking},
         daemon::Daemon,
     },
@@ -45,8 +46,13 @@ async fn inspect(State(daemon): State<Arc<Daemon>>, Name(name): Name) -> Answer<
 async fn put(
     State(daemon): State<Arc<Daemon>>,
     Name(name): Name,
+    caller: Caller,
     Body(spec): Body<PeerSpec>,
 ) -> Answer<Json<Peer>> {
+    if spec.rights.is_some_and(|rights| rights.observe || rights.operate) {
+        // Else who has the right could give it to others, and keep it when it ends.
+        caller.must_be_here("the right to use the API")?;
+    }
     let peer = ops::peer::described(name.as_ref(), spec).map_err(Refused::form)?;
     blocking(move || ops::peer::put(&peer, &daemon.home)).await.map(Json)
 }

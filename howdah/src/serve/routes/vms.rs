@@ -20,6 +20,7 @@ use crate::{
     home::{Home, VmName},
     ops,
     serve::{
+        access::Caller,
         answer::{Answer, Asked, Body, Name, Refused, blocking},
         daemon::Daemon,
         operations::About,
@@ -69,8 +70,12 @@ fn seen(home: &Home, name: &VmName) -> Result<Vm, Failure> {
         headers(("Location" = String, description = "The VM."))), Problems))]
 async fn run(
     State(daemon): State<Arc<Daemon>>,
+    caller: Caller,
     Body(asked): Body<VmRun>,
 ) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<VmRunning>)> {
+    if asked.no_jail || asked.run_as.is_some() {
+        caller.must_be_here("how a VM's process is confined")?;
+    }
     let shared = Arc::clone(&daemon);
     let args = VmRunArgs::asked(asked, &shared.jail).map_err(Refused::form)?;
     let running = blocking(move || {

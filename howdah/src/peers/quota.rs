@@ -12,22 +12,22 @@ use std::{
 
 /// Bounds on strangers.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(crate) struct Limits {
     /// Links that are looked at at once.
-    pub(super) at_once: usize,
+    pub(crate) at_once: usize,
     /// Of those, from one address.
-    pub(super) of_address: usize,
+    pub(crate) of_address: usize,
     /// Links that an address may make in a row...
-    pub(super) burst: u32,
+    pub(crate) burst: u32,
     /// ... and how long it takes to get one of them back.
-    pub(super) refill: Duration,
+    pub(crate) refill: Duration,
     /// Addresses that are remembered.
-    pub(super) addresses: usize,
+    pub(crate) addresses: usize,
 }
 
 impl Limits {
-    /// Those of `howdah receive`.
-    pub(super) const DEFAULT: Self = Self {
+    /// Those of every listener of a cloudlet.
+    pub(crate) const DEFAULT: Self = Self {
         at_once: 64,
         of_address: 8,
         burst: 40,
@@ -38,7 +38,7 @@ impl Limits {
 
 /// Why a link is not even looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-pub(super) enum Full {
+pub(crate) enum Full {
     /// Too many altogether.
     #[error("too many links at once are not authenticated yet")]
     AtOnce,
@@ -52,7 +52,7 @@ pub(super) enum Full {
 
 /// Counts strangers.
 #[derive(Clone, Debug)]
-pub(super) struct Quota(Arc<Inner>);
+pub(crate) struct Quota(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -75,13 +75,13 @@ struct Caller {
 
 /// One stranger's place; free again when dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     quota: Quota,
     address: IpAddr,
 }
 
 impl Quota {
-    pub(super) fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: Limits) -> Self {
         Self(Arc::new(Inner { limits, state: Mutex::default() }))
     }
 
@@ -90,7 +90,7 @@ impl Quota {
     }
 
     /// Lets a link from `address` in, at `now` of any monotonic clock.
-    pub(super) fn enter(&self, address: IpAddr, now: Duration) -> Result<Place, Full> {
+    pub(crate) fn enter(&self, address: IpAddr, now: Duration) -> Result<Place, Full> {
         let (limits, address) = (self.0.limits, household(address));
         let mut state = self.state();
         if state.at_once >= limits.at_once {
@@ -128,7 +128,7 @@ impl Drop for Place {
 }
 
 /// Whom an address stands for: with IPv6 anyone has 2^64 of them.
-pub(super) fn household(address: IpAddr) -> IpAddr {
+pub(crate) fn household(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let [a, b, c, d, ..] = address.segments();

@@ -16,7 +16,7 @@ const MAX_REMEMBERED: usize = 256;
 
 /// What was said lately.
 #[derive(Debug, Default)]
-pub(super) struct Refusals(Mutex<HashMap<Option<(IpAddr, String)>, Said>>);
+pub(crate) struct Refusals(Mutex<HashMap<Option<(IpAddr, String)>, Said>>);
 
 #[derive(Debug)]
 struct Said {
@@ -26,7 +26,7 @@ struct Said {
 
 impl Refusals {
     /// The line for a refusal, unless it was said lately: with how often it happened since.
-    pub(super) fn line(&self, address: IpAddr, why: &str, now: Duration) -> Option<String> {
+    pub(crate) fn line(&self, address: IpAddr, why: &str, now: Duration) -> Option<String> {
         let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut of = Some((household(address), why.to_owned()));
         if said.len() >= MAX_REMEMBERED && !said.contains_key(&of) {
