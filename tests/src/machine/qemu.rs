@@ -79,6 +79,9 @@ pub(crate) struct HostLost(String);
 
 /// How often the console is looked at.
 const LOOK: Duration = Duration::from_secs(5);
+/// A host that is not up by then never will be. Emulated ones take ten seconds; some hang before their
+/// kernel's first word, with both CPUs busy.
+const UP_WITHIN: Duration = Duration::from_secs(150);
 /// What a kernel says, after 20 s and more, of a CPU that is lost.
 const STUCK: [&str; 2] = ["BUG: soft lockup", "kthread starved for"];
 /// What says where and why a kernel panicked.
@@ -140,6 +143,13 @@ impl Machine<'_> {
                         let words = self.last_words();
                         return Err(HostLost(format!(
                             "the lab host stands still: {stuck}: {words}"
+                        ))
+                        .into());
+                    }
+                    if !up && started.elapsed() > UP_WITHIN {
+                        let (limit_s, words) = (UP_WITHIN.as_secs(), self.last_words());
+                        return Err(HostLost(format!(
+                            "the lab host was not up after {limit_s} s: {words}"
                         ))
                         .into());
                     }
