@@ -22,6 +22,8 @@ use crate::{
 
 /// The programs under test, found beside the lab's own.
 const PROGRAMS: [&str; 2] = ["howdah", "howdah-agent"];
+/// What the product is to log; set for the lab, it is set in it.
+const LOG_LEVEL: &str = "HOWDAH_LOG";
 /// What an image directory holds.
 const IMAGE_PARTS: [&str; 4] = ["kernel", "initramfs", "disk.raw", "cmdline"];
 /// Time for the lab host and imports, whatever the number of scenarios.
@@ -189,7 +191,7 @@ fn run_boot(args: &RunArgs, root: &Root, loaded: &[Loaded], cpus: u8) -> Result<
     clear(&out, loaded)?;
     let mut request = Request {
         command: vec!["/lab/lab".into(), "inside".into()],
-        env: Vec::new(),
+        env: env::var(LOG_LEVEL).map(|level| (LOG_LEVEL.into(), level)).into_iter().collect(),
         extras: Vec::new(),
         shares: Vec::new(),
         out: out.clone(),

@@ -12,11 +12,14 @@ use super::guest;
 
 /// How often the agent is asked while something is awaited.
 const EVERY: Duration = Duration::from_millis(200);
+/// A guest that nobody reaches for so long is not busy but lost.
+const SILENT: Duration = Duration::from_secs(90);
 
 /// Asks until a number of the answer is large enough; returns how long that took.
 ///
 /// A guest that is too busy to answer, as one that loads a large program on an emulated CPU can be for
-/// seconds, is asked again: what counts is what it has done in the end. One whose VM has ended is not.
+/// seconds, is asked again: what counts is what it has done in the end. One whose VM has ended is not,
+/// nor one that is silent for [`SILENT`].
 pub(crate) fn wait_for(
     command: &str,
     field: &str,
@@ -24,16 +27,23 @@ pub(crate) fn wait_for(
     within: Duration,
 ) -> Result<Duration> {
     let started = Instant::now();
+    let mut heard = started;
     loop {
         let value = guest::ask_once(command).and_then(|answer| number(&answer, field));
         if value.as_ref().is_ok_and(|value| *value >= at_least) {
             return Ok(started.elapsed());
         }
         let unreachable = value.as_ref().is_err_and(|error| error.is::<guest::Unreachable>());
-        if unreachable && !guest::any_vm()? {
-            return value
-                .map(|_| started.elapsed())
-                .with_context(|| format!("{command}: the guest's VM has ended"));
+        let lost = match unreachable {
+            true if !guest::any_vm()? => Some("the guest's VM has ended"),
+            true => (heard.elapsed() > SILENT).then_some("the guest is silent"),
+            false => {
+                heard = Instant::now();
+                None
+            }
+        };
+        if let Some(lost) = lost {
+            return value.map(|_| started.elapsed()).with_context(|| format!("{command}: {lost}"));
         }
         if started.elapsed() > within {
             let limit_s = within.as_secs_f64();

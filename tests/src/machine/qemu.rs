@@ -77,13 +77,17 @@ impl Drop for Reaper {
 #[error("{0}")]
 pub(crate) struct HostLost(String);
 
+/// The kernel's command line. No mitigations: they cost much in emulation and guard nothing here.
+const KERNEL_LINE: &str = "console=ttyS0 panic=-1 softlockup_panic=1 \
+    sysctl.kernel.hung_task_timeout_secs=60 quiet loglevel=4 mitigations=off tsc=reliable";
 /// How often the console is looked at.
 const LOOK: Duration = Duration::from_secs(5);
 /// A host that is not up by then never will be. Emulated ones take ten seconds; some hang before their
 /// kernel's first word, with both CPUs busy.
-const UP_WITHIN: Duration = Duration::from_secs(150);
-/// What a kernel says, after 20 s and more, of a CPU that is lost.
-const STUCK: [&str; 2] = ["BUG: soft lockup", "kthread starved for"];
+const UP_WITHIN: Duration = Duration::from_secs(75);
+/// What a kernel says, after 20 s and more, of a CPU that is lost, and after a minute of tasks that wait
+/// for it.
+const STUCK: [&str; 3] = ["BUG: soft lockup", "kthread starved for", "blocked for more than"];
 /// What says where and why a kernel panicked.
 const PANIC: [&str; 4] = ["Kernel panic", "BUG:", "Oops:", "RIP: 0010"];
 
@@ -213,11 +217,7 @@ impl Machine<'_> {
         add(&["-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory_mib)]);
         add(&["-kernel", &self.kernel.image.to_string_lossy()]);
         add(&["-initrd", &self.initramfs.to_string_lossy()]);
-        // No mitigations: they cost much in emulation and guard nothing here.
-        add(&[
-            "-append",
-            "console=ttyS0 panic=-1 softlockup_panic=1 quiet loglevel=4 mitigations=off tsc=reliable",
-        ]);
+        add(&["-append", KERNEL_LINE]);
         add(&["-chardev", &format!("file,id=console,path={}", escaped(self.console))]);
         add(&["-serial", "chardev:console", "-device", "virtio-serial-pci"]);
         for (name, fd) in [PORT_REPORT, PORT_STDOUT, PORT_STDERR].iter().zip(channels) {
@@ -333,6 +333,8 @@ mod tests {
         let stuck = "[ 88.6] watchdog: BUG: soft lockup - CPU#0 stuck for 45s! [exe:305]";
         let console = format!("[  8.9] kvm [179]: Unhandled WRMSR\n{stuck}\n");
         assert_eq!(stuck_in(&console), Some(stuck));
+        let waits = "[605.9] INFO: task ip:517 blocked for more than 61 seconds.";
+        assert_eq!(stuck_in(waits), Some(waits));
         assert_eq!(stuck_in("[ 8.9] kvm [179]: Unhandled WRMSR\n[ 9.0] EXT4-fs: mounted"), None);
     }
 }
