@@ -18,7 +18,8 @@ use crate::{
     },
 };
 
-/// An acknowledgement is sent when so many bytes were applied since the last one ...
+/// An acknowledgement is sent when nothing that came is left to apply, when so many bytes were applied
+/// since the last one ...
 pub const ACK_BYTES: u64 = 256 << 10;
 /// ... or so long after the first of them.
 pub const ACK_AFTER: Duration = Duration::from_millis(50);
@@ -216,13 +217,25 @@ impl TargetSession {
         self.ack_if_due(now);
     }
 
+    /// Nothing that came is left to apply. What the source sends last waits for nothing here then, and
+    /// that is what it wants to know before it pauses the guest.
+    pub fn caught_up(&mut self) {
+        if self.unacked_bytes > 0 {
+            self.ack();
+        }
+    }
+
     fn ack_if_due(&mut self, now: Duration) {
         let late = self.unacked_since.is_some_and(|t| now.saturating_sub(t) >= ACK_AFTER);
         if late || self.unacked_bytes >= ACK_BYTES {
-            self.outbox.push_back(Frame::Ack(Ack { applied_up_to: self.applied.last_seq() }));
-            self.unacked_bytes = 0;
-            self.unacked_since = None;
+            self.ack();
         }
+    }
+
+    fn ack(&mut self) {
+        self.outbox.push_back(Frame::Ack(Ack { applied_up_to: self.applied.last_seq() }));
+        self.unacked_bytes = 0;
+        self.unacked_since = None;
     }
 
     /// Says Prepared. Only after that is durable here.

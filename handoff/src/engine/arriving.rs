@@ -246,6 +246,9 @@ impl<'a, Vm: TargetVm> Arriving<'a, Vm> {
         match self.apply(decoded) {
             Ok(()) => {
                 self.session.applied(&mark, self.clock.now());
+                if self.decoders.is_empty() {
+                    self.session.caught_up();
+                }
                 self.options.steps.reached(applied);
             }
             Err(why) => self.decline(why),

@@ -314,6 +314,7 @@ impl<'a> Meter<'a> {
             delivered_bytes: self.status.delivered_bytes.load(Relaxed),
             busy: Duration::from_micros(self.status.busy_us.load(Relaxed)),
             delivery_bytes_per_s: self.status.delivery_bytes_per_s.load(Relaxed),
+            rtt: self.rtt(),
         }
     }
 

@@ -11,6 +11,8 @@ const ENOUGH_CHUNKS: u64 = 32;
 const ENOUGH_BUSY: Duration = Duration::from_millis(200);
 /// ... in which it delivered so much: of less, it mostly waited for acknowledgements.
 const ENOUGH_BYTES: u64 = 256 << 10;
+/// One in so many parts of the time in which bursts are under way is not waiting, at least.
+const LEAST_MOVING: u32 = 8;
 
 /// Counters that only grow, read at one moment.
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,6 +32,8 @@ pub(super) struct Reading {
     pub(super) busy: Duration,
     /// The transport's own estimate of the rate; zero if it has none.
     pub(super) delivery_bytes_per_s: u64,
+    /// The round trip without queues.
+    pub(super) rtt: Duration,
 }
 
 /// One round.
@@ -141,23 +145,27 @@ impl Pace {
     }
 
     /// Bytes a second that the link took lately, by its own measure and over the time in which it
-    /// had something to take. Of bursts, each of which takes a round trip however short it is, the
-    /// transport's estimate tells more.
+    /// had something to take. Of bursts each takes a round trip, however short it is, until its
+    /// acknowledgement: that is no part of what a last round waits for, and a round is such a burst at
+    /// least. The transport's estimate may tell more then.
     pub(super) fn link_bytes_per_s(&self, now: Reading) -> Option<f64> {
-        let since = self
-            .laps
-            .iter()
-            .rev()
-            .map(|lap| lap.began)
-            .find(|began| now.busy.saturating_sub(began.busy) >= ENOUGH_BUSY)
-            .unwrap_or_default();
-        let busy = now.busy.saturating_sub(since.busy).as_secs_f64();
-        let bytes = now.delivered_bytes.saturating_sub(since.delivered_bytes);
-        let rate = (busy > 0.0 && bytes > 0).then(|| bytes as f64 / busy)?;
-        match bytes < ENOUGH_BYTES {
-            true => Some(rate.max(now.delivery_bytes_per_s as f64)),
-            false => Some(rate),
+        let is_enough = |lap: &Lap| now.busy.saturating_sub(lap.began.busy) >= ENOUGH_BUSY;
+        let newest = self.laps.iter().rev().position(is_enough);
+        let (began, laps) = match newest {
+            Some(n) => (self.laps[self.laps.len() - 1 - n].began, n + 1),
+            None => (Reading::default(), self.laps.len()),
+        };
+        let busy = now.busy.saturating_sub(began.busy);
+        let bytes = now.delivered_bytes.saturating_sub(began.delivered_bytes);
+        if busy.is_zero() || bytes == 0 {
+            return None;
         }
+        if bytes >= ENOUGH_BYTES {
+            return Some(bytes as f64 / busy.as_secs_f64());
+        }
+        let waiting = now.rtt * u32::try_from(laps).unwrap_or(u32::MAX);
+        let moving = busy.saturating_sub(waiting).max(busy / LEAST_MOVING);
+        Some((bytes as f64 / moving.as_secs_f64()).max(now.delivery_bytes_per_s as f64))
     }
 }
 
@@ -219,6 +227,11 @@ mod tests {
         assert_eq!(few.link_bytes_per_s(at), Some(100_000.0));
         at.delivery_bytes_per_s = 300_000;
         assert_eq!(few.link_bytes_per_s(at), Some(300_000.0), "bursts");
+        // Of 510 ms in which bytes were under way, two round trips are waiting for the last of a round.
+        (at.delivery_bytes_per_s, at.rtt) = (0, 128 * MS);
+        assert_eq!(few.link_bytes_per_s(at).map(f64::round), Some(200_787.0));
+        at.rtt = 1000 * MS;
+        assert_eq!(few.link_bytes_per_s(at), Some(800_000.0), "never by more than that");
         let (pace, mut at) = pace(&[(1000, 1000, 500_000), (10, 10, 1000)]);
         at.delivery_bytes_per_s = 300_000;
         assert_eq!(pace.link_bytes_per_s(at), Some(100_000.0));

@@ -39,6 +39,30 @@ const PINGS_MISSED: u32 = 2;
 /// What is done now and then while the link is waited for; is told whether it is broken.
 pub(super) type Meanwhile<'a> = dyn FnMut(bool) -> Result<(), KeptReason> + 'a;
 
+/// A round is harvested when what is left of the last one keeps the link busy for so long: asking
+/// for what is dirty, and making the first segment of it, takes time.
+const HARVEST_AHEAD: Duration = Duration::from_millis(30);
+/// Before what the link is waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Before {
+    /// More of the same round is given to it.
+    NextJob,
+    /// It is asked what is dirty.
+    Harvest,
+    /// The guest is paused.
+    Pause,
+}
+
+impl Before {
+    /// How much longer than its round trip the link may have something to do then.
+    fn ahead(self) -> Duration {
+        match self {
+            Self::NextJob | Self::Pause => Duration::ZERO,
+            Self::Harvest => HARVEST_AHEAD,
+        }
+    }
+}
+
 /// A word of the target that the phases wait for, and when it came.
 #[derive(Clone, Debug)]
 pub(super) enum Word {
@@ -96,26 +120,22 @@ impl Pipe<'_> {
         self.feed.give(job).map_err(|PipelineEnded| self.pipeline_ended())?;
         self.gave = Some(self.clock.now());
         if self.serial {
-            self.drain(Duration::ZERO)?;
+            self.drain_while(Before::NextJob, &mut |_| Ok(()))?;
         }
         Ok(())
     }
 
-    /// Waits until the link will run dry within its round trip and `ahead`.
-    pub(super) fn drain(&mut self, ahead: Duration) -> Result<(), KeptReason> {
-        self.drain_while(ahead, &mut |_| Ok(()))
-    }
-
-    /// The same, and does `meanwhile` as [`Pipe::push_while`] does.
+    /// Waits until the link will run dry within its round trip; does `meanwhile` as
+    /// [`Pipe::push_while`] does.
     pub(super) fn drain_while(
         &mut self,
-        ahead: Duration,
+        before: Before,
         meanwhile: &mut Meanwhile<'_>,
     ) -> Result<(), KeptReason> {
         self.gave = None;
         loop {
-            let low = self.meter.low_water_bytes(ahead);
-            if self.backlog_bytes() <= low {
+            let low = self.meter.low_water_bytes(before.ahead());
+            if self.backlog_bytes(before) <= low {
                 return Ok(());
             }
             self.check()?;
@@ -125,7 +145,7 @@ impl Pipe<'_> {
     }
 
     /// Bytes on their way to the target; the most there can be while the pipeline holds work.
-    fn backlog_bytes(&self) -> u64 {
+    fn backlog_bytes(&self, before: Before) -> u64 {
         if self.status.queued_jobs.load(Acquire) > 0 {
             return u64::MAX;
         }
@@ -133,7 +153,12 @@ impl Pipe<'_> {
         let in_flight = self.status.in_flight_bytes.load(Relaxed);
         // What the link delivered waits at a target that is slower than the link.
         let unapplied = self.status.unapplied_bytes.load(Relaxed);
-        in_flight.max(unapplied.saturating_sub(self.meter.ack_slack_bytes()))
+        let slack = match before {
+            // It would be waited for with the guest paused.
+            Before::Pause => 0,
+            Before::NextJob | Before::Harvest => self.meter.ack_slack_bytes(),
+        };
+        in_flight.max(unapplied.saturating_sub(slack))
     }
 
     /// Fails if the user wants no more of it.

@@ -1,9 +1,12 @@
 //! One handoff from the source's side: the guest, and what the phases do with it.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use super::{
-    KeptReason, SendError, SendOptions, SendOutcome, again::Again, meter::Dirty, pipe::Pipe,
+    KeptReason, SendError, SendOptions, SendOutcome,
+    again::Again,
+    meter::Dirty,
+    pipe::{Before, Pipe},
     worker::Job,
 };
 use crate::{
@@ -313,10 +316,10 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Waits until the link will run dry within its round trip and `ahead`.
-    pub(super) fn drain(&mut self, ahead: Duration) -> Result<(), KeptReason> {
+    /// Waits until the link will run dry within its round trip.
+    pub(super) fn drain(&mut self, before: Before) -> Result<(), KeptReason> {
         let (guest, share) = (&mut self.guest, self.pipe.meter.run_share());
-        self.pipe.drain_while(ahead, &mut |broken| guest.link_is(broken, share))
+        self.pipe.drain_while(before, &mut |broken| guest.link_is(broken, share))
     }
 
     /// Waits until there is a link that lives; whether there was anything to wait for.

@@ -9,7 +9,7 @@ use super::{
     courier::{Courier, Order},
     farewell::Owed,
     meter::Meter,
-    pipe::{Pipe, Word},
+    pipe::{Before, Pipe, Word},
     pipeline::Pipeline,
     run::{HeldGuest, Run, failed, outbound},
     status::LinkStatus,
@@ -31,9 +31,6 @@ use crate::{
     wire::{Hello, Intent, Resumed},
 };
 
-/// A round is harvested when what is left of the last one keeps the link busy for so long: asking
-/// for what is dirty, and making the first segment of it, takes time.
-const HARVEST_AHEAD: Duration = Duration::from_millis(30);
 /// A small last round goes out in so many batches, ...
 const LAST_ROUND_PIECES: u64 = 4;
 /// ... but a batch of fewer chunks costs more by itself than it saves.
@@ -303,14 +300,14 @@ impl<'r, 'a> Negotiated<'r, 'a> {
             let rest = run.send_round(set)?;
             // Of what does not change any more, nothing is hashed again while the guest waits.
             run.outbound.root();
-            run.drain(HARVEST_AHEAD)?;
+            run.drain(Before::Harvest)?;
             run.pipe.meter.round_ends();
             set = run.harvest_round()?;
             let broken_off = rest.is_some();
             rest.iter().for_each(|rest| set.union(rest));
             let Some(share) = run.next_round(&set, broken_off) else {
                 // What is still queued would be waited for with the guest paused; and so would a link.
-                run.drain(Duration::ZERO)?;
+                run.drain(Before::Pause)?;
                 if !run.await_link()? {
                     return Ok(Live { run, left: set });
                 }
