@@ -35,6 +35,8 @@ pub(super) struct Dirty {
     pub(super) unsent: u64,
     /// Which another round would leave to the pause.
     pub(super) held: u64,
+    /// What each takes on the link, if that was looked at.
+    pub(super) chunk_bytes: Option<f64>,
 }
 
 /// How often the live line is told.
@@ -401,11 +403,12 @@ impl<'a> Meter<'a> {
     /// For what share of the time the guest may run in the next round; none if the policy says to
     /// pause it now, with so much left, or the last round had to be broken off for that.
     pub(super) fn next_round(&mut self, dirty: Dirty, broken_off: bool) -> Option<f64> {
-        let Dirty { chunks: dirty, unsent, held } = dirty;
+        let Dirty { chunks: dirty, unsent, held, chunk_bytes } = dirty;
         if let Some(round) = self.rounds.last_mut() {
             round.dirty_after = dirty;
         }
-        let link_bytes_per_chunk = self.bytes_per_chunk(dirty, unsent);
+        let link_bytes_per_chunk =
+            chunk_bytes.unwrap_or_else(|| self.bytes_per_chunk(dirty, unsent));
         let measured =
             Measurements { link_bytes_per_chunk, held_chunks: held, ..self.measurements(dirty) };
         let policy = &self.options.policy;

@@ -18,7 +18,7 @@ use crate::{
     },
     policy::Objective,
     report::{Outcome, Report},
-    stage::{Buffers, ClassifyError, Outbound, SegmentKind},
+    stage::{Buffers, ClassifyError, Forecast, Outbound, SegmentKind},
     step::{Side, Step},
     vm::VmError,
     wire::Agreed,
@@ -119,6 +119,9 @@ pub(super) struct Run<'a> {
     /// Of those, what the round under way leaves to the pause: no harvest returns it by itself.
     held: ChunkSet,
 }
+
+/// So many chunks tell what the rest is like: one of seven within 15 %.
+const FORESEEN_CHUNKS: u64 = 192;
 
 impl<'a> Run<'a> {
     pub(super) fn new(
@@ -330,10 +333,39 @@ impl Run<'_> {
 
     /// For what share of the time the guest may run in the next round, with `dirty` left to send; none
     /// if it is to be paused now.
-    pub(super) fn next_round(&mut self, dirty: &ChunkSet, broken_off: bool) -> Option<f64> {
+    pub(super) fn next_round(
+        &mut self,
+        dirty: &ChunkSet,
+        broken_off: bool,
+    ) -> Result<Option<f64>, KeptReason> {
         let held = if self.versions_pay() { 0 } else { self.hot.len() };
-        let dirty = Dirty { chunks: dirty.len(), unsent: self.again.unsent(dirty), held };
-        self.pipe.meter.next_round(dirty, broken_off)
+        let chunk_bytes = self.foresee(dirty)?;
+        let unsent = self.again.unsent(dirty);
+        let dirty = Dirty { chunks: dirty.len(), unsent, held, chunk_bytes };
+        Ok(self.pipe.meter.next_round(dirty, broken_off))
+    }
+
+    /// Bytes on the link for each of these chunks, by a look at some of them; none where there are few, of
+    /// which what the last round took tells enough.
+    fn foresee(&mut self, dirty: &ChunkSet) -> Result<Option<f64>, KeptReason> {
+        let every = dirty.len() / FORESEEN_CHUNKS;
+        if every < 2 {
+            return Ok(None);
+        }
+        let mut forecast = Forecast::default();
+        let mut some = dirty.iter().step_by(usize::try_from(every).unwrap_or(usize::MAX));
+        loop {
+            let (ids, slots) = self.outbound.slots(&mut some).map_err(unclassified)?;
+            if ids.is_empty() {
+                break;
+            }
+            self.guest.vm.read_chunks(ids, slots).map_err(failed("reading the guest"))?;
+            self.outbound.foresee(&mut forecast).map_err(unclassified)?;
+        }
+        let ratio = self.pipe.meter.codec_ratio();
+        let chunk_bytes = forecast.bytes_per_chunk(self.outbound.repeats(), ratio);
+        tracing::debug!(?forecast, ratio, ?chunk_bytes, "looked at some of what is left");
+        Ok(chunk_bytes)
     }
 
     pub(super) fn harvest(&mut self) -> Result<ChunkSet, KeptReason> {

@@ -305,7 +305,7 @@ impl<'r, 'a> Negotiated<'r, 'a> {
             set = run.harvest_round()?;
             let broken_off = rest.is_some();
             rest.iter().for_each(|rest| set.union(rest));
-            let Some(share) = run.next_round(&set, broken_off) else {
+            let Some(share) = run.next_round(&set, broken_off)? else {
                 // What is still queued would be waited for with the guest paused; and so would a link.
                 run.drain(Before::Pause)?;
                 if !run.await_link()? {

@@ -250,6 +250,26 @@ impl Classifier {
         examined
     }
 
+    /// What would be decided now, were it to be sent: nothing is noted.
+    pub fn foresee_group(
+        &mut self,
+        ids: &[ChunkId],
+        chunks: &[Chunk],
+        decisions: &mut Vec<Decision>,
+    ) -> Result<(), ClassifyError> {
+        let mut lookup = std::mem::take(&mut self.lookup);
+        let examined = self.examine_group(ids, chunks, &mut lookup, None);
+        if examined.is_ok() {
+            self.look_up(&mut lookup);
+            let all = ids.iter().zip(chunks).zip(lookup.contents.iter().zip(&lookup.found));
+            decisions.extend(
+                all.map(|((id, chunk), (content, at))| self.judge(*id, chunk, *content, *at)),
+            );
+        }
+        self.lookup = lookup;
+        examined
+    }
+
     /// The part that costs CPU and depends on nothing sent before.
     fn examine_group(
         &self,
@@ -344,6 +364,7 @@ impl Classifier {
         }
     }
 
+    /// Decides, and notes what the target will hold.
     fn decide(
         &mut self,
         id: ChunkId,
@@ -351,14 +372,8 @@ impl Classifier {
         content: Content,
         at: Option<BasePlace>,
     ) -> Decision {
-        let before = self.table.get(id);
-        let (op, after) = match content {
-            Content::BaseState => (self.to_base_state(id, chunk, before), None),
-            Content::Zero => {
-                (self.to_content(id, self.zero, before, at, self.options.zero), Some(self.zero))
-            }
-            Content::Other(hash) => (self.to_content(id, hash, before, at, false), Some(hash)),
-        };
+        let decision = self.judge(id, chunk, content, at);
+        let Decision { op, before, after } = decision;
         if before != after
             && let Some(from_start) = &mut self.from_start
         {
@@ -373,6 +388,24 @@ impl Classifier {
                 }
             }
         }
+        decision
+    }
+
+    fn judge(
+        &self,
+        id: ChunkId,
+        chunk: &Chunk,
+        content: Content,
+        at: Option<BasePlace>,
+    ) -> Decision {
+        let before = self.table.get(id);
+        let (op, after) = match content {
+            Content::BaseState => (self.to_base_state(id, chunk, before), None),
+            Content::Zero => {
+                (self.to_content(id, self.zero, before, at, self.options.zero), Some(self.zero))
+            }
+            Content::Other(hash) => (self.to_content(id, hash, before, at, false), Some(hash)),
+        };
         Decision { op, before, after }
     }
 

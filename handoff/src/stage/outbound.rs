@@ -13,6 +13,7 @@ use super::{
     classify::{Classifier, ClassifyError, Decision, Op},
     delta::DeltaStage,
     delta_cache::SentCache,
+    forecast::Forecast,
     options::StageOptions,
     pack::{BatchBuilder, BatchLimits, RawBatch, What},
     repeats::Repeats,
@@ -172,6 +173,18 @@ impl Outbound {
     /// end until there is none.
     pub fn poll(&mut self) -> Option<RawBatch> {
         self.ready.pop_front()
+    }
+
+    /// What the chunks would cost that were put into the last [`Outbound::slots`]: nothing is sent of them,
+    /// and nothing noted. Between generations only.
+    pub fn foresee(&mut self, forecast: &mut Forecast) -> Result<(), ClassifyError> {
+        debug_assert!(self.batch.is_empty());
+        self.decisions.clear();
+        let chunks = self.chunks.get(..self.ids.len()).unwrap_or_default();
+        self.classifier.foresee_group(&self.ids, chunks, &mut self.decisions)?;
+        self.decisions.iter().for_each(|decision| forecast.count(decision));
+        self.ids.clear();
+        Ok(())
     }
 
     /// Takes the group through the stages.

@@ -247,6 +247,8 @@ impl Source {
     }
 
     fn round(&mut self, vm: &mut MemVm, round: u32, dirty: ChunkSet, wire: &mut Vec<Vec<u8>>) {
+        let (forecast, before) = (self.foresee(vm, &dirty), self.outbound.stats());
+        assert_eq!(forecast.chunks, dirty.len());
         self.outbound.begin(round);
         for id in RoundOrder::shuffled(dirty, round.into()) {
             *self.outbound.slot(id).unwrap() = *vm.chunk(id);
@@ -254,6 +256,27 @@ impl Source {
         }
         self.outbound.end().unwrap();
         self.send(round, wire);
+        let nothing = |stats: &Stats| {
+            let chunks = |class| stats.classes().find(|(c, _)| *c == class).unwrap().1.chunks;
+            chunks(Class::Unchanged) + chunks(Class::Known)
+        };
+        let Forecast { chunks, news, again, references } = forecast;
+        let foreseen = chunks - news - again - references;
+        assert_eq!(nothing(&self.outbound.stats()) - nothing(&before), foreseen);
+    }
+
+    /// Looks at all of them first. That this changes nothing is what the target shows in the end.
+    fn foresee(&mut self, vm: &mut MemVm, dirty: &ChunkSet) -> Forecast {
+        let mut forecast = Forecast::default();
+        let mut ids = dirty.iter();
+        loop {
+            let (ids, slots) = self.outbound.slots(&mut ids).unwrap();
+            if ids.is_empty() {
+                return forecast;
+            }
+            ids.iter().zip(slots).for_each(|(id, slot)| *slot = *vm.chunk(*id));
+            self.outbound.foresee(&mut forecast).unwrap();
+        }
     }
 
     fn send(&mut self, round: u32, wire: &mut Vec<Vec<u8>>) {
