@@ -27,13 +27,22 @@ const LEDGER: &str = "ledger";
 /// How long an interrupted import is kept.
 const KEPT: Duration = Duration::from_secs(3 * 24 * 3600);
 
-/// A directory under `tmp/` that is gone when this value is, unless it was renamed away.
+/// A directory under `tmp/` that is gone when this value is, unless it was renamed away or left. The
+/// path of one that was left is empty.
 #[derive(Debug)]
 pub(super) struct Scratch(pub(super) PathBuf);
 
+impl Scratch {
+    fn leave(mut self) {
+        self.0 = PathBuf::new();
+    }
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        if !self.0.as_os_str().is_empty() {
+            let _ = fs::remove_dir_all(&self.0);
+        }
     }
 }
 
@@ -118,7 +127,7 @@ impl Workshop {
 
     /// Leaves the directory to the next try.
     pub(super) fn leave(self) {
-        std::mem::forget(self.dir);
+        self.dir.leave();
     }
 
     /// Ends the work: returns the directory, under a name that no other import looks at, durable
