@@ -122,6 +122,8 @@ pub(super) struct Run<'a> {
 
 /// So many chunks tell what the rest is like: one of seven within 15 %.
 const FORESEEN_CHUNKS: u64 = 192;
+/// And are looked up if they are one in so many of the rest, or fewer: a look takes as long as sending does.
+const LEAST_STEP: u64 = 4;
 
 impl<'a> Run<'a> {
     pub(super) fn new(
@@ -349,7 +351,7 @@ impl Run<'_> {
     /// which what the last round took tells enough.
     fn foresee(&mut self, dirty: &ChunkSet) -> Result<Option<f64>, KeptReason> {
         let every = dirty.len() / FORESEEN_CHUNKS;
-        if every < 2 {
+        if every < LEAST_STEP {
             return Ok(None);
         }
         let mut forecast = Forecast::default();
